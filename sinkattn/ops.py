@@ -1,0 +1,253 @@
+"""The public ops: check arguments, choose a backend. `torch.ops.sinkattn.decode` and `.prefill` are what they call.
+
+| backend     | decode and prefill run                                             | tensors on                     |
+|-------------|--------------------------------------------------------------------|--------------------------------|
+| "auto"      | the fastest of those below that the device has                     | CPU, CUDA                      |
+| "triton"    | kernels/decode.py, kernels/prefill.py                              | CUDA, or CPU when interpreted  |
+| "cpu"       | csrc/cpu, compiled                                                 | CPU                            |
+| "cuda"      | csrc/cuda, compiled                                                | CUDA                           |
+| "reference" | reference.py                                                       | any                            |
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? counts, "
+    "Tensor? rotation, Tensor? learned_logits, int sink_size, int window_size, float scale, float softcap=0., "
+    "int rotary_start=0, bool interleaved=False{more}) -> Tensor"
+)
+torch.library.define("sinkattn::decode", _SCHEMA.format(more=""))
+torch.library.define("sinkattn::prefill", _SCHEMA.format(more=", int dense_window=0"))
+
+
+@torch.library.register_fake("sinkattn::decode")
+@torch.library.register_fake("sinkattn::prefill")
+def _fake(q, k, v, *args, **kwargs):
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+def _load_cpu_library() -> bool:
+    """Load the compiled CPU ops, which register themselves for CPU tensors. False where they were not built."""
+    library = Path(__file__).parent / "_C_cpu.so"
+    if library.exists():
+        torch.ops.load_library(library)
+    return library.exists()
+
+
+HAS_CPU_LIBRARY = _load_cpu_library()
+if not HAS_CPU_LIBRARY:
+    torch.library.impl("sinkattn::decode", "CPU", reference.attention)
+    torch.library.impl("sinkattn::prefill", "CPU", reference.attention)
+
+
+@torch.library.impl("sinkattn::decode", "CUDA")
+def _decode_triton(*args, **kwargs):
+    from .kernels.decode import decode
+
+    return decode(*args, **kwargs)
+
+
+@torch.library.impl("sinkattn::prefill", "CUDA")
+def _prefill_triton(*args, **kwargs):
+    from .kernels.prefill import prefill
+
+    return prefill(*args, **kwargs)
+
+
+@functools.cache
+def missing_backend(backend: str, device_type: str) -> str | None:
+    """Why a backend cannot serve tensors of a device type ("cpu", "cuda", ...), or None if it can.
+
+    Raises ValueError for a name that is no backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
+    if backend == "reference":
+        return None
+    if backend == "cuda":
+        return "this build has no CUDA C++ ops; use backend='triton' on a GPU"
+    if backend == "cpu":
+        if device_type != "cpu":
+            return f"the compiled CPU ops need tensors on the CPU, not on {device_type!r}"
+        return None if HAS_CPU_LIBRARY else "the compiled CPU ops were not built; see `sinkattn info`"
+    if backend == "triton":
+        try:
+            import triton  # noqa: F401
+        except ImportError as error:
+            return f"triton cannot be imported ({error}); `pip install triton`"
+        if device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+            return None
+        return f"Triton kernels need a GPU, not {device_type!r} (or TRITON_INTERPRET=1 on the CPU, which is slow)"
+    if device_type == "cuda":
+        return missing_backend("triton", device_type)
+    return None if device_type == "cpu" else f"no backend runs on {device_type!r}; backend='reference' might"
+
+
+def _check(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, sink_size, window_size, rotary_start):
+    """Raise ValueError (shapes, sizes, devices) or TypeError (dtypes) before anything is written."""
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs (batch, heads, tokens or slots, dim)")
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name} is {tensor.dtype}, q is {q.dtype}; all five must have one dtype")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name} requires gradients; these ops are for inference: use torch.no_grad()")
+    batch, num_heads, tokens, head_dim = q.shape
+    num_kv_heads, v_dim = v.shape[1], v.shape[3]
+    if k.shape != (batch, num_kv_heads, tokens, head_dim) or v.shape != (batch, num_kv_heads, tokens, v_dim):
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: k and v need q's batch and "
+            "tokens and one number of heads, k needs q's head_dim"
+        )
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key-value heads evenly")
+    slots = k_cache.shape[2]
+    if k_cache.shape != (batch, num_kv_heads, slots, head_dim) or v_cache.shape != (batch, num_kv_heads, slots, v_dim):
+        raise ValueError(
+            f"k_cache {tuple(k_cache.shape)} and v_cache {tuple(v_cache.shape)} do not fit k {tuple(k.shape)} and "
+            f"v {tuple(v.shape)}: they need the same batch, heads and dims, and one number of slots"
+        )
+    if sink_size < 0 or window_size < 1 or slots < sink_size + window_size:
+        raise ValueError(
+            f"sink_size={sink_size}, window_size={window_size} do not fit a cache of {slots} slots: "
+            "sink_size >= 0, window_size >= 1, sink_size + window_size <= slots"
+        )
+    for name, tensor in (("lengths", lengths), ("counts", counts)):
+        if tensor is not None and (tensor.shape != (batch,) or tensor.dtype != torch.int64):
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it needs int64 ({batch},)")
+    if rotation is not None:
+        half = rotation.shape[-1] if rotation.dim() == 5 else 0
+        if rotation.shape != (batch, tokens, 2, 2, half) or rotary_start < 0 or rotary_start + 2 * half > head_dim:
+            raise ValueError(
+                f"rotation {tuple(rotation.shape)} from dim {rotary_start} does not fit: it needs ({batch}, {tokens}, "
+                f"text | sink, cos | sin, r / 2) with rotary_start + r <= head_dim = {head_dim}"
+            )
+        if rotation.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"rotation is {rotation.dtype}; it needs float32")
+    if learned_logits is not None and learned_logits.shape != (num_heads,):
+        raise ValueError(f"learned_logits has shape {tuple(learned_logits.shape)}; it needs ({num_heads},)")
+    for tensor in (k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"tensors on {tensor.device} and {q.device}: all must be on one device")
+
+
+def _run(op: str, backend: str, tensors: tuple, sizes: tuple) -> Tensor:
+    if reason := missing_backend(backend, tensors[0].device.type):
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    _check(*tensors, sizes[0], sizes[1], sizes[4])
+    q = tensors[0]
+    if backend == "reference":
+        return reference.attention(*tensors, *sizes)
+    if q.dtype not in DTYPES:
+        raise TypeError(f"{q.dtype} is served by backend='reference' alone; the others take {DTYPES}")
+    if max(q.shape[3], tensors[2].shape[3]) > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim {max(q.shape[3], tensors[2].shape[3])} is above {MAX_HEAD_DIM}")
+    if backend == "triton" and q.device.type == "cpu":  # the interpreter
+        return {"decode": _decode_triton, "prefill": _prefill_triton}[op](*tensors, *sizes)
+    return getattr(torch.ops.sinkattn, op)(*tensors, *sizes)
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None = None,
+    rotation: Tensor | None = None,
+    learned_logits: Tensor | None = None,
+    *,
+    sink_size: int,
+    window_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    rotary_start: int = 0,
+    interleaved: bool = False,
+    backend: str = "auto",
+) -> Tensor:
+    """Rotate one new token per row, append it to the cache, and attend over sinks and window.
+
+    The query at position t = ``lengths[row]`` sees position j if ``j <= t`` and (``j < S`` or ``j > t - W``):
+
+        ``out = softmax_j(cap(scale * R(t) q . R(j) k_j)) v_j``, with ``R(min(t, C - 1)) q`` for the keys ``j < S``
+
+    and ``cap(x) = softcap * tanh(x / softcap)``, S = sink_size, W = window_size, C = S + W.
+
+    Tensors, in any strides whose last is 1:
+        q: (batch, num_heads, 1, head_dim); float16, bfloat16 or float32 ("reference" takes float64 too). Not rotated.
+        k: (batch, num_kv_heads, 1, head_dim), v: (batch, num_kv_heads, 1, v_head_dim); dtype of q. Not rotated.
+            num_heads is a multiple of num_kv_heads; consecutive query heads share a key head.
+        k_cache: (batch, num_kv_heads, S + R, head_dim), v_cache: (batch, num_kv_heads, S + R, v_head_dim); dtype of q.
+            **Mutated.** R >= W. Position j lives in slot j if j < S, else in slot S + (j - S) % R. Keys are stored
+            rotated by their position. Empty slots may hold anything, NaN too.
+        lengths: (batch,) int64, tokens the row holds before this call. Not advanced: all layers of a model share it.
+        counts: (batch,) int64, 1 for rows that take the token and 0 for rows that skip it (their output is zero and
+            their cache is left alone); None means all take it.
+        rotation: (batch, 1, 2, 2, r / 2) float32 contiguous, ``[text | sink][cos | sin]`` of the angles of t and of
+            min(t, C - 1); None for no rotation.
+        learned_logits: (num_heads,), one logit per head that joins the softmax's denominator (gpt-oss); None for none.
+    Scalars:
+        sink_size, window_size: tokens. scale: factor of the scores. softcap: 0 for none.
+        rotary_start: first rotated dim. interleaved: pairs (2i, 2i + 1) instead of (i, i + r / 2).
+        backend: see the table above; one asked for by name never falls back to another.
+
+    Returns (batch, 1, num_heads, v_head_dim), dtype of q, contiguous.
+
+    Raises ValueError for shapes, sizes, devices or an unknown backend, TypeError for dtypes, RuntimeError for a backend
+    that is not available or tensors that require gradients; the cache is then as it was.
+
+    Source: arXiv 2309.17453, section 3.2; the definition in code is `sinkattn.reference.attention`.
+    """
+    if q.dim() == 4 and q.shape[2] != 1:
+        raise ValueError(f"decode takes one token a row, q has {q.shape[2]}; use prefill")
+    tensors = (q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits)
+    return _run("decode", backend, tensors, (sink_size, window_size, scale, softcap, rotary_start, interleaved))
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None = None,
+    rotation: Tensor | None = None,
+    learned_logits: Tensor | None = None,
+    *,
+    sink_size: int,
+    window_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    rotary_start: int = 0,
+    interleaved: bool = False,
+    dense_window: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Append T new tokens to every row and attend as `decode` would token by token: the cut of a text is not seen.
+
+    Formula, tensors, scalars, errors and source are those of `decode`, with T tokens where it has one:
+        q (batch, num_heads, T, head_dim), k, v and rotation (batch, T, 2, 2, r / 2) alike, T >= 1;
+        counts: (batch,) int64, the *last* ``counts[row]`` of the T tokens belong to the row, those before them are
+            left padding: they are not stored and their output is zero. The token at index i has the position
+            ``lengths + i - (T - counts)``. None means no padding.
+        dense_window: 0 for streaming. Otherwise tokens, and the call is attended densely: its queries see what the
+            cache's window held before the call, ``j > lengths - W``, and of the call all with ``j > t - dense_window``.
+
+    Returns (batch, T, num_heads, v_head_dim), dtype of q, contiguous.
+    """
+    tensors = (q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits)
+    sizes = (sink_size, window_size, scale, softcap, rotary_start, interleaved, dense_window)
+    return _run("prefill", backend, tensors, sizes)

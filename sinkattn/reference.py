@@ -1,0 +1,133 @@
+"""The ops in plain PyTorch, in any dtype up to float64: the definition that every backend is tested against.
+
+Words used everywhere in this package (arXiv 2309.17453, section 3.2):
+
+* position: index of a token in the text of its own row, padding not counted.
+* slot: physical place in the cache. Slots ``[0, S)`` hold the sinks, slots ``[S, S + R)`` the ring, ``R >= W``.
+* S = ``sink_size``, W = ``window_size`` (counts the current token), C = S + W = capacity.
+
+Position j lives in slot ``j`` if ``j < S`` and in slot ``S + (j - S) % R`` otherwise.
+"""
+
+import torch
+from torch import Tensor
+
+
+def slot_of(position: Tensor, sink_size: int, ring_size: int) -> Tensor:
+    """Slot that stores a position: ``j if j < S else S + (j - S) % R``. Any integer shape in, the same shape out."""
+    return torch.where(position < sink_size, position, sink_size + (position - sink_size) % ring_size)
+
+
+def held_positions(lengths: Tensor, sink_size: int, ring_size: int) -> Tensor:
+    """Position that each slot holds once ``lengths`` tokens of a row were written.
+
+    ``lengths``: (batch,) int64. Returns (batch, S + R) int64, -1 where a slot is still empty.
+    """
+    last = lengths[:, None] - 1
+    slot = torch.arange(sink_size + ring_size, device=lengths.device)[None, :]
+    ring = last - (last - slot) % ring_size  # the newest position that maps to this slot
+    position = torch.where(slot < sink_size, slot, ring)
+    empty = (position > last) | ((slot >= sink_size) & (position < sink_size))
+    return position.masked_fill(empty, -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int = 0, interleaved: bool = False) -> Tensor:
+    """Rotary embedding of ``r`` dims beginning at ``start``; the other dims pass through.
+
+    Pairs are (i, i + r/2) or, interleaved, (2i, 2i + 1):  ``(a, b) -> (a cos - b sin, b cos + a sin)``.
+
+    ``x``: (..., head_dim). ``cos``, ``sin``: broadcastable to (..., r/2). Computed in the wider of the dtypes and
+    returned in that dtype, so the caller rounds once. Source: arXiv 2104.09864, section 3.4.2.
+    """
+    half = cos.shape[-1]
+    wide = torch.promote_types(x.dtype, cos.dtype)
+    head, turned, tail = x.to(wide).split([start, 2 * half, x.shape[-1] - start - 2 * half], dim=-1)
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
+    else:
+        a, b = turned[..., :half], turned[..., half:]
+        turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.cat((head, turned, tail), dim=-1)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None,
+    rotation: Tensor | None,
+    learned_logits: Tensor | None,
+    sink_size: int,
+    window_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    rotary_start: int = 0,
+    interleaved: bool = False,
+    dense_window: int = 0,
+) -> Tensor:
+    """Append T new tokens to every row of a cache of sinks + ring, and let each of them attend over what it may see.
+
+    The query at position t sees position j if ``j <= t`` and (``j < S`` or ``j > t - W``), with the scores
+
+        ``softcap(scale * R_text(t) q . R_text(j) k)``   for j >= S,  and
+        ``softcap(scale * R_sink(t) q . R_text(j) k)``   for j < S,
+
+    where R_text(t) turns by the angle of t and R_sink(t) by that of ``min(t, C - 1)``. `ops.decode` and
+    `ops.prefill` have the same arguments; their docstrings say shapes, layouts and errors.
+    """
+    batch, num_heads, tokens, _ = q.shape
+    num_kv_heads, ring_size = k_cache.shape[1], k_cache.shape[2] - sink_size
+    wide = torch.promote_types(q.dtype, torch.float32)
+    if counts is None:
+        counts = torch.full_like(lengths, tokens)
+
+    # Left padding leaves the last `counts` tokens of a row.                                             (batch, T)
+    position = lengths[:, None] + torch.arange(tokens, device=q.device) - (tokens - counts)[:, None]
+    is_new = position >= lengths[:, None]
+
+    q_text = q_sink = q.to(wide)
+    if rotation is not None:  # (batch, T, text | sink, cos | sin, r/2) -> four of (batch, 1, T, r/2)
+        text_cos, text_sin, sink_cos, sink_sin = rotation.to(wide)[:, None].flatten(3, 4).unbind(3)
+        q_text = rotate(q, text_cos, text_sin, rotary_start, interleaved)
+        q_sink = rotate(q, sink_cos, sink_sin, rotary_start, interleaved)
+        k = rotate(k, text_cos, text_sin, rotary_start, interleaved).to(k_cache.dtype)
+
+    # Keys seen by the chunk: all slots, then the chunk itself.                                      (batch, S+R+T)
+    held = held_positions(lengths, sink_size, ring_size)
+    key_position = torch.cat((held, position.masked_fill(~is_new, -1)), dim=1)
+    filled = (key_position >= 0)[:, None, :, None]
+    keys = torch.cat((k_cache, k), dim=2).to(wide).where(filled, 0)  # empty slots may hold NaN
+    values = torch.cat((v_cache, v), dim=2).to(wide).where(filled, 0)
+    group = num_heads // num_kv_heads
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+
+    is_sink = key_position < sink_size
+    scores = torch.where(is_sink[:, None, None], q_sink @ keys.mT, q_text @ keys.mT) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+
+    t, j = position[:, :, None], key_position[:, None, :]
+    oldest = t - window_size  # exclusive
+    if dense_window > 0:  # a prompt attended densely: what the cache held before the call, and all of the call
+        oldest = torch.maximum(lengths[:, None, None] - window_size, t - dense_window)
+    visible = (j >= 0) & (j <= t) & ((j < sink_size) | (j > oldest)) & is_new[:, :, None]
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    scores = scores.where(is_new[:, None, :, None], 0)  # a padding query sees nothing; its output is zero below
+    if learned_logits is not None:  # one more column in the softmax's denominator, with no value
+        column = learned_logits.to(wide)[None, :, None, None].expand(batch, -1, tokens, 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : keys.shape[2]].where(is_new[:, None, :, None], 0)
+    out = (weights @ values).transpose(1, 2).to(q.dtype)
+
+    # Append: sinks, and what of the chunk is not overwritten by its own later tokens.
+    total = (lengths + counts)[:, None]
+    kept = is_new & ((position < sink_size) | (position >= total - ring_size))
+    rows, index = kept.nonzero(as_tuple=True)
+    slots = slot_of(position[rows, index], sink_size, ring_size)
+    k_cache[rows, :, slots] = k[rows, :, index].to(k_cache.dtype)
+    v_cache[rows, :, slots] = v[rows, :, index].to(v_cache.dtype)
+    return out
