@@ -2,7 +2,7 @@
 
 | backend     | decode and prefill run                                             | tensors on                     |
 |-------------|--------------------------------------------------------------------|--------------------------------|
-| "auto"      | the fastest of those below that the device has                     | CPU, CUDA                      |
+| "auto"      | the fastest of those below that serves dtype and head_dim          | CPU, CUDA                      |
 | "triton"    | kernels/decode.py, kernels/prefill.py                              | CUDA, or CPU when interpreted  |
 | "cpu"       | csrc/cpu, compiled                                                 | CPU                            |
 | "cuda"      | csrc/cuda, compiled                                                | CUDA                           |
@@ -146,13 +146,15 @@ def _run(op: str, backend: str, tensors: tuple, sizes: tuple) -> Tensor:
     if reason := missing_backend(backend, tensors[0].device.type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     _check(*tensors, sizes[0], sizes[1], sizes[4])
-    q = tensors[0]
-    if backend == "reference":
+    q, head_dim = tensors[0], max(tensors[0].shape[3], tensors[2].shape[3])
+    served = q.dtype in DTYPES and head_dim <= MAX_HEAD_DIM
+    if backend == "reference" or (backend == "auto" and not served):
         return reference.attention(*tensors, *sizes)
-    if q.dtype not in DTYPES:
-        raise TypeError(f"{q.dtype} is served by backend='reference' alone; the others take {DTYPES}")
-    if max(q.shape[3], tensors[2].shape[3]) > MAX_HEAD_DIM:
-        raise ValueError(f"head_dim {max(q.shape[3], tensors[2].shape[3])} is above {MAX_HEAD_DIM}")
+    if not served:
+        raise ValueError(
+            f"backend {backend!r} takes float16, bfloat16 and float32 and head_dim up to {MAX_HEAD_DIM}, not {q.dtype} and "
+            f"{head_dim}; backend='reference' takes any"
+        )
     if backend == "triton" and q.device.type == "cpu":  # the interpreter
         return {"decode": _decode_triton, "prefill": _prefill_triton}[op](*tensors, *sizes)
     return getattr(torch.ops.sinkattn, op)(*tensors, *sizes)

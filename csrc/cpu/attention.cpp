@@ -1,0 +1,360 @@
+// Attention over sinks, window and the call's own tokens; compiled once per instruction set (SINKATTN_ISA names it).
+//
+// A task is a block of queries that share a key head: up to ROWS_WANTED rows, token by token and in each the heads of
+// the group. It walks over the keys that any of them sees, in blocks of consecutive positions, with a running softmax:
+//
+//     max' = max(max, scores)   weights = exp(scores - max')   sum' = sum f + weights   out' = out f + weights v
+//     with f = exp(max - max')
+//
+// so a key or value is loaded once for all rows of the task, and scratch memory doesn't grow with the window.
+#include "params.h"
+#include "vec.h"
+
+namespace sinkattn::SINKATTN_ISA {
+namespace {
+
+constexpr int64_t KEYS = 64;  // per block
+constexpr int ROW_TILE = 4;   // rows that share the registers loaded with keys or values
+constexpr int KEY_TILE = REGISTERS / 8;
+constexpr float INFINITE = __builtin_inff();
+
+inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }  // the widest Vec has 16 lanes
+
+template <typename T>
+T* at(const Rows& rows, int64_t row, int64_t head, int64_t token) {
+  return static_cast<T*>(rows.data) + row * rows.batch_stride + head * rows.head_stride + token * rows.token_stride;
+}
+
+int64_t padding_of(const Params& p, int64_t row) { return p.counts ? p.tokens - p.counts[row] : 0; }
+
+int64_t slot_of(const Params& p, int64_t position) {
+  return position < p.sink_size ? position : p.sink_size + (position - p.sink_size) % p.ring_size;
+}
+
+// The first position after the sinks that a query at position t sees.
+int64_t window_start(const Params& p, int64_t length, int64_t t) {
+  int64_t oldest = t - p.window_size;  // exclusive
+  if (p.dense_window > 0) oldest = greater(length - p.window_size, t - p.dense_window);
+  return greater(p.sink_size, oldest + 1);
+}
+
+template <typename T>
+void widen(const T* x, int64_t dim, float* y) {
+  int64_t i = 0;
+  for (; i + LANES <= dim; i += LANES) store(y + i, load(x + i));
+  for (; i < dim; ++i) y[i] = to_float(x[i]);
+}
+
+// y = x with the rotary dims turned by the angles of cos and sin (half,). `angles` null: y = x.
+template <typename T>
+void rotate(const Params& p, const T* x, const float* angles, float* y) {
+  widen(x, p.head_dim, y);
+  if (!angles) return;
+  const int64_t half = p.rotary_half, step = p.interleaved ? 2 : 1;
+  const float *cos = angles, *sin = angles + half;
+  float *a = y + p.rotary_start, *b = a + (p.interleaved ? 1 : half);
+  for (int64_t i = 0; i < half; ++i) {
+    float left = a[i * step], right = b[i * step];
+    a[i * step] = left * cos[i] - right * sin[i];
+    b[i * step] = right * cos[i] + left * sin[i];
+  }
+}
+
+enum Angle { TEXT, SINK };
+const float* angles_of(const Params& p, int64_t row, int64_t token, Angle angle) {
+  return p.rotation ? p.rotation + ((row * p.tokens + token) * 2 + angle) * 2 * p.rotary_half : nullptr;
+}
+
+// scores[r][n] = q[r] . k[n] for a tile; rows of scores are KEYS apart.
+template <int ROWS, int COLUMNS, typename T>
+void dot_tile(const float* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t dim, float* scores) {
+  Vec sum[ROWS][COLUMNS] = {};
+  for (int64_t d = 0; d < dim; d += LANES) {
+    Vec key[COLUMNS];
+    for (int n = 0; n < COLUMNS; ++n) key[n] = load(k + n * k_stride + d);
+    for (int r = 0; r < ROWS; ++r) {
+      Vec query = load(q + r * q_stride + d);
+      for (int n = 0; n < COLUMNS; ++n) sum[r][n] = fma(query, key[n], sum[r][n]);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    for (int n = 0; n < COLUMNS; ++n) scores[r * KEYS + n] = sum_lanes(sum[r][n]);
+}
+
+// out[r] += weights[r] . v for a tile of ROWS rows and COLUMNS vectors; rows of weights are KEYS apart.
+template <int ROWS, int COLUMNS, typename T>
+void weigh_tile(const float* weights, const T* v, int64_t v_stride, int64_t count, float* out, int64_t out_stride) {
+  Vec sum[ROWS][COLUMNS] = {};
+  for (int64_t n = 0; n < count; ++n) {
+    Vec value[COLUMNS];
+    for (int c = 0; c < COLUMNS; ++c) value[c] = load(v + n * v_stride + c * LANES);
+    for (int r = 0; r < ROWS; ++r) {
+      Vec weight = broadcast(weights[r * KEYS + n]);
+      for (int c = 0; c < COLUMNS; ++c) sum[r][c] = fma(weight, value[c], sum[r][c]);
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    for (int c = 0; c < COLUMNS; ++c) {
+      float* o = out + r * out_stride + c * LANES;
+      store(o, load(o) + sum[r][c]);
+    }
+  }
+}
+
+template <int ROWS, typename T>
+void dot_rows(const float* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t count, float* scores) {
+  int64_t n = 0;
+  for (; n + KEY_TILE <= count; n += KEY_TILE)
+    dot_tile<ROWS, KEY_TILE>(q, q_stride, k + n * k_stride, k_stride, q_stride, scores + n);
+  for (; n < count; ++n) dot_tile<ROWS, 1>(q, q_stride, k + n * k_stride, k_stride, q_stride, scores + n);
+}
+
+template <int ROWS, typename T>
+void weigh_rows(const float* weights, const T* v, int64_t v_stride, int64_t count, float* out, int64_t out_stride) {
+  constexpr int COLUMNS = ROWS == 1 ? REGISTERS / 4 : REGISTERS / 8;
+  int64_t d = 0;
+  for (; d + COLUMNS * LANES <= out_stride; d += COLUMNS * LANES)
+    weigh_tile<ROWS, COLUMNS>(weights, v + d, v_stride, count, out + d, out_stride);
+  for (; d < out_stride; d += LANES) weigh_tile<ROWS, 1>(weights, v + d, v_stride, count, out + d, out_stride);
+}
+
+// One query and head of a task.
+struct Row {
+  int64_t position, window_start;
+  float max, sum;
+};
+
+// Scores -> weights, for keys [first, last) of the `count` of a block; the others get weight 0. Returns the factor f.
+float soften(const Params& p, Row& row, float* scores, int64_t first, int64_t last, int64_t count) {
+  const Vec scale = broadcast(p.scale);
+  const int64_t end = (count + LANES - 1) / LANES * LANES;  // <= KEYS
+  if (p.softcap > 0) {
+    const Vec cap = broadcast(p.softcap);
+    for (int64_t n = 0; n < end; n += LANES) store(scores + n, cap * tanh(load(scores + n) * scale / cap));
+  } else {
+    for (int64_t n = 0; n < end; n += LANES) store(scores + n, load(scores + n) * scale);
+  }
+  for (int64_t n = 0; n < first; ++n) scores[n] = -INFINITE;
+  for (int64_t n = last; n < end; ++n) scores[n] = -INFINITE;
+
+  Vec block_max = broadcast(-INFINITE);
+  for (int64_t n = 0; n < end; n += LANES) block_max = larger(block_max, load(scores + n));
+  const float old_max = row.max, max = max_lanes(block_max);
+  row.max = max > old_max ? max : old_max;
+  // All scores so far may be -inf: subtract 0 then, since -inf - -inf is NaN.
+  const Vec subtract = broadcast(row.max == -INFINITE ? 0 : row.max);
+
+  Vec sum = broadcast(0);
+  for (int64_t n = 0; n < end; n += LANES) {
+    Vec weight = exp_negative(load(scores + n) - subtract);
+    store(scores + n, weight);
+    sum = sum + weight;
+  }
+  const float factor = old_max == row.max ? 1 : exp_negative(broadcast(old_max) - subtract)[0];
+  row.sum = row.sum * factor + sum_lanes(sum);
+  return factor;
+}
+
+template <typename T>
+class Task {
+ public:
+  Task(const Params& p, int64_t task, float* scratch)
+      : p(p), group(p.group), dim(padded(p.head_dim)), v_dim(padded(p.v_dim)) {
+    const int64_t pair = task / p.blocks_per_pair;
+    batch_row = pair / p.num_kv_heads, kv_head = pair % p.num_kv_heads;
+    padding = padding_of(p, batch_row), length = p.lengths[batch_row];
+    first = task % p.blocks_per_pair * p.block_tokens;
+    last = lesser(first + p.block_tokens, p.tokens);
+    const int64_t rows = p.block_tokens * group;
+    auto take = [&scratch](int64_t floats) { return (scratch += floats) - floats; };
+    q[TEXT] = take(rows * dim), q[SINK] = take(rows * dim), out = take(rows * v_dim), scores = take(rows * KEYS);
+    keys = take(KEYS * dim), values = take(KEYS * v_dim);
+    state = reinterpret_cast<Row*>(take(rows * sizeof(Row) / sizeof(float)));
+  }
+
+  static int64_t scratch_floats(const Params& p) {
+    const int64_t dim = padded(p.head_dim), v_dim = padded(p.v_dim), rows = p.block_tokens * p.group;
+    return rows * (2 * dim + v_dim + KEYS + sizeof(Row) / sizeof(float)) + KEYS * (dim + v_dim);
+  }
+
+  void run() {
+    for (int64_t token = first; token < lesser(last, padding); ++token)
+      for (int64_t g = 0; g < group; ++g)
+        memset(at<T>(p.out, batch_row, kv_head * group + g, token), 0, p.v_dim * sizeof(T));
+    first = greater(first, padding);
+    if (first >= last) return;
+
+    start_rows();
+    const int64_t t_first = position_of(first), t_last = position_of(last - 1);
+    visit(0, lesser(p.sink_size, t_last + 1), SINK);
+    visit(window_start(p, length, t_first), t_last + 1, TEXT);
+    for (int64_t token = first, r = 0; token < last; ++token) {
+      for (int64_t g = 0; g < group; ++g, ++r) {
+        T* result = at<T>(p.out, batch_row, kv_head * group + g, token);
+        for (int64_t d = 0; d < p.v_dim; ++d) from_float(out[r * v_dim + d] / state[r].sum, result[d]);
+      }
+    }
+  }
+
+ private:
+  int64_t position_of(int64_t token) const { return length + token - padding; }
+
+  void start_rows() {
+    const int64_t rows = (last - first) * group;
+    memset(q[TEXT], 0, rows * dim * sizeof(float));  // dims from head_dim to dim stay 0
+    memset(q[SINK], 0, rows * dim * sizeof(float));
+    memset(out, 0, rows * v_dim * sizeof(float));
+    for (int64_t token = first, r = 0; token < last; ++token) {
+      for (int64_t g = 0; g < group; ++g, ++r) {
+        const int64_t head = kv_head * group + g, t = position_of(token);
+        const T* query = at<T>(p.q, batch_row, head, token);
+        rotate(p, query, angles_of(p, batch_row, token, TEXT), q[TEXT] + r * dim);
+        rotate(p, query, angles_of(p, batch_row, token, SINK), q[SINK] + r * dim);
+        const float logit = p.learned_logits ? p.learned_logits[head] : -INFINITE;  // as if a key without a value
+        state[r] = {t, window_start(p, length, t), logit, logit == -INFINITE ? 0.f : 1.f};
+      }
+    }
+  }
+
+  // Attend to the keys at positions [begin, end): runs that are contiguous in the cache or in the call's own tokens.
+  void visit(int64_t begin, int64_t end, Angle angle) {
+    while (begin < end) {
+      int64_t count = lesser(end - begin, KEYS);
+      if (begin < length) {
+        const int64_t slot = slot_of(p, begin), wrap = begin < p.sink_size ? p.sink_size : p.sink_size + p.ring_size;
+        count = lesser(count, lesser(length - begin, wrap - slot));
+        attend(at<T>(p.k_cache, batch_row, kv_head, slot), p.k_cache.token_stride,
+               at<T>(p.v_cache, batch_row, kv_head, slot), p.v_cache.token_stride, begin, count, angle);
+      } else {
+        const int64_t token = begin - length + padding;
+        attend(at<T>(p.rotated_k, batch_row, kv_head, token), p.rotated_k.token_stride,
+               at<T>(p.v, batch_row, kv_head, token), p.v.token_stride, begin, count, angle);
+      }
+      begin += count;
+    }
+  }
+
+  // One block of keys, positions [position, position + count). Positions and window starts grow from row to row, so the
+  // rows that see some of it are neighbours.
+  void attend(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t position, int64_t count, Angle angle) {
+    int64_t begin = 0, end = (last - first) * group;
+    while (begin < end && state[begin].position < position) ++begin;
+    while (angle == TEXT && begin < end && state[end - 1].window_start >= position + count) --end;
+    if (begin == end) return;
+
+    const bool aligned = p.head_dim == dim && p.v_dim == v_dim;
+    if (aligned && (sizeof(T) == sizeof(float) || end - begin <= ROW_TILE)) {
+      attend_rows(k, k_stride, v, v_stride, position, count, angle, begin, end);
+    } else {  // widen once for all rows, and fill up to whole vectors
+      for (int64_t n = 0; n < count; ++n) {
+        widen(k + n * k_stride, p.head_dim, keys + n * dim);
+        widen(v + n * v_stride, p.v_dim, values + n * v_dim);
+        for (int64_t d = p.head_dim; d < dim; ++d) keys[n * dim + d] = 0;
+        for (int64_t d = p.v_dim; d < v_dim; ++d) values[n * v_dim + d] = 0;
+      }
+      attend_rows(keys, dim, values, v_dim, position, count, angle, begin, end);
+    }
+  }
+
+  template <typename U>
+  void attend_rows(const U* k, int64_t k_stride, const U* v, int64_t v_stride, int64_t position, int64_t count,
+                   Angle angle, int64_t begin, int64_t end) {
+    for_tiles(begin, end, [&](auto rows, int64_t r) {
+      dot_rows<rows()>(q[angle] + r * dim, dim, k, k_stride, count, scores + r * KEYS);
+    });
+    for (int64_t r = begin; r < end; ++r) {
+      Row& row = state[r];
+      const int64_t seen_from = angle == SINK ? 0 : lesser(greater(row.window_start - position, 0), count);
+      const int64_t seen_to = lesser(greater(row.position - position + 1, seen_from), count);
+      const float factor = soften(p, row, scores + r * KEYS, seen_from, seen_to, count);
+      if (factor == 1) continue;
+      const Vec factors = broadcast(factor);
+      for (float* o = out + r * v_dim; o < out + (r + 1) * v_dim; o += LANES) store(o, load(o) * factors);
+    }
+    for_tiles(begin, end, [&](auto rows, int64_t r) {
+      weigh_rows<rows()>(scores + r * KEYS, v, v_stride, count, out + r * v_dim, v_dim);
+    });
+  }
+
+  // f(number of rows, first row) for [begin, end) in tiles; the number is a constant of its type.
+  template <int N>
+  struct Number {
+    constexpr int operator()() const { return N; }
+  };
+  template <typename F>
+  static void for_tiles(int64_t begin, int64_t end, F f) {
+    for (; begin + ROW_TILE <= end; begin += ROW_TILE) f(Number<ROW_TILE>(), begin);
+    static_assert(ROW_TILE == 4);
+    if (end - begin == 3) f(Number<3>(), begin);
+    if (end - begin == 2) f(Number<2>(), begin);
+    if (end - begin == 1) f(Number<1>(), begin);
+  }
+
+  const Params& p;
+  const int64_t group, dim, v_dim;  // dims are padded to whole vectors
+  int64_t batch_row, kv_head, padding, length;
+  int64_t first, last;                          // tokens
+  float *q[2], *out, *scores, *keys, *values;   // (rows, dim) by Angle, (rows, v_dim), (rows, KEYS), (KEYS, dim), ...
+  Row* state;                                   // (rows,)
+};
+
+template <typename T>
+void rotate_keys(const Params& p, int64_t begin, int64_t end) {
+  float rotated[MAX_HEAD_DIM];
+  for (int64_t pair = begin; pair < end; ++pair) {
+    const int64_t row = pair / p.num_kv_heads, head = pair % p.num_kv_heads;
+    for (int64_t token = padding_of(p, row); token < p.tokens; ++token) {
+      rotate(p, at<T>(p.k, row, head, token), angles_of(p, row, token, TEXT), rotated);
+      T* y = at<T>(p.rotated_k, row, head, token);
+      for (int64_t d = 0; d < p.head_dim; ++d) from_float(rotated[d], y[d]);
+    }
+  }
+}
+
+// Sinks, and what of the call's tokens is not overwritten by its own later ones.
+template <typename T>
+void append(const Params& p, int64_t begin, int64_t end) {
+  for (int64_t pair = begin; pair < end; ++pair) {
+    const int64_t row = pair / p.num_kv_heads, head = pair % p.num_kv_heads;
+    const int64_t padding = padding_of(p, row), length = p.lengths[row], total = length + p.tokens - padding;
+    for (int64_t token = padding; token < p.tokens; ++token) {
+      const int64_t position = length + token - padding;
+      if (position >= p.sink_size && position < total - p.ring_size) continue;
+      const int64_t slot = slot_of(p, position);
+      memcpy(at<T>(p.k_cache, row, head, slot), at<T>(p.rotated_k, row, head, token), p.head_dim * sizeof(T));
+      memcpy(at<T>(p.v_cache, row, head, slot), at<T>(p.v, row, head, token), p.v_dim * sizeof(T));
+    }
+  }
+}
+
+template <typename F>
+void with_dtype(DType dtype, F f) {
+  if (dtype == DType::float32) f(float());
+  if (dtype == DType::float16) f(F16());
+  if (dtype == DType::bfloat16) f(BF16());
+}
+
+}  // namespace
+
+#define SINKATTN_STRING_(x) #x
+#define SINKATTN_STRING(x) SINKATTN_STRING_(x)
+
+extern const Kernels kernels = {
+    SINKATTN_STRING(SINKATTN_ISA),
+    [](const Params& p, int64_t begin, int64_t end) {
+      with_dtype(p.dtype, [&](auto zero) { rotate_keys<decltype(zero)>(p, begin, end); });
+    },
+    [](const Params& p) { return Task<float>::scratch_floats(p); },
+    [](const Params& p, int64_t begin, int64_t end, float* scratch) {
+      with_dtype(p.dtype, [&](auto zero) {
+        for (int64_t task = begin; task < end; ++task) Task<decltype(zero)>(p, task, scratch).run();
+      });
+    },
+    [](const Params& p, int64_t begin, int64_t end) {
+      with_dtype(p.dtype, [&](auto zero) { append<decltype(zero)>(p, begin, end); });
+    },
+};
+
+}  // namespace sinkattn::SINKATTN_ISA

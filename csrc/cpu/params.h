@@ -1,0 +1,62 @@
+// What one call of an op is about, unpacked from tensors, and the functions that compute it. No torch in here.
+//
+// Words as in sinkattn/reference.py: S = sink_size, R = ring_size, W = window_size, T = tokens; position, slot.
+#pragma once
+
+#include <cstdint>
+
+namespace sinkattn {
+
+constexpr int64_t MAX_HEAD_DIM = 256;  // as in sinkattn/ops.py
+
+enum class DType { float32, float16, bfloat16 };
+
+// A tensor (batch, heads, tokens or slots, dim) whose last dim is contiguous. Strides are in elements, not bytes.
+struct Rows {
+  void* data;
+  int64_t batch_stride, head_stride, token_stride;
+};
+
+struct Params {
+  DType dtype;  // of the six tensors of rows
+  int64_t batch, num_heads, num_kv_heads, tokens, head_dim, v_dim;
+  int64_t sink_size, ring_size, window_size, dense_window;
+  float scale, softcap;
+
+  int64_t rotary_start, rotary_half;  // dims [start, start + 2 * half) are rotated
+  bool interleaved;
+  const float* rotation;  // (batch, T, text | sink, cos | sin, half), contiguous; null for none
+
+  Rows q, k, v;           // k as it came, not rotated
+  Rows rotated_k;         // written by rotate_keys and read by the others; without a rotation it is k
+  Rows k_cache, v_cache;  // slots in place of tokens
+  Rows out;               // (batch, T, num_heads, v_dim)
+
+  const int64_t* lengths;       // (batch,)
+  const int64_t* counts;        // (batch,); null: all T tokens of every row are its own
+  const float* learned_logits;  // (num_heads,); null for none
+
+  // A pair is a key head of a row of the batch, shared by `group` query heads. A task is a block of queries of a pair.
+  int64_t group, block_tokens, blocks_per_pair;
+};
+
+// attention.cpp, compiled for one instruction set. Pairs and tasks are [begin, end).
+struct Kernels {
+  const char* name;
+  void (*rotate_keys)(const Params&, int64_t begin_pair, int64_t end_pair);
+  int64_t (*scratch_floats)(const Params&);  // size of attend's scratch memory, aligned to 64 bytes
+  void (*attend)(const Params&, int64_t begin_task, int64_t end_task, float* scratch);
+  void (*append)(const Params&, int64_t begin_pair, int64_t end_pair);
+};
+
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace portable {
+extern const Kernels kernels;
+}
+
+}  // namespace sinkattn

@@ -1,0 +1,169 @@
+// A vector of LANES floats for the instruction set that this file is compiled for, and element types that load into it.
+//
+// Everything lives in namespace sinkattn::SINKATTN_ISA and nothing comes from std: a template that two object files
+// share would be kept by the linker once, perhaps with instructions that this machine lacks. Operators (+, *, <, ?:)
+// on Vec are the compiler's vector extensions. Compiled with -ffp-contract=off: a product and a sum are fused where
+// fma() says so and nowhere else, for rotated keys have the bits that PyTorch gives them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace sinkattn::SINKATTN_ISA {
+
+struct F16 {
+  uint16_t bits;
+};
+struct BF16 {
+  uint16_t bits;
+};
+
+template <typename To, typename From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(BF16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); }
+inline float to_float(F16 x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13;
+  uint32_t bits = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);  // subnormals too
+  if (magnitude >= 0x0f800000) bits = magnitude | 0x7f800000;                 // infinity, NaN
+  return bit_cast<float>(bits | uint32_t(x.bits & 0x8000) << 16);
+#endif
+}
+
+// Rounded to nearest, ties to even.
+inline void from_float(float x, float& y) { y = x; }
+inline void from_float(float x, BF16& y) {
+  uint32_t bits = bit_cast<uint32_t>(x);
+  y.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void from_float(float x, F16& y) {
+#if defined(__F16C__)
+  y.bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  uint32_t bits = bit_cast<uint32_t>(x), sign = bits & 0x80000000, half;
+  bits ^= sign;
+  if (bits >= 0x47800000) {  // 2^16: infinity or NaN
+    half = bits > 0x7f800000 ? 0x7e00 : 0x7c00;
+  } else if (bits < 0x38800000) {  // 2^-14: subnormal; the sum with 0.5 rounds to its last bit
+    half = bit_cast<uint32_t>(bit_cast<float>(bits) + 0.5f) - 0x3f000000;
+  } else {
+    half = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+  }
+  y.bits = uint16_t(half | sign >> 16);
+#endif
+}
+
+#if defined(__AVX512F__)
+
+constexpr int LANES = 16, REGISTERS = 32;
+using Vec = __m512;
+inline Vec load(const float* x) { return _mm512_loadu_ps(x); }
+inline Vec load(const F16* x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)x)); }
+inline Vec load(const BF16* x) {
+  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline void store(float* x, Vec v) { _mm512_storeu_ps(x, v); }
+inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+inline float sum_lanes(Vec v) { return _mm512_reduce_add_ps(v); }
+inline float max_lanes(Vec v) { return _mm512_reduce_max_ps(v); }
+
+#elif defined(__AVX2__)
+
+constexpr int LANES = 8, REGISTERS = 16;
+using Vec = __m256;
+inline Vec load(const float* x) { return _mm256_loadu_ps(x); }
+inline Vec load(const F16* x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)x)); }
+inline Vec load(const BF16* x) {
+  __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline void store(float* x, Vec v) { _mm256_storeu_ps(x, v); }
+inline Vec broadcast(float x) { return _mm256_set1_ps(x); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+inline float sum_lanes(Vec v) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+inline float max_lanes(Vec v) {
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+
+#else
+
+constexpr int LANES = 4, REGISTERS = 16;
+typedef float Vec __attribute__((vector_size(16)));
+template <typename T>
+inline Vec load(const T* x) {
+  return Vec{to_float(x[0]), to_float(x[1]), to_float(x[2]), to_float(x[3])};
+}
+inline void store(float* x, Vec v) { memcpy(x, &v, sizeof(v)); }
+inline Vec broadcast(float x) { return Vec{x, x, x, x}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+inline float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+inline float max_lanes(Vec v) {
+  float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
+  return a > b ? a : b;
+}
+
+#endif
+
+typedef uint32_t Bits __attribute__((vector_size(sizeof(Vec))));
+
+// exp(x) = power * (1 + rest): x = n ln 2 + r with |r| <= ln(2) / 2, power = 2^n, rest = exp(r) - 1 by its Taylor series,
+// whose first left-out term is 5e-9. For |x| < 87. NaN in, NaN out.
+struct SplitExp {
+  Vec power, rest;
+};
+inline SplitExp split_exp(Vec x) {
+  const Vec shift = broadcast(0x1.8p23f);  // the sum's last bits are n
+  Vec shifted = fma(x, broadcast(1.44269504f), shift);
+  Vec n = shifted - shift;
+  Vec r = fma(n, broadcast(-0.693359375f), x);  // ln 2 in two parts, n times the first is exact
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Vec series = broadcast(1.f / 5040);
+  series = fma(series, r, broadcast(1.f / 720));
+  series = fma(series, r, broadcast(1.f / 120));
+  series = fma(series, r, broadcast(1.f / 24));
+  series = fma(series, r, broadcast(1.f / 6));
+  series = fma(series, r, broadcast(1.f / 2));
+  return {(Vec)(((Bits)shifted << 23) + 0x3f800000u), fma(series, r * r, r)};
+}
+
+// For x <= 0: softmax has subtracted the largest. Below -87 the result, less than the smallest normal float, is 0.
+inline Vec exp_negative(Vec x) {
+  SplitExp e = split_exp(x);
+  Vec zero = broadcast(0.f);
+  return x < broadcast(-87.f) ? zero : fma(e.power, e.rest, e.power);
+}
+
+// (exp(2x) - 1) / (exp(2x) + 1), no digits lost near zero; at +-10 a float cannot tell it from +-1.
+inline Vec tanh(Vec x) {
+  const Vec limit = broadcast(10.f), one = broadcast(1.f);
+  x = x > limit ? limit : x;
+  x = x < -limit ? -limit : x;
+  SplitExp e = split_exp(x + x);
+  Vec difference = fma(e.power, e.rest, e.power - one);
+  return difference / (difference + one + one);
+}
+
+}  // namespace sinkattn::SINKATTN_ISA

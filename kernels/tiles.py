@@ -1,0 +1,115 @@
+"""What decode.py and prefill.py share: loading and turning a tile, and one step of the online softmax.
+
+Scores are kept in base 2, so that every exponential is one exp2. The factor that takes q . k there (`query_scale`)
+rides on the query: the loops over the keys multiply by nothing.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1e30)  # a maximum before the first score: finite, as -inf - -inf is NaN
+
+
+def query_scale(scale: float, softcap: float) -> float:
+    """The factor of q that brings scores into base 2 or, under a softcap, into the unit that `capped` takes."""
+    return LOG2E.value * (2 * scale / softcap if softcap > 0 else scale)
+
+
+def tile_dim(dim: int) -> int:
+    """Width of the tile that holds the dims of a head: a power of two, and wide enough for `tl.dot`."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side; few in the interpreter, so that its tests see one split and several."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@triton.jit
+def load_rows(x, index, inside, stride, dim, DIM: tl.constexpr):
+    """Rows ``index`` (N,) of x as (N, BLOCK). Zero, and not read, where not ``inside`` (N,); None: all are."""
+    mask = dim < DIM
+    if inside is not None:
+        mask = mask & inside[:, None]
+    return tl.load(x + index.to(tl.int64)[:, None] * stride + dim, mask=mask, other=0.0)
+
+
+@triton.jit
+def load_turned(
+    x, inside, rotation, angles, dim, DIM: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr, PAIRED: tl.constexpr
+):
+    """Rows turned by their rotary angles: (N, BLOCK_D) float32, zero where not ``inside`` (N, 1); None: all are.
+
+    x: (N, 1) pointers to dim 0, or one. angles: (N, 1) offsets into ``rotation`` of HALF cosines that HALF sines follow,
+    or one; ``rotation`` None turns nothing. PAIRED: interleaved pairs (2i, 2i + 1) instead of (i, i + HALF).
+    """
+    mask = dim < DIM
+    if inside is not None:
+        mask = mask & inside
+    tile = tl.load(x + dim, mask=mask, other=0.0).to(tl.float32)
+    if rotation is not None:
+        i = dim - START
+        turned = mask & (i >= 0) & (i < 2 * HALF)
+        is_first = i % 2 == 0 if PAIRED else i < HALF
+        pair = i // 2 if PAIRED else tl.where(is_first, i, i - HALF)
+        apart: tl.constexpr = 1 if PAIRED else HALF
+        # The partner comes from memory again, which is a cache hit, so that no thread has to hand it over.
+        other = tl.load(x + dim + tl.where(is_first, apart, -apart), mask=turned, other=0.0).to(tl.float32)
+        cos = tl.load(rotation + angles + pair, mask=turned, other=1.0).to(tl.float32)
+        sin = tl.load(rotation + angles + HALF + pair, mask=turned, other=0.0).to(tl.float32)
+        tile = tile * cos + tl.where(is_first, -other, other) * sin
+    return tile
+
+
+@triton.jit
+def capped(scores, SOFTCAP: tl.constexpr):
+    """softcap * tanh(x / softcap) in base 2, from 2 x / softcap in base 2, as tanh(y) = 2 / (1 + exp(-2 y)) - 1."""
+    if SOFTCAP > 0:
+        scores = SOFTCAP * LOG2E * (2.0 / (1.0 + tl.exp2(-scores)) - 1.0)
+    return scores
+
+
+@triton.jit
+def open_softmax(learned_logits, head, inside, BLOCK_V: tl.constexpr):
+    """Maximum (M,), sum (M,) and weighted values (M, BLOCK_V) before any key; a learned logit is in them as a key of
+    value zero. ``head`` (M,) says whose, ``inside`` (M,) which of them are there."""
+    top = tl.full(head.shape, LOWEST, tl.float32)
+    total = tl.zeros(head.shape, tl.float32)
+    if learned_logits is not None:
+        logit = tl.load(learned_logits + head, mask=inside, other=float("-inf")).to(tl.float32) * LOG2E
+        top = tl.maximum(top, logit)
+        total = tl.exp2(logit - top)
+    return top, total, tl.zeros((head.shape[0], BLOCK_V), tl.float32)
+
+
+@triton.jit
+def attend(q, k, v, visible, top, total, acc, SOFTCAP: tl.constexpr, DOT: tl.constexpr):
+    """Take one block of keys through the online softmax: returns the new ``top`` (M,), ``total`` (M,), ``acc`` (M, BLOCK_V).
+
+    q: (M, BLOCK_D), k: (N, BLOCK_D), v: (N, BLOCK_V). With DOT, q has k's dtype and the scores, (M, N), come from the
+    tensor cores. Without it M is 1, q is float32, and the scores stand upright, (N, 1), where the sums over a key's dims
+    leave them. ``visible`` goes with the scores; None: all are.
+    """
+    KEYS: tl.constexpr = 1 if DOT else 0  # the axis along which the keys lie in the scores
+    if DOT:
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    else:
+        scores = tl.sum(q * k.to(tl.float32), axis=1, keep_dims=True)
+    scores = capped(scores, SOFTCAP)
+    if visible is not None:
+        scores = tl.where(visible, scores, float("-inf"))
+    higher = tl.maximum(top, tl.max(scores, axis=KEYS))
+    fade = tl.exp2(top - higher)
+    weights = tl.exp2(scores - tl.expand_dims(higher, 1 if DOT else 0))
+    total = total * fade + tl.sum(weights, axis=KEYS)
+    acc = acc * fade[:, None]
+    if DOT:
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+    else:
+        acc += tl.sum(weights * v.to(tl.float32), axis=0, keep_dims=True)
+    return higher, total, acc

@@ -1,0 +1,365 @@
+"""patch(model): endless, exact generation for one transformers model object, in place, and back.
+
+How a step runs: `Handle.forward` replaces the model's forward. It opens a step on the SinkCache, feeds position 0 for
+every token (so that the model's own rotation is the identity, see rope.py) and calls the model's own forward. Every
+attention layer reaches `_attention` through transformers' attention interface, and that is one op of ops.py.
+"""
+
+import contextlib
+import copy
+import inspect
+import threading
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from . import ops
+from .cache import Plan, SinkCache
+from .rope import Recorder, UnsupportedModelError, probe
+
+IMPLEMENTATION = "sinkattn"  # name in transformers' attention registries
+CHUNK = 2048  # tokens of a prompt that go through the model at a time
+
+
+class _Current(threading.local):
+    """What the attention layers of the model that runs in this thread talk to: a SinkCache, or the probe's Recorder."""
+
+    step: SinkCache | Recorder | None = None
+
+    @contextlib.contextmanager
+    def of(self, step):
+        outer, self.step = self.step, step
+        try:
+            yield
+        finally:
+            self.step = outer
+
+
+_current = _Current()
+
+
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **_):
+    """transformers' attention function: q, k, v (batch, heads, tokens, dim), new tokens only, not rotated."""
+    if _current.step is None:
+        raise RuntimeError("a part of a patched model was called by itself; call the model that sinkattn.patch() was given")
+    if dropout:
+        raise RuntimeError("attention dropout is on: sinkattn runs inference only, call model.eval()")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return _current.step.attend(module, query, key, value, attention_mask, scale, softcap or 0.0, s_aux), None
+
+
+def _mask(*args, mask_function=None, device=None, **kwargs):
+    """transformers' mask function: the ops know what is visible, only the probe asks what the model would have shown."""
+    step = _current.step
+    return step.mask(mask_function, device or step.device) if isinstance(step, Recorder) else None
+
+
+class _Replaced:
+    """A callable put on one model object in a method's place: it keeps the signature, which `generate` inspects."""
+
+    def __init__(self, call, original):
+        self.call, self.__signature__ = call, inspect.signature(original)
+
+    def __call__(self, *args, **kwargs):
+        return self.call(*args, **kwargs)
+
+
+class _NoGradient(torch.autograd.Function):
+    """Identity whose backward says why there is none."""
+
+    @staticmethod
+    def forward(ctx, output, parameter):
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("sinkattn runs inference only: there are no gradients through a patched model; remove() it first")
+
+
+class Handle:
+    """What `patch` returns: `remove()` brings the model back, and so does leaving ``with patch(model):``.
+
+    Attributes: model, plan (the keywords of `patch` and what was found of each layer).
+    """
+
+    def __init__(self, model: PreTrainedModel, sink_size: int, window_size: int, prefill: str, backend: str):
+        self.model = model
+        self._configs = [(module, module.config) for module in model.modules() if hasattr(module, "config")]
+        self._forward, self._generate = model.forward, getattr(model, "generate", None)
+        self._replaced: dict[str, object] = {}
+        self._had: dict[str, object] = {}
+        memo: dict = {}
+        copies = {id(config): copy.deepcopy(config, memo) for _, config in self._configs}
+        copies[id(model.config)].get_text_config(decoder=True)._attn_implementation = IMPLEMENTATION
+        try:
+            for module, config in self._configs:  # other models may share the config object
+                module.config = copies[id(config)]
+            recorder = Recorder(window_size)
+            with _current.of(recorder):
+                layers = probe(model, recorder, sink_size + window_size)
+            self.plan = Plan(sink_size, window_size, prefill, backend, tuple(layers))
+        except BaseException:
+            self._restore_configs()
+            raise
+        self._replace("forward", self.forward)
+        if hasattr(model, "generate"):
+            self._replace("generate", self.generate)
+            self._replace("_prepare_cache_for_generation", self.prepare_cache)
+        model._sinkattn = self
+
+    def _replace(self, name: str, call) -> None:
+        if name in vars(self.model):  # accelerate's hooks put their own forward there
+            self._had[name] = vars(self.model)[name]
+        self._replaced[name] = _Replaced(call, getattr(self.model, name))
+        setattr(self.model, name, self._replaced[name])
+
+    def _restore_configs(self) -> None:
+        for module, config in self._configs:
+            module.config = config
+
+    def remove(self) -> None:
+        """Bring back exactly the model that was there before; a second call does nothing. Its caches are then useless.
+
+        Raises RuntimeError if something else replaced the model's forward or generate since: undo that first.
+        """
+        if getattr(self.model, "_sinkattn", None) is not self:
+            return
+        for name, replaced in self._replaced.items():
+            if vars(self.model).get(name) is not replaced:
+                raise RuntimeError(f"{name} of the model was replaced after sinkattn.patch(); undo that before remove()")
+        for name in self._replaced:
+            delattr(self.model, name)
+            if name in self._had:
+                setattr(self.model, name, self._had[name])
+        del self.model._sinkattn
+        self._restore_configs()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        plan = self.plan
+        return (
+            f"<sinkattn on {type(self.model).__name__}: {plan.sink_size} sinks + window {plan.window_size}, "
+            f"prefill={plan.prefill!r}, backend={plan.backend!r}>"
+        )
+
+    # The model's methods while it is patched.
+
+    def forward(self, *args, **kwargs):
+        """The model's own forward over a SinkCache: same arguments, same outputs, streaming logits.
+
+        Without ``past_key_values`` the text starts anew; the cache is returned if ``use_cache`` (default: the config's).
+        Long inputs go through in chunks. Raises ValueError or TypeError for input that cannot be right, before the cache
+        is touched.
+        """
+        kwargs = dict(zip(inspect.signature(self._forward).parameters, args, strict=False)) | kwargs
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if (ids is None) == (embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        batch, tokens = (ids if embeds is None else embeds).shape[:2]
+        if batch == 0 or tokens == 0:
+            raise ValueError(f"an empty prompt: the input has {batch} rows of {tokens} tokens, each row needs at least one")
+        if kwargs.get("output_attentions"):
+            raise ValueError("output_attentions: the fused attention has no weights to show; remove() the patch for that")
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        if use_cache is None:
+            use_cache = getattr(self.model.config.get_text_config(decoder=True), "use_cache", True)
+        keep_cache = cache is not None or use_cache
+        if cache is None:
+            cache = SinkCache(self.model)
+        elif not isinstance(cache, SinkCache):
+            raise TypeError(
+                f"past_key_values is a {type(cache).__name__}; a patched model needs a sinkattn.SinkCache(model), or none"
+            )
+        cache.check(batch, self.plan)
+        mask = self._mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
+        if tokens > 1:  # one look at the values a prompt, none a token
+            self._check_values(ids, mask, kwargs.get("position_ids"), cache)
+        return self._run(kwargs, batch, tokens, cache, mask, keep_cache)
+
+    def _mask_of(self, attention_mask, batch: int, tokens: int, cache: SinkCache) -> Tensor | None:
+        """The mask's columns of the new tokens, (batch, tokens) bool, or None where nothing is padding."""
+        if attention_mask is None:
+            return None
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+            raise ValueError("attention_mask must be 2D, (batch, tokens): sinkattn decides what is seen, padding is up to you")
+        if attention_mask.shape[0] != batch or attention_mask.shape[1] not in (tokens, cache.seen + tokens):
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)} does not fit {batch} rows of {tokens} new tokens after "
+                f"{cache.seen}: give ({batch}, {tokens}) or ({batch}, {cache.seen + tokens})"
+            )
+        return attention_mask[:, -tokens:].bool()
+
+    def _check_values(self, ids, mask, position_ids, cache: SinkCache) -> None:
+        """Raise ValueError for right padding, ids without an embedding, and positions that are not the text's."""
+        if mask is not None and bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+            raise ValueError("attention_mask has zeros after ones: pad on the left (tokenizer.padding_side = 'left')")
+        if ids is not None:
+            size, low, high = self.model.get_input_embeddings().num_embeddings, int(ids.min()), int(ids.max())
+            if low < 0 or high >= size:
+                raise ValueError(f"input_ids reach from {low} to {high}, the model embeds 0 to {size - 1}")
+        if position_ids is not None:
+            new = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask
+            text = new.cumsum(-1) - 1 + (cache.lengths[:, None] if cache.seen else 0)
+            if position_ids.shape[-1] != new.shape[-1] or bool(((position_ids != text) & new).any()):
+                raise ValueError(
+                    "position_ids do not count each row's tokens from its first one on (packed texts, or padding counted): "
+                    "leave position_ids out, sinkattn counts them"
+                )
+
+    def _run(self, kwargs: dict, batch: int, tokens: int, cache: SinkCache, mask, keep_cache: bool):
+        """Feed the step in chunks and put the outputs together."""
+        as_tuple = kwargs.pop("return_dict", None) is False
+        labels, keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
+        chunk = tokens if self.plan.prefill == "dense" else CHUNK
+        pieces = []
+        for begin in range(0, tokens, chunk):
+            end = min(begin + chunk, tokens)
+            part = {**kwargs, "past_key_values": cache, "use_cache": True, "return_dict": True}
+            for name in ("input_ids", "inputs_embeds", "token_type_ids"):
+                if kwargs.get(name) is not None:
+                    part[name] = kwargs[name][:, begin:end]
+            if mask is not None:
+                part["attention_mask"] = mask[:, begin:end]
+            if tokens > chunk:  # the loss needs all logits, and the last logits may lie in several chunks
+                part.pop("labels", None)
+                if "logits_to_keep" in kwargs:
+                    wanted = min(end - begin, keep - (tokens - end)) if isinstance(keep, int) and keep else 0
+                    part["logits_to_keep"] = max(wanted, 1) if isinstance(keep, int) and keep else 0
+            piece = self._step(part, cache, batch, end - begin, torn=begin > 0)
+            if tokens <= chunk or not (isinstance(keep, int) and keep) or wanted > 0:
+                pieces.append(piece)
+        output = pieces[0] if len(pieces) == 1 else _joined(pieces)
+        if tokens > chunk:
+            if isinstance(keep, Tensor):
+                output["logits"] = output["logits"][:, keep]
+            if labels is not None:
+                vocab_size = self.model.config.get_text_config(decoder=True).vocab_size
+                loss = self.model.loss_function(logits=output["logits"], labels=labels, vocab_size=vocab_size)
+                output = type(output)(loss=loss, **output)
+        if not keep_cache:
+            output = type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
+        if torch.is_grad_enabled():
+            parameter = next((p for p in self.model.parameters() if p.requires_grad), None)
+            if parameter is not None:
+                for name in ("loss", "logits", "last_hidden_state"):
+                    if output.get(name) is not None:
+                        output[name] = _NoGradient.apply(output[name], parameter)
+        return output.to_tuple() if as_tuple else output
+
+    def _step(self, part: dict, cache: SinkCache, batch: int, tokens: int, torn: bool):
+        """One chunk through the model's own forward, every position 0, with its attention led to the cache."""
+        ids = part.get("input_ids")
+        device = (part["inputs_embeds"] if ids is None else ids).device
+        part["position_ids"] = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+        cache.begin(tokens, part.get("attention_mask"), batch, device)
+        try:
+            with _current.of(cache), torch.no_grad():
+                output = self._forward(**part)
+        except BaseException:
+            cache.abort(torn)
+            raise
+        cache.advance(ids)
+        return output
+
+    def generate(self, inputs=None, *args, **kwargs):
+        """The model's own `generate`: makes a SinkCache, and with one of yours takes the full history or new ids alone."""
+        if kwargs.get("cache_implementation") is not None:
+            raise ValueError("cache_implementation: a patched model brings its own cache; leave it out")
+        cache, ids = kwargs.get("past_key_values"), inputs if inputs is not None else kwargs.get("input_ids")
+        if cache is not None and not isinstance(cache, SinkCache):
+            raise TypeError(f"past_key_values is a {type(cache).__name__}; a patched model needs a sinkattn.SinkCache(model)")
+        if isinstance(ids, Tensor) and ids.shape[-1] == 0 and kwargs.get("inputs_embeds") is None:
+            raise ValueError("an empty prompt: give at least one token")
+        if cache is not None and cache.seen and isinstance(ids, Tensor):
+            mask = kwargs.get("attention_mask")
+            if not cache.holds(ids) and (mask is None or mask.shape[1] == ids.shape[1]):
+                # transformers takes ids as long as their mask for the full history: say how much came before
+                cache.check(ids.shape[0], self.plan)
+                columns = torch.arange(cache.seen, device=ids.device)[None]
+                before = columns >= (cache.seen - cache.lengths[:, None]).to(ids.device)
+                new = self._padding_of(ids, args, kwargs) if mask is None else mask
+                kwargs["attention_mask"] = torch.cat((before.to(new.dtype), new), dim=1)
+        return self._generate(inputs, *args, **kwargs)
+
+    def _padding_of(self, ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """The mask `generate` would infer: pad ids are padding, unless they also end a text."""
+        config = kwargs.get("generation_config") or (args[0] if args else None) or self.model.generation_config
+        pad, end = (kwargs.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+        ends = end if isinstance(end, list) else [end]
+        return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
+
+    def prepare_cache(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
+        """Stands for `GenerationMixin._prepare_cache_for_generation`: whatever the config names, the cache is a SinkCache."""
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"]._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = SinkCache(self.model)
+
+
+def _joined(pieces: list):
+    """One model output from the outputs of consecutive chunks: token dims are concatenated."""
+    output = {}
+    for name, last in pieces[-1].items():
+        parts = [piece[name] for piece in pieces]
+        if name in ("logits", "last_hidden_state"):
+            output[name] = torch.cat(parts, dim=1)
+        elif name == "hidden_states":
+            output[name] = tuple(torch.cat(layers, dim=1) for layers in zip(*parts, strict=True))
+        else:
+            output[name] = last
+    return type(pieces[-1])(**output)
+
+
+def patch(
+    model: PreTrainedModel,
+    sink_size: int = 4,
+    window_size: int = 1020,
+    *,
+    prefill: str = "streaming",
+    backend: str = "auto",
+) -> Handle:
+    """Make one transformers decoder endless, in place: attention sinks and a window, positions counted in the cache.
+
+    The query at position t then sees position j if ``j < S`` or ``t - W < j <= t``, at the distance ``t - j`` in the window
+    and ``min(t, S + W - 1) - j`` for a sink, S = sink_size and W = window_size: memory and time per token are constant.
+
+    model: any `PreTrainedModel` decoder whose positions are rotary, on any device and in any dtype. Its weights, buffers
+        and config are not changed; other models are not touched.
+    sink_size: tokens at the start of every row that stay for ever; 0 is plain window attention.
+    window_size: tokens, the current one included. A layer whose own sliding window is smaller keeps that.
+    prefill: "streaming" (a text gives the same logits however it is cut), or "dense": an input of several tokens is
+        attended densely and only then cut down to sinks and window (quadratic time; what attention_sinks does).
+    backend: "auto", "cuda", "triton", "cpu" or "reference", see `sinkattn.ops`.
+
+    Returns a `Handle`: ``handle.remove()``, or ``with patch(model):``.
+
+    Raises UnsupportedModelError (a ValueError) if the model cannot be served exactly, naming layer and reason; ValueError
+    for sizes or names that make no sense and for a model that is patched already; TypeError for something that is no
+    PreTrainedModel; RuntimeError for a backend that is not available. The model is then unchanged.
+
+    Source: arXiv 2309.17453, section 3.2.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"patch() takes a transformers PreTrainedModel, not a {type(model).__name__}")
+    if getattr(model, "_sinkattn", None) is not None:
+        raise ValueError(f"this {type(model).__name__} is patched already; call remove() on the handle first")
+    for name, size, least in (("sink_size", sink_size, 0), ("window_size", window_size, 1)):
+        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+            raise ValueError(f"{name}={size!r}: it needs a whole number of tokens, at least {least}")
+    if prefill not in ("streaming", "dense"):
+        raise ValueError(f"prefill={prefill!r}: choose 'streaming' or 'dense'")
+    if reason := ops.missing_backend(backend, model.device.type):
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; sinkattn serves decoders")
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(f"{type(model).__name__}: its forward takes no position_ids, so it has no rotary positions")
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _mask)
+    return Handle(model, sink_size, window_size, prefill, backend)
