@@ -10,6 +10,7 @@ takes in the sinks, which meet a query turned by another angle. The last program
 """
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -65,8 +66,8 @@ def _decode_kernel(
     rotation,  # (batch, 1, text | sink, cos | sin, HALF) or None
     learned_logits,  # (num_kv_heads * GROUP,) or None
     out,  # (batch, 1, num_kv_heads * GROUP, V_DIM)
-    partials,  # float32: values (pairs, SPLITS, GROUP, V_DIM), maxima and sums (pairs, SPLITS, GROUP); None for one split
-    arrivals,  # (pairs,) int32, zero between launches; pairs = batch * num_kv_heads
+    partials,  # float32: values (pairs, SPLITS, GROUP, V_DIM), maxima, sums (pairs, SPLITS, GROUP); None for one split
+    arrivals,  # (pairs,) int32, zero between launches; None for one split; pairs = batch * num_kv_heads
     q_row, q_head, k_row, k_head, v_row, v_head,  # strides in elements
     k_cache_row, k_cache_head, k_cache_slot, v_cache_row, v_cache_head, v_cache_slot,
     sink_size, window_size, ring_size,
@@ -94,11 +95,11 @@ def _decode_kernel(
     tile = member[:, None] * V_DIM + v_dim
     tile_inside = (member[:, None] < GROUP) & (v_dim < V_DIM)
 
-    if counts is not None:
-        if tl.load(counts + row) == 0:  # noqa: SIM102: one of them is decided when compiling
-            if is_home:
-                tl.store(out + tile, tl.zeros((BLOCK_G, BLOCK_V), out.dtype.element_ty), mask=tile_inside)
-            return
+    count = 1 if counts is None else tl.load(counts + row)
+    if count == 0:
+        if is_home:
+            tl.store(out + tile, tl.zeros((BLOCK_G, BLOCK_V), out.dtype.element_ty), mask=tile_inside)
+        return
 
     t = tl.load(lengths + row)
     written = tl.maximum(t - sink_size, 0)  # tokens that ever went into the ring
@@ -131,9 +132,9 @@ def _decode_kernel(
         k_new = load_turned(k + row * k_row + head * k_head, None, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED)
         k_new = k_new.to(k.dtype.element_ty)  # seen as it is stored
         v_new = tl.load(v + row * v_row + head * v_head + v_dim, mask=v_dim < V_DIM, other=0.0)
-        slot = tl.where(t < sink_size, t, sink_size + new_slot)
-        tl.store(k_cache + slot * k_cache_slot + dim, k_new, mask=dim < HEAD_DIM)
-        tl.store(v_cache + slot * v_cache_slot + v_dim, v_new, mask=v_dim < V_DIM)
+        place = tl.where(t < sink_size, t, sink_size + new_slot)
+        tl.store(k_cache + place * k_cache_slot + dim, k_new, mask=dim < HEAD_DIM)
+        tl.store(v_cache + place * v_cache_slot + v_dim, v_new, mask=v_dim < V_DIM)
 
         score = capped(tl.sum(tl.where(t < sink_size, q_sink, q_text) * k_new.to(tl.float32), axis=1), SOFTCAP)
         higher = tl.maximum(top, score)
@@ -144,7 +145,7 @@ def _decode_kernel(
 
         sinks = tl.minimum(t, sink_size).to(tl.int32)
         q_sink = q_sink.to(k.dtype.element_ty) if DOT else q_sink
-        for start in range(0, sinks, SINK_BLOCK):
+        for start in tl.range(0, sinks, SINK_BLOCK, num_stages=1):
             slot = start + tl.arange(0, SINK_BLOCK)
             k_sinks = load_rows(k_cache, slot, slot < sinks, k_cache_slot, dim, HEAD_DIM)
             v_sinks = load_rows(v_cache, slot, slot < sinks, v_cache_slot, v_dim, V_DIM)
@@ -183,29 +184,105 @@ _arrivals: dict[tuple[torch.device, int, int], Tensor] = {}
 
 
 def _arrival_counters(k_cache: Tensor) -> Tensor:
-    """One int32 per row and key head of a cache; zero before a launch, and zero again after it.
+    """One int32 per row and key head of a cache, zero before a launch and zero again after it.
 
-    They belong to the cache's memory, as launches that share it never overlap (they write it), whatever the stream or
-    the CUDA graph they run in; counters of a stream would be shared by two graphs captured on it. They are kept for good
-    because graphs remember their address. A cache first met during a capture gets counters that its graph zeroes.
+    They belong to the memory of the cache, because launches that share it never overlap (each writes to it), in
+    whatever streams or CUDA graphs they run. They are kept for good, because graphs remember their address.
     """
     key = (k_cache.device, k_cache.data_ptr(), k_cache.shape[0] * k_cache.shape[1])
-    counters = _arrivals.get(key)
-    if counters is None:
-        counters = torch.zeros(key[2], dtype=torch.int32, device=k_cache.device)
-        if not (k_cache.is_cuda and torch.cuda.is_current_stream_capturing()):
-            _arrivals[key] = counters
-    return counters
+    if key not in _arrivals:
+        zeros = functools.partial(torch.zeros, key[2], dtype=torch.int32, device=k_cache.device)
+        if not k_cache.is_cuda:
+            _arrivals[key] = zeros()
+        elif torch.cuda.is_current_stream_capturing():
+            return zeros()  # a cache first met in a capture: the graph zeroes its own counters at every replay
+        else:
+            # In a new thread, as this one may be warming up for torch.compile and allocate from the pool of a graph.
+            with ThreadPoolExecutor(1) as thread:
+                _arrivals[key] = thread.submit(zeros).result()
+            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+    return _arrivals[key]
 
 
 @functools.cache
-def _config(pairs: int, group: int, sink_size: int, ring_size: int, dims: tuple[int, int], itemsize: int, sms: int):
-    """Blocks, splits and warps by shape; ``dims`` are the widths of a key's and a value's tile.
+def _config(pairs: int, group: int, ring_size: int, slot_bytes: int, itemsize: int, sms: int) -> tuple[dict, int]:
+    """Launch parameters and ring slots per program. ``slot_bytes``: a key and a value as wide as their tiles.
 
-    Few pairs: latency rules. A program has one block, and the home is a program of its own. Many: programs loop over
-    their span, loads in flight behind the tensor cores, and there are no more splits than it takes to fill the GPU.
+    Few pairs are a matter of latency: a program gets one block, and the home one for itself. With many, programs loop
+    over a span with the next blocks in flight, and there are no more of them than it takes to fill the GPU.
     """
-    bytes_per_slot = sum(dims) * itemsize
-    blocks_at_once = 2 * sms // pairs
-    one_block = 64 if ring_size <= 64 * min(blocks_at_once, 16) else 128
-    ...
+    for block in (64, 128):
+        block = min(block, 2**16 // slot_bytes, triton.next_power_of_2(max(ring_size, 16)))
+        if one_block := pairs * triton.cdiv(ring_size, block) <= 2 * sms:
+            break
+    if one_block:
+        span = block
+        splits = triton.cdiv(ring_size, span) + 1
+    else:
+        block = min(2**15 // slot_bytes, 128)
+        blocks = triton.cdiv(ring_size, block)
+        span = block * triton.cdiv(blocks, min(max(3 * sms // pairs, 1), blocks))
+        splits = triton.cdiv(ring_size, span)
+    # One query alone is no work for tensor cores, but padded to 16 they leave more time to the loads.
+    dot = group > 1 or (itemsize == 2 and not one_block)
+    large = block * slot_bytes > 2**15
+    meta = {
+        "BLOCK": block,
+        "ONE_BLOCK": one_block,
+        "SPLITS": splits,
+        "SPLIT_TILE": triton.next_power_of_2(splits),
+        "DOT": dot,
+        "BLOCK_G": max(16, triton.next_power_of_2(group)) if dot else 1,
+        "STAGES": 2,
+        "num_warps": 8 if large else 2 if dot and itemsize == 2 and not one_block else 4,
+    }
+    return meta, span
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    counts: Tensor | None,
+    rotation: Tensor | None,
+    learned_logits: Tensor | None,
+    sink_size: int,
+    window_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    rotary_start: int = 0,
+    interleaved: bool = False,
+) -> Tensor:
+    """`sinkattn.ops.decode`, which states the contract, in one kernel; the floor is at the top of this file."""
+    batch, num_heads, _, head_dim = q.shape
+    num_kv_heads, slots, v_dim = v_cache.shape[1:]
+    out = q.new_empty(batch, 1, num_heads, v_dim)
+    if batch == 0:
+        return out
+    pairs, group, ring_size = batch * num_kv_heads, num_heads // num_kv_heads, slots - sink_size
+    block_d, block_v = tile_dim(head_dim), tile_dim(v_dim)
+    slot_bytes = (block_d + block_v) * q.element_size()
+    meta, span = _config(pairs, group, ring_size, slot_bytes, q.element_size(), multiprocessors(q.device))
+    splits = meta["SPLITS"]
+    with torch.cuda.device_of(q):
+        partials = arrivals = None
+        if splits > 1:
+            partials = q.new_empty(pairs * splits * group * (v_dim + 2), dtype=torch.float32)
+            arrivals = _arrival_counters(k_cache)
+        _decode_kernel[pairs, splits](
+            q, k, v, k_cache, v_cache,
+            *(x if x is None else x.contiguous() for x in (lengths, counts, rotation, learned_logits)),
+            out, partials, arrivals,
+            *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+            sink_size, window_size, ring_size, span, query_scale(scale, softcap),
+            NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, V_DIM=v_dim,
+            HALF=0 if rotation is None else rotation.shape[-1], START=rotary_start, PAIRED=interleaved, SOFTCAP=softcap,
+            BLOCK_D=block_d, BLOCK_V=block_v,
+            SINK_BLOCK=min(max(16, triton.next_power_of_2(sink_size)), meta["BLOCK"]),
+            COLUMN_TILE=min(triton.next_power_of_2(group * v_dim), max(64, 2**13 // meta["SPLIT_TILE"])),
+            **meta,
+        )  # fmt: skip
+    return out

@@ -45,8 +45,8 @@ def load_turned(
 ):
     """Rows turned by their rotary angles: (N, BLOCK_D) float32, zero where not ``inside`` (N, 1); None: all are.
 
-    x: (N, 1) pointers to dim 0, or one. angles: (N, 1) offsets into ``rotation`` of HALF cosines that HALF sines follow,
-    or one; ``rotation`` None turns nothing. PAIRED: interleaved pairs (2i, 2i + 1) instead of (i, i + HALF).
+    x: (N, 1) pointers to dim 0, or one. angles: (N, 1) offsets into ``rotation``, or one, of HALF cosines that HALF
+    sines follow; ``rotation`` None turns nothing. PAIRED: interleaved pairs (2i, 2i + 1) instead of (i, i + HALF).
     """
     mask = dim < DIM
     if inside is not None:
@@ -89,10 +89,10 @@ def open_softmax(learned_logits, head, inside, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def attend(q, k, v, visible, top, total, acc, SOFTCAP: tl.constexpr, DOT: tl.constexpr):
-    """Take one block of keys through the online softmax: returns the new ``top`` (M,), ``total`` (M,), ``acc`` (M, BLOCK_V).
+    """Take a block of keys through the online softmax; returns new ``top`` (M,), ``total`` (M,), ``acc`` (M, BLOCK_V).
 
     q: (M, BLOCK_D), k: (N, BLOCK_D), v: (N, BLOCK_V). With DOT, q has k's dtype and the scores, (M, N), come from the
-    tensor cores. Without it M is 1, q is float32, and the scores stand upright, (N, 1), where the sums over a key's dims
+    tensor cores. Without it M is 1, q is float32, and the scores stand upright, (N, 1), as the sums over a key's dims
     leave them. ``visible`` goes with the scores; None: all are.
     """
     KEYS: tl.constexpr = 1 if DOT else 0  # the axis along which the keys lie in the scores
