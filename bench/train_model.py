@@ -160,8 +160,8 @@ def train_tokenizer(texts: list[str], sample_chars: int = 20_000_000) -> Tokeniz
 def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """The token ids of all texts, each followed by </s>, as one uint16 array; no <s>."""
     parts = []
-    for start in tqdm(range(0, len(texts), 512), "tokenize", mininterval=2):
-        for encoding in tokenizer.encode_batch_fast(texts[start : start + 512], add_special_tokens=False):
+    for start in tqdm(range(0, len(texts), 2048), "tokenize", mininterval=2):
+        for encoding in tokenizer.encode_batch_fast(texts[start : start + 2048], add_special_tokens=False):
             parts += np.array(encoding.ids, np.uint16), np.array([EOS], np.uint16)
     return np.concatenate(parts)
 

@@ -123,6 +123,8 @@ def probe(model: PreTrainedModel, recorder: Recorder, capacity: int) -> list[Pro
     position_ids = torch.tensor(positions, device=model.device)[:, None]
     tables = _frequency_tables(model, capacity)
     states = [(module, _state(module)) for module in model.modules() if _frequency_buffers(module)]
+    training = [module for module in model.modules() if module.training]
+    model.eval()  # dropout would look like a position
     try:
         with torch.no_grad():
             model(input_ids=ids, position_ids=position_ids, past_key_values=recorder, use_cache=True)
@@ -136,6 +138,8 @@ def probe(model: PreTrainedModel, recorder: Recorder, capacity: int) -> list[Pro
     finally:
         for module, state in states:
             _restore(module, state)
+        for module in training:
+            module.training = True
 
     if missing := sorted(set(range(config.num_hidden_layers)) - (recorder.seen.keys() & recorder.updated)):
         raise UnsupportedModelError(

@@ -1,0 +1,279 @@
+"""Bad input: each with an error of its own, before anything is changed."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from sinkattn import SinkCache, Stream, UnsupportedModelError, ops, patch
+from tiny import COMMON, tiny
+
+S, W = 4, 10
+
+
+@pytest.fixture
+def model():
+    model = tiny("llama")
+    with patch(model, S, W):
+        yield model
+
+
+def random_ids(rows, tokens):
+    return torch.randint(1, 97, (rows, tokens))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"),
+    [
+        (dict(sink_size=-1), ValueError, "sink_size=-1"),
+        (dict(sink_size=1.5), ValueError, "sink_size=1.5"),
+        (dict(window_size=0), ValueError, "window_size=0"),
+        (dict(window_size=True), ValueError, "window_size=True"),
+        (dict(prefill="sparse"), ValueError, "prefill='sparse'"),
+        (dict(backend="opencl"), ValueError, "unknown backend 'opencl'.*'reference'"),
+        (dict(backend="cuda"), RuntimeError, "'cuda' is not available"),
+    ],
+)
+def test_keywords_of_patch(kwargs, error, message):
+    model = tiny("llama")
+    attributes = set(vars(model))
+    with pytest.raises(error, match=message):
+        patch(model, **kwargs)
+    assert set(vars(model)) == attributes
+
+
+def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch):
+    ops.missing_backend.cache_clear()
+    monkeypatch.setattr(ops, "HAS_CPU_LIBRARY", False)
+    with pytest.raises(RuntimeError, match="'cpu' is not available.*not built"):
+        patch(tiny("llama"), backend="cpu")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="'triton' is not available.*need a GPU"):
+        patch(tiny("llama"), backend="triton")
+    ops.missing_backend.cache_clear()
+
+
+def test_patched_twice(model):
+    with pytest.raises(ValueError, match="patched already"):
+        patch(model)
+
+
+def test_not_a_model():
+    with pytest.raises(TypeError, match="PreTrainedModel, not a Linear"):
+        patch(torch.nn.Linear(2, 2))
+
+
+SMALL = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+UNSUPPORTED = {
+    "encoder-decoder": (
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=97, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2)
+        ),
+        "encoder-decoder",
+    ),
+    "encoder": (lambda: transformers.BertModel(transformers.BertConfig(**SMALL)), "BertSelfAttention|BertModel"),
+    "rotary encoder": (
+        lambda: transformers.ModernBertModel(transformers.ModernBertConfig(**SMALL, pad_token_id=0)),
+        "ModernBert",
+    ),
+    "learned positions": (
+        lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=2)),
+        "GPT2Attention, layer 0: its values change with the position.*learned",
+    ),
+    "learned positions, OPT": (
+        lambda: transformers.OPTForCausalLM(
+            transformers.OPTConfig(
+                vocab_size=97, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32
+            )
+        ),
+        "OPTAttention, layer 0: its values change with the position.*learned",
+    ),
+    "norm after the rotation": (
+        lambda: transformers.HunYuanDenseV1ForCausalLM(transformers.HunYuanDenseV1Config(**COMMON, head_dim=16)),
+        "HunYuanDenseV1Attention, layer 0: query and key change with the position, but not by a plain rotation",
+    ),
+    "no attention interface": (
+        lambda: transformers.GPTJForCausalLM(
+            transformers.GPTJConfig(vocab_size=97, n_embd=32, n_layer=2, n_head=2, rotary_dim=8, n_positions=64)
+        ),
+        "GPTJForCausalLM, layer 0: its attention does not go through",
+    ),
+    "state space": (
+        lambda: transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)),
+        "MambaForCausalLM: its forward takes no position_ids",
+    ),
+    "hybrid": (
+        lambda: transformers.JambaForCausalLM(
+            transformers.JambaConfig(
+                **{**COMMON, "num_hidden_layers": 2}, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False,
+                mamba_d_state=4, mamba_dt_rank=4, num_experts=2,
+            )
+        ),
+        "Jamba",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(UNSUPPORTED))
+def test_models_that_cannot_be_exact_are_refused_and_left_alone(kind):
+    make, message = UNSUPPORTED[kind]
+    model = make().eval()
+    for parameter in model.parameters():  # norms that scale all dims alike would commute with a rotation
+        if parameter.dim() == 1:
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+    attributes, state = set(vars(model)), copy.deepcopy(model.state_dict())
+    implementation = model.config._attn_implementation
+    with pytest.raises(UnsupportedModelError, match=message):
+        patch(model, S, W)
+    assert set(vars(model)) == attributes and model.config._attn_implementation == implementation
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_scaled_normalised_rotation_is_refused():
+    """A model that does something to its keys after the rotation: the layer is named."""
+    model = tiny("llama")
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+
+    def shifted(hidden_states, position_embeddings, **kwargs):
+        cos, sin = position_embeddings
+        return forward(hidden_states, position_embeddings=(cos * 1.1, sin), **kwargs)
+
+    attention.forward = shifted
+    with pytest.raises(UnsupportedModelError, match="LlamaAttention, layer 1: .*not by a plain rotation"):
+        patch(model, S, W)
+
+
+CALLS = {
+    "right padding": (lambda i: dict(attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])), ValueError, "pad on the left"),
+    "a hole in the mask": (lambda i: dict(attention_mask=torch.tensor([[1, 0, 1, 1]] * 2)), ValueError, "pad on the left"),
+    "mask of another length": (lambda i: dict(attention_mask=torch.ones(2, 9)), ValueError, "does not fit 2 rows of 4"),
+    "4D mask": (lambda i: dict(attention_mask=torch.ones(2, 1, 4, 4)), ValueError, "must be 2D"),
+    "another batch": (lambda i: dict(input_ids=i[:1]), ValueError, "holds 2 rows and cannot go on with 1"),
+    "empty prompt": (lambda i: dict(input_ids=i[:, :0]), ValueError, "empty prompt"),
+    "no rows": (lambda i: dict(input_ids=i[:0]), ValueError, "empty prompt"),
+    "nothing": (lambda i: dict(input_ids=None), ValueError, "exactly one of"),
+    "id too large": (lambda i: dict(input_ids=i + 90), ValueError, "the model embeds 0 to 96"),
+    "negative id": (lambda i: dict(input_ids=i - 97), ValueError, "the model embeds 0 to 96"),
+    "positions": (lambda i: dict(position_ids=torch.arange(3, 7)[None]), ValueError, "leave position_ids out"),
+    "attention weights": (lambda i: dict(output_attentions=True), ValueError, "output_attentions"),
+    "DynamicCache": (lambda i: dict(past_key_values=transformers.DynamicCache()), TypeError, "DynamicCache.*SinkCache"),
+}
+
+
+@pytest.mark.parametrize("kind", list(CALLS))
+def test_bad_calls_lose_nothing(model, kind):
+    """The error comes before the cache is touched: the text goes on as if the call had not been made."""
+    change, error, message = CALLS[kind]
+    ids, more = random_ids(2, 17), random_ids(2, 4)
+    cache = SinkCache(model)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        expected = model(more, past_key_values=copy.deepcopy(cache)).logits
+        with pytest.raises(error, match=message):
+            model(**{"input_ids": more, "past_key_values": cache, **change(more)})
+        assert torch.equal(model(more, past_key_values=cache).logits, expected)
+
+
+def test_caches_of_others(model):
+    other = tiny("qwen2")
+    with pytest.raises(ValueError, match="needs a patched model"):
+        SinkCache(other)
+    with patch(other, S, W):
+        foreign = SinkCache(other)
+    with torch.no_grad(), pytest.raises(ValueError, match="made for another model"):
+        model(random_ids(1, 3), past_key_values=foreign)
+
+
+def test_another_dtype(model):
+    cache = SinkCache(model)
+    with torch.no_grad():
+        model(random_ids(1, 3), past_key_values=cache)
+        model.to(torch.bfloat16)
+        with pytest.raises(ValueError, match="holds dtype torch.float32.*bfloat16"):
+            model(random_ids(1, 3), past_key_values=cache)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_another_device(model):
+    cache = SinkCache(model)
+    with torch.no_grad():
+        model(random_ids(1, 3), past_key_values=cache)
+        model.to("cuda")
+        with pytest.raises(ValueError, match="holds device cpu"):
+            model(random_ids(1, 3).cuda(), past_key_values=cache)
+
+
+def test_gradients(model):
+    """Logits and loss are there without no_grad(); asking for gradients says why there are none."""
+    ids = random_ids(1, 20)
+    output = model(ids, labels=ids)
+    assert output.loss.item() > 0
+    with pytest.raises(RuntimeError, match="sinkattn runs inference only"):
+        output.loss.backward()
+    with pytest.raises(RuntimeError, match="sinkattn runs inference only"):
+        output.logits.sum().backward()
+
+
+def test_dropout_is_refused():
+    model = tiny("llama", attention_dropout=0.1).train()
+    with patch(model, S, W), pytest.raises(RuntimeError, match=r"call model.eval\(\)"):
+        model(random_ids(1, 3))
+
+
+def test_a_part_of_the_model_alone(model):
+    with pytest.raises(RuntimeError, match="part of a patched model was called by itself"):
+        model.model(random_ids(1, 3))
+
+
+def test_generate_arguments(model):
+    with pytest.raises(ValueError, match="cache_implementation"):
+        model.generate(random_ids(1, 3), cache_implementation="static")
+    with pytest.raises(TypeError, match="DynamicCache"):
+        model.generate(random_ids(1, 3), past_key_values=transformers.DynamicCache())
+    with pytest.raises(ValueError, match="empty prompt"):
+        model.generate(random_ids(1, 0))
+    model.generation_config.cache_implementation = "hybrid"  # what hub configs of Gemma say does not matter
+    assert model.generate(random_ids(1, 3), max_new_tokens=2).shape == (1, 5)
+
+
+def test_a_prompt_that_fails_half_way_marks_the_cache(model):
+    """A torn chunk cannot be mended, so the cache says so until it is reset; a torn token is simply fed again."""
+    cache, ids = SinkCache(model), random_ids(1, 20)
+    expected = model(ids).logits
+    layer = model.model.layers[2]
+    hook = lambda *_: (_ for _ in ()).throw(MemoryError())  # noqa: E731
+    with torch.no_grad():
+        model(ids[:, :10], past_key_values=cache)
+        handle = layer.register_forward_pre_hook(hook)
+        with pytest.raises(MemoryError):
+            model(ids[:, 10:11], past_key_values=cache)
+        handle.remove()
+        assert torch.allclose(model(ids[:, 10:], past_key_values=cache).logits, expected[:, 10:], atol=1e-4)
+        handle = layer.register_forward_pre_hook(hook)
+        with pytest.raises(MemoryError):
+            model(ids, past_key_values=cache)
+        handle.remove()
+        with pytest.raises(ValueError, match="half-way"):
+            model(ids, past_key_values=cache)
+        cache.reset()
+        assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+
+
+def test_stream_input(model):
+    stream = Stream(model)
+    with pytest.raises(ValueError, match="empty prompt"):
+        stream.append(random_ids(1, 0))
+    with pytest.raises(ValueError, match="empty prompt"):
+        stream.generate()
+    stream.append(random_ids(2, 5))
+    next(stream.generate())
+    with pytest.raises(ValueError, match="holds 2 rows"):
+        stream.append(random_ids(1, 5))
+    with pytest.raises(ValueError, match="embeds 0 to 96"):
+        stream.append(random_ids(2, 5) + 96)
+
+
+def test_assisted_generation_says_it_is_not_there_yet(model):
+    with pytest.raises((NotImplementedError, ValueError), match="assisted|rollback|crop|take tokens back"):
+        model.generate(random_ids(1, 5), assistant_model=tiny("llama"), max_new_tokens=5, do_sample=False)
