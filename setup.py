@@ -34,7 +34,7 @@ from setuptools.errors import CompileError, SetupError
 SOURCES = Path("csrc/cpu")
 OBJECTS = Path("build/objects")  # setuptools' own folder for them doesn't survive an editable installation
 OLDEST_TORCH = (2, 10)
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wno-psabi"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wno-psabi"]
 # Products and sums are fused where the source says so: vec.h. Nobody reads errno or floating-point exceptions.
 FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 INSTRUCTION_SETS = {"portable": []}
@@ -117,14 +117,15 @@ class BuildExt(build_ext):
         try:
             self.compile_and_link(Path(self.get_ext_fullpath(ext.name)))
         except subprocess.CalledProcessError as error:
-            reason = f"{shlex.join(error.cmd)} failed:\n{error.stderr}"
-            leave_out(reason, "see above; perhaps let CXX name another compiler", inplace=self.editable_mode)
+            reason = f"the compiler failed.\n{shlex.join(error.cmd)}\n{error.stderr.strip()}"
+            leave_out(reason, "let CXX name a compiler for C++17, g++ 9 or newer", inplace=self.editable_mode)
             self.distribution.ext_modules = []
             raise CompileError(str(error)) from error  # a warning, since the extension is optional
 
     def compile_and_link(self, library: Path):
         more = shlex.split(os.environ.get("CXXFLAGS", ""))
         include = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL", "-isystem", str(TORCH / "include")]
+        include.append(f"-fmacro-prefix-map={TORCH}=torch")  # __FILE__ in messages
         jobs = [self.job(SOURCES / "ops_cpu.cpp", "ops", [*FLAGS, *include, *more])]
         for name, options in INSTRUCTION_SETS.items():
             options = [*FLAGS, f"-DSINKATTN_ISA={name}", *options, *more]

@@ -36,22 +36,34 @@ def _load_ring(k_cache, v_cache, k_slot, v_slot, start, stop, sink_size, ring_si
 
 
 @triton.jit
-def _combine(out, partials, tops, totals, pair, others, GROUP: tl.constexpr, V_DIM: tl.constexpr, SPLITS: tl.constexpr,
+def _load_home(q, q_inside, k, v, k_cache, v_cache, k_slot, v_slot, rotation, angles, is_home, sinks, dim, v_dim,
+               HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr,
+               PAIRED: tl.constexpr, SINK_BLOCK: tl.constexpr):  # fmt: skip
+    """What only the home of a pair needs, and only it reads: q turned for the sinks, new k and v, a block of sinks."""
+    q_sink = load_turned(q, q_inside & is_home, rotation, angles + 2 * HALF, dim, HEAD_DIM, HALF, START, PAIRED)
+    k_new = load_turned(k, is_home, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED).to(k.dtype.element_ty)
+    v_new = tl.load(v + v_dim, mask=is_home & (v_dim < V_DIM), other=0.0)
+    slot = tl.arange(0, SINK_BLOCK)
+    k_sinks = load_rows(k_cache, slot, is_home & (slot < sinks), k_slot, dim, HEAD_DIM)
+    v_sinks = load_rows(v_cache, slot, is_home & (slot < sinks), v_slot, v_dim, V_DIM)
+    return q_sink, k_new, v_new, k_sinks, v_sinks
+
+
+@triton.jit
+def _combine(out, partials, lse, pair, others, GROUP: tl.constexpr, V_DIM: tl.constexpr, SPLITS: tl.constexpr,
              SPLIT_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr):  # fmt: skip
     """Weigh together what the programs of a pair found, in the order of the splits: the same bits every time."""
     COLUMNS: tl.constexpr = GROUP * V_DIM  # a query head of the group, and one of its dims
     split = tl.arange(0, SPLIT_TILE)[:, None]
     part = pair.to(tl.int64) * SPLITS + split
-    for start in range(0, COLUMNS, COLUMN_TILE):
+    for start in tl.range(0, COLUMNS, COLUMN_TILE, num_stages=1):
         column = start + tl.arange(0, COLUMN_TILE)
         inside = ((split < others) | (split == SPLITS - 1)) & (column < COLUMNS)[None, :]
-        member = part * GROUP + (column // V_DIM)[None, :]
-        top = tl.load(tops + member, mask=inside, other=LOWEST)
-        weight = tl.exp2(top - tl.max(top, axis=0, keep_dims=True))
-        total = tl.sum(weight * tl.load(totals + member, mask=inside, other=0.0), axis=0)
-        acc = tl.load(partials + part * COLUMNS + column[None, :], mask=inside, other=0.0)
-        acc = tl.sum(weight * acc, axis=0) / total
-        tl.store(out + column, acc.to(out.dtype.element_ty), mask=column < COLUMNS)
+        bits = tl.load(lse + part * GROUP + (column // V_DIM)[None, :], mask=inside, other=LOWEST)
+        found = tl.load(partials + part * COLUMNS + column[None, :], mask=inside, other=0.0)
+        weight = tl.exp2(bits - tl.max(bits, axis=0, keep_dims=True))
+        mean = tl.sum(weight * found, axis=0) / tl.sum(weight, axis=0)
+        tl.store(out + column, mean.to(out.dtype.element_ty), mask=column < COLUMNS)
 
 
 @triton.jit(do_not_specialize=["sink_size", "window_size", "ring_size", "span"])
@@ -66,7 +78,7 @@ def _decode_kernel(
     rotation,  # (batch, 1, text | sink, cos | sin, HALF) or None
     learned_logits,  # (num_kv_heads * GROUP,) or None
     out,  # (batch, 1, num_kv_heads * GROUP, V_DIM)
-    partials,  # float32: values (pairs, SPLITS, GROUP, V_DIM), maxima, sums (pairs, SPLITS, GROUP); None for one split
+    partials,  # float32: outputs (pairs, SPLITS, GROUP, V_DIM), log-sum-exps (pairs, SPLITS, GROUP); None for one split
     arrivals,  # (pairs,) int32, zero between launches; None for one split; pairs = batch * num_kv_heads
     q_row, q_head, k_row, k_head, v_row, v_head,  # strides in elements
     k_cache_row, k_cache_head, k_cache_slot, v_cache_row, v_cache_head, v_cache_slot,
@@ -114,70 +126,70 @@ def _decode_kernel(
     v_cache += row * v_cache_row + head.to(tl.int64) * v_cache_head
     first = split * span
     stop = tl.minimum(first + span, held)
-    if ONE_BLOCK:  # asked for before anything is waited for
+    sinks = tl.minimum(t, sink_size).to(tl.int32)  # held
+    heads = head * GROUP + member
+    q += row * q_row + heads[:, None] * q_head
+    k += row * k_row + head * k_head
+    v += row * v_row + head * v_head
+    q_inside = member[:, None] < GROUP
+    angles = row * (4 * HALF)
+
+    if ONE_BLOCK:  # everything is asked for before anything is waited for
         k_block, v_block, visible = _load_ring(
             k_cache, v_cache, k_cache_slot, v_cache_slot, first, stop, sink_size, ring_size, new_slot, seen,
             dim, v_dim, HEAD_DIM, V_DIM, BLOCK)  # fmt: skip
-
-    q_rows = q + row * q_row + (head * GROUP + member)[:, None] * q_head
-    q_inside = (member < GROUP)[:, None]
-    angles = row * (4 * HALF)
-    q_text = load_turned(q_rows, q_inside, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED) * scale
-    top, total, acc = open_softmax(None, member, member < GROUP, BLOCK_V)
-    QUERIES: tl.constexpr = 0 if DOT else 1  # the axis along which the queries lie in the scores
-
-    if is_home:
-        top, total, acc = open_softmax(learned_logits, head * GROUP + member, member < GROUP, BLOCK_V)
-        q_sink = load_turned(q_rows, q_inside, rotation, angles + 2 * HALF, dim, HEAD_DIM, HALF, START, PAIRED) * scale
-        k_new = load_turned(k + row * k_row + head * k_head, None, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED)
-        k_new = k_new.to(k.dtype.element_ty)  # seen as it is stored
-        v_new = tl.load(v + row * v_row + head * v_head + v_dim, mask=v_dim < V_DIM, other=0.0)
-        place = tl.where(t < sink_size, t, sink_size + new_slot)
-        tl.store(k_cache + place * k_cache_slot + dim, k_new, mask=dim < HEAD_DIM)
-        tl.store(v_cache + place * v_cache_slot + v_dim, v_new, mask=v_dim < V_DIM)
-
-        score = capped(tl.sum(tl.where(t < sink_size, q_sink, q_text) * k_new.to(tl.float32), axis=1), SOFTCAP)
-        higher = tl.maximum(top, score)
-        weight = tl.exp2(score - higher)
-        total = total * tl.exp2(top - higher) + weight
-        acc += weight[:, None] * v_new.to(tl.float32)
-        top = higher
-
-        sinks = tl.minimum(t, sink_size).to(tl.int32)
-        q_sink = q_sink.to(k.dtype.element_ty) if DOT else q_sink
-        for start in tl.range(0, sinks, SINK_BLOCK, num_stages=1):
-            slot = start + tl.arange(0, SINK_BLOCK)
-            k_sinks = load_rows(k_cache, slot, slot < sinks, k_cache_slot, dim, HEAD_DIM)
-            v_sinks = load_rows(v_cache, slot, slot < sinks, v_cache_slot, v_dim, V_DIM)
-            visible_sinks = tl.expand_dims(slot < sinks, QUERIES)
-            top, total, acc = attend(q_sink, k_sinks, v_sinks, visible_sinks, top, total, acc, SOFTCAP, DOT)
-
+        q_sink, k_new, v_new, k_sinks, v_sinks = _load_home(
+            q, q_inside, k, v, k_cache, v_cache, k_cache_slot, v_cache_slot, rotation, angles, is_home, sinks,
+            dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED, SINK_BLOCK)  # fmt: skip
+    q_text = load_turned(q, q_inside, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED) * scale
     q_ring = q_text.to(k.dtype.element_ty) if DOT else q_text
+    top, total, acc = open_softmax(learned_logits, heads, is_home & (member < GROUP), BLOCK_V)
+
     if ONE_BLOCK:
-        visible = tl.expand_dims(visible, QUERIES)
         top, total, acc = attend(q_ring, k_block, v_block, visible, top, total, acc, SOFTCAP, DOT)
     else:
         for start in tl.range(first, stop, BLOCK, num_stages=STAGES):
             k_block, v_block, visible = _load_ring(
                 k_cache, v_cache, k_cache_slot, v_cache_slot, start, stop, sink_size, ring_size, new_slot, seen,
                 dim, v_dim, HEAD_DIM, V_DIM, BLOCK)  # fmt: skip
-            visible = tl.expand_dims(visible, QUERIES)
             top, total, acc = attend(q_ring, k_block, v_block, visible, top, total, acc, SOFTCAP, DOT)
 
+    if is_home:
+        if not ONE_BLOCK:
+            q_sink, k_new, v_new, k_sinks, v_sinks = _load_home(
+                q, q_inside, k, v, k_cache, v_cache, k_cache_slot, v_cache_slot, rotation, angles, is_home, sinks,
+                dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED, SINK_BLOCK)  # fmt: skip
+        place = tl.where(t < sink_size, t, sink_size + new_slot)
+        tl.store(k_cache + place * k_cache_slot + dim, k_new, mask=dim < HEAD_DIM)
+        tl.store(v_cache + place * v_cache_slot + v_dim, v_new, mask=v_dim < V_DIM)
+        # The new token is seen as it is stored.
+        q_new = tl.where(t < sink_size, q_sink * scale, q_text)
+        score = capped(tl.sum(q_new * k_new.to(tl.float32), axis=1), SOFTCAP)
+        higher = tl.maximum(top, score)
+        fade, weight = tl.exp2(top - higher), tl.exp2(score - higher)
+        top = higher
+        total = total * fade + weight
+        acc = acc * fade[:, None] + weight[:, None] * v_new.to(tl.float32)
+        slot = tl.arange(0, SINK_BLOCK)
+        for start in tl.range(0, sinks, SINK_BLOCK, num_stages=1):
+            top, total, acc = attend(
+                q_sink * scale, k_sinks, v_sinks, slot < sinks - start, top, total, acc, SOFTCAP, DOT)  # fmt: skip
+            after = start + SINK_BLOCK + slot
+            k_sinks = load_rows(k_cache, after, after < sinks, k_cache_slot, dim, HEAD_DIM)
+            v_sinks = load_rows(v_cache, after, after < sinks, v_cache_slot, v_dim, V_DIM)
+
+    found = acc / tl.where(total > 0, total, 1.0)[:, None]  # a program may find slack slots alone
     if SPLITS == 1:
-        tl.store(out + tile, (acc / total[:, None]).to(out.dtype.element_ty), mask=tile_inside)
+        tl.store(out + tile, found.to(out.dtype.element_ty), mask=tile_inside)
     else:
-        parts = tl.num_programs(0).to(tl.int64) * SPLITS * GROUP
-        tops = partials + parts * V_DIM
-        totals = tops + parts
         part = (pair.to(tl.int64) * SPLITS + split) * GROUP
-        tl.store(partials + part * V_DIM + tile, acc, mask=tile_inside)
-        tl.store(tops + part + member, top, mask=member < GROUP)
-        tl.store(totals + part + member, total, mask=member < GROUP)
+        lse = partials + tl.num_programs(0).to(tl.int64) * (SPLITS * GROUP * V_DIM)
+        tl.store(partials + part * V_DIM + tile, found, mask=tile_inside)
+        tl.store(lse + part + member, top + tl.log2(total), mask=member < GROUP)
         tl.debug_barrier()  # all threads have stored before one of them says so
         if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == others:
             tl.store(arrivals + pair, 0)
-            _combine(out, partials, tops, totals, pair, others, GROUP, V_DIM, SPLITS, SPLIT_TILE, COLUMN_TILE)
+            _combine(out, partials, lse, pair, others, GROUP, V_DIM, SPLITS, SPLIT_TILE, COLUMN_TILE)
 
 
 _arrivals: dict[tuple[torch.device, int, int], Tensor] = {}
@@ -208,8 +220,8 @@ def _arrival_counters(k_cache: Tensor) -> Tensor:
 def _config(pairs: int, group: int, ring_size: int, slot_bytes: int, itemsize: int, sms: int) -> tuple[dict, int]:
     """Launch parameters and ring slots per program. ``slot_bytes``: a key and a value as wide as their tiles.
 
-    Few pairs are a matter of latency: a program gets one block, and the home one for itself. With many, programs loop
-    over a span with the next blocks in flight, and there are no more of them than it takes to fill the GPU.
+    Few pairs are a matter of latency: one block per program. With many, programs loop over a span with the next blocks
+    in flight, and there are no more of them than it takes to fill the GPU.
     """
     for block in (64, 128):
         block = min(block, 2**16 // slot_bytes, triton.next_power_of_2(max(ring_size, 16)))
@@ -217,15 +229,13 @@ def _config(pairs: int, group: int, ring_size: int, slot_bytes: int, itemsize: i
             break
     if one_block:
         span = block
-        splits = triton.cdiv(ring_size, span) + 1
     else:
         block = min(2**15 // slot_bytes, 128)
         blocks = triton.cdiv(ring_size, block)
         span = block * triton.cdiv(blocks, min(max(3 * sms // pairs, 1), blocks))
-        splits = triton.cdiv(ring_size, span)
+    splits = triton.cdiv(ring_size, span)
     # One query alone is no work for tensor cores, but padded to 16 they leave more time to the loads.
     dot = group > 1 or (itemsize == 2 and not one_block)
-    large = block * slot_bytes > 2**15
     meta = {
         "BLOCK": block,
         "ONE_BLOCK": one_block,
@@ -234,7 +244,7 @@ def _config(pairs: int, group: int, ring_size: int, slot_bytes: int, itemsize: i
         "DOT": dot,
         "BLOCK_G": max(16, triton.next_power_of_2(group)) if dot else 1,
         "STAGES": 2,
-        "num_warps": 8 if large else 2 if dot and itemsize == 2 and not one_block else 4,
+        "num_warps": 4 if block * slot_bytes < 2**15 or itemsize == 4 else 8 if one_block else 2,
     }
     return meta, span
 
@@ -270,7 +280,7 @@ def decode(
     with torch.cuda.device_of(q):
         partials = arrivals = None
         if splits > 1:
-            partials = q.new_empty(pairs * splits * group * (v_dim + 2), dtype=torch.float32)
+            partials = q.new_empty(pairs * splits * group * (v_dim + 1), dtype=torch.float32)
             arrivals = _arrival_counters(k_cache)
         _decode_kernel[pairs, splits](
             q, k, v, k_cache, v_cache,

@@ -91,21 +91,24 @@ def open_softmax(learned_logits, head, inside, BLOCK_V: tl.constexpr):
 def attend(q, k, v, visible, top, total, acc, SOFTCAP: tl.constexpr, DOT: tl.constexpr):
     """Take a block of keys through the online softmax; returns new ``top`` (M,), ``total`` (M,), ``acc`` (M, BLOCK_V).
 
-    q: (M, BLOCK_D), k: (N, BLOCK_D), v: (N, BLOCK_V). With DOT, q has k's dtype and the scores, (M, N), come from the
-    tensor cores. Without it M is 1, q is float32, and the scores stand upright, (N, 1), as the sums over a key's dims
-    leave them. ``visible`` goes with the scores; None: all are.
+    q: (M, BLOCK_D), k: (N, BLOCK_D), v: (N, BLOCK_V). visible: (N,), or (M, N) with DOT, or None: all are.
+
+    With DOT the scores, (M, N), come from the tensor cores, and q is rounded to k's dtype. Without it M is 1, and the
+    scores stand upright, (N, 1), as the sums over a key's dims leave them.
     """
     KEYS: tl.constexpr = 1 if DOT else 0  # the axis along which the keys lie in the scores
     if DOT:
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee")
     else:
         scores = tl.sum(q * k.to(tl.float32), axis=1, keep_dims=True)
     scores = capped(scores, SOFTCAP)
     if visible is not None:
+        if len(visible.shape) == 1:
+            visible = tl.expand_dims(visible, 1 - KEYS)
         scores = tl.where(visible, scores, float("-inf"))
     higher = tl.maximum(top, tl.max(scores, axis=KEYS))
     fade = tl.exp2(top - higher)
-    weights = tl.exp2(scores - tl.expand_dims(higher, 1 if DOT else 0))
+    weights = tl.exp2(scores - tl.expand_dims(higher, KEYS))
     total = total * fade + tl.sum(weights, axis=KEYS)
     acc = acc * fade[:, None]
     if DOT:

@@ -61,14 +61,10 @@ class SinkLayer(CacheLayerMixin):
 
     def check(self, key_states: Tensor) -> None:
         """Raise ValueError if new keys do not fit the buffers of an earlier call."""
-        for what, new, old in (
-            ("dtype", key_states.dtype, self.keys.dtype),
-            ("device", key_states.device, self.keys.device),
-        ):
+        for what in ("dtype", "device"):
+            new, old = getattr(key_states, what), getattr(self.keys, what)
             if new != old:
-                raise ValueError(
-                    f"this SinkCache holds {what} {old}, the model now computes in {what} {new}: make a new SinkCache"
-                )
+                raise ValueError(f"this SinkCache holds {what} {old}, the model's keys now have {new}: make a new one")
 
     def update(self, key_states, value_states, *args, **kwargs):
         return key_states, value_states  # handed through: `SinkCache.attend` appends
@@ -136,8 +132,8 @@ class SinkCache(Cache):
 
     # One step: begin, then attend once a layer, then advance.
 
-    def check(self, batch: int, plan: Plan) -> None:
-        """Raise ValueError if this cache cannot take `batch` rows of the model that has `plan`."""
+    def check(self, batch: int, device: torch.device, plan: Plan) -> None:
+        """Raise ValueError if this cache cannot take `batch` rows of ids on `device`, of the model that has `plan`."""
         if plan is not self.plan:
             raise ValueError("this SinkCache was made for another model, or for an earlier patch of this one")
         if self._broken:
@@ -146,10 +142,12 @@ class SinkCache(Cache):
             raise ValueError(
                 f"this SinkCache holds {self.batch_size} rows and cannot go on with {batch}; reset() it or make a new one"
             )
+        if self.seen and device != self.lengths.device:
+            raise ValueError(f"this SinkCache holds device {self.lengths.device}, the input is on {device}: make a new one")
 
     def begin(self, tokens: int, mask: Tensor | None, batch: int, device: torch.device) -> None:
         """Prepare a step of `tokens` columns. mask: (batch, tokens) bool, False for left padding; None for no padding."""
-        if self.lengths is None or len(self.lengths) != batch:
+        if self.lengths is None or len(self.lengths) != batch or self.lengths.device != device:
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
             for layer in self.layers:
                 layer.is_initialized = False

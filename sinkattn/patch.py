@@ -161,7 +161,8 @@ class Handle:
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if (ids is None) == (embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        batch, tokens = (ids if embeds is None else embeds).shape[:2]
+        given = ids if embeds is None else embeds
+        batch, tokens = given.shape[:2]
         if batch == 0 or tokens == 0:
             raise ValueError(f"an empty prompt: the input has {batch} rows of {tokens} tokens, each row needs at least one")
         if kwargs.get("output_attentions"):
@@ -176,7 +177,7 @@ class Handle:
             raise TypeError(
                 f"past_key_values is a {type(cache).__name__}; a patched model needs a sinkattn.SinkCache(model), or none"
             )
-        cache.check(batch, self.plan)
+        cache.check(batch, given.device, self.plan)
         mask = self._mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
         if tokens > 1:  # one look at the values a prompt, none a token
             self._check_values(ids, mask, kwargs.get("position_ids"), cache)
@@ -280,7 +281,7 @@ class Handle:
             mask = kwargs.get("attention_mask")
             if not cache.holds(ids) and (mask is None or mask.shape[1] == ids.shape[1]):
                 # transformers takes ids as long as their mask for the full history: say how much came before
-                cache.check(ids.shape[0], self.plan)
+                cache.check(ids.shape[0], ids.device, self.plan)
                 columns = torch.arange(cache.seen, device=ids.device)[None]
                 before = columns >= (cache.seen - cache.lengths[:, None]).to(ids.device)
                 new = self._padding_of(ids, args, kwargs) if mask is None else mask

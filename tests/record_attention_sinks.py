@@ -73,7 +73,7 @@ def random_model(family: str, settings: dict):
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.25)
+            torch.nn.init.normal_(parameter, std=0.2)
         else:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
     return model
