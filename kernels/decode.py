@@ -36,16 +36,18 @@ def _load_ring(k_cache, v_cache, k_slot, v_slot, start, stop, sink_size, ring_si
 
 
 @triton.jit
-def _load_home(q, q_inside, k, v, k_cache, v_cache, k_slot, v_slot, rotation, angles, is_home, sinks, dim, v_dim,
+def _load_home(q, k, v, k_cache, v_cache, k_slot, v_slot, rotation, angles, scale, at_home, members, sinks, dim, v_dim,
                HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr,
                PAIRED: tl.constexpr, SINK_BLOCK: tl.constexpr):  # fmt: skip
-    """What only the home of a pair needs, and only it reads: q turned for the sinks, new k and v, a block of sinks."""
-    q_sink = load_turned(q, q_inside & is_home, rotation, angles + 2 * HALF, dim, HEAD_DIM, HALF, START, PAIRED)
-    k_new = load_turned(k, is_home, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED).to(k.dtype.element_ty)
-    v_new = tl.load(v + v_dim, mask=is_home & (v_dim < V_DIM), other=0.0)
+    """What only the home needs, and only it reads: the q (BLOCK_G, BLOCK_D) for the sinks, the new k (1, BLOCK_D) and
+    v (1, BLOCK_V), and the first of the sinks, (SINK_BLOCK, BLOCK_D) and (SINK_BLOCK, BLOCK_V)."""
+    members = members & at_home
+    q_sink = load_turned(q, members, rotation, angles + 2 * HALF, dim, HEAD_DIM, HALF, START, PAIRED) * scale
+    k_new = load_turned(k, at_home, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED).to(k.dtype.element_ty)
+    v_new = tl.load(v + v_dim, mask=at_home & (v_dim < V_DIM), other=0.0)
     slot = tl.arange(0, SINK_BLOCK)
-    k_sinks = load_rows(k_cache, slot, is_home & (slot < sinks), k_slot, dim, HEAD_DIM)
-    v_sinks = load_rows(v_cache, slot, is_home & (slot < sinks), v_slot, v_dim, V_DIM)
+    k_sinks = load_rows(k_cache, slot, slot < sinks, k_slot, dim, HEAD_DIM)
+    v_sinks = load_rows(v_cache, slot, slot < sinks, v_slot, v_dim, V_DIM)
     return q_sink, k_new, v_new, k_sinks, v_sinks
 
 
@@ -98,6 +100,7 @@ def _decode_kernel(
     pair = tl.program_id(0)
     split = tl.program_id(1)
     is_home = split == SPLITS - 1
+    at_home = tl.full((1, 1), split, tl.int32) == SPLITS - 1  # the same for masks: the interpreter widens no bool
     row = (pair // NUM_KV_HEADS).to(tl.int64)
     head = pair % NUM_KV_HEADS
     member = tl.arange(0, BLOCK_G)  # of the group
@@ -126,12 +129,12 @@ def _decode_kernel(
     v_cache += row * v_cache_row + head.to(tl.int64) * v_cache_head
     first = split * span
     stop = tl.minimum(first + span, held)
-    sinks = tl.minimum(t, sink_size).to(tl.int32)  # held
+    sinks = tl.where(is_home, tl.minimum(t, sink_size), 0).to(tl.int32)
     heads = head * GROUP + member
     q += row * q_row + heads[:, None] * q_head
     k += row * k_row + head * k_head
     v += row * v_row + head * v_head
-    q_inside = member[:, None] < GROUP
+    members = member[:, None] < GROUP
     angles = row * (4 * HALF)
 
     if ONE_BLOCK:  # everything is asked for before anything is waited for
@@ -139,11 +142,11 @@ def _decode_kernel(
             k_cache, v_cache, k_cache_slot, v_cache_slot, first, stop, sink_size, ring_size, new_slot, seen,
             dim, v_dim, HEAD_DIM, V_DIM, BLOCK)  # fmt: skip
         q_sink, k_new, v_new, k_sinks, v_sinks = _load_home(
-            q, q_inside, k, v, k_cache, v_cache, k_cache_slot, v_cache_slot, rotation, angles, is_home, sinks,
-            dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED, SINK_BLOCK)  # fmt: skip
-    q_text = load_turned(q, q_inside, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED) * scale
+            q, k, v, k_cache, v_cache, k_cache_slot, v_cache_slot, rotation, angles, scale, at_home, members,
+            sinks, dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED, SINK_BLOCK)  # fmt: skip
+    q_text = load_turned(q, members, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED) * scale
     q_ring = q_text.to(k.dtype.element_ty) if DOT else q_text
-    top, total, acc = open_softmax(learned_logits, heads, is_home & (member < GROUP), BLOCK_V)
+    top, total, acc = open_softmax(learned_logits, heads, member < tl.where(is_home, GROUP, 0), BLOCK_V)
 
     if ONE_BLOCK:
         top, total, acc = attend(q_ring, k_block, v_block, visible, top, total, acc, SOFTCAP, DOT)
@@ -157,14 +160,13 @@ def _decode_kernel(
     if is_home:
         if not ONE_BLOCK:
             q_sink, k_new, v_new, k_sinks, v_sinks = _load_home(
-                q, q_inside, k, v, k_cache, v_cache, k_cache_slot, v_cache_slot, rotation, angles, is_home, sinks,
-                dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED, SINK_BLOCK)  # fmt: skip
+                q, k, v, k_cache, v_cache, k_cache_slot, v_cache_slot, rotation, angles, scale, at_home, members,
+                sinks, dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED, SINK_BLOCK)  # fmt: skip
         place = tl.where(t < sink_size, t, sink_size + new_slot)
         tl.store(k_cache + place * k_cache_slot + dim, k_new, mask=dim < HEAD_DIM)
         tl.store(v_cache + place * v_cache_slot + v_dim, v_new, mask=v_dim < V_DIM)
-        # The new token is seen as it is stored.
-        q_new = tl.where(t < sink_size, q_sink * scale, q_text)
-        score = capped(tl.sum(q_new * k_new.to(tl.float32), axis=1), SOFTCAP)
+        q_new = tl.where(t < sink_size, q_sink, q_text)
+        score = capped(tl.sum(q_new * k_new.to(tl.float32), axis=1), SOFTCAP)  # of the new token, as it is stored
         higher = tl.maximum(top, score)
         fade, weight = tl.exp2(top - higher), tl.exp2(score - higher)
         top = higher
@@ -172,8 +174,7 @@ def _decode_kernel(
         acc = acc * fade[:, None] + weight[:, None] * v_new.to(tl.float32)
         slot = tl.arange(0, SINK_BLOCK)
         for start in tl.range(0, sinks, SINK_BLOCK, num_stages=1):
-            top, total, acc = attend(
-                q_sink * scale, k_sinks, v_sinks, slot < sinks - start, top, total, acc, SOFTCAP, DOT)  # fmt: skip
+            top, total, acc = attend(q_sink, k_sinks, v_sinks, slot < sinks - start, top, total, acc, SOFTCAP, DOT)
             after = start + SINK_BLOCK + slot
             k_sinks = load_rows(k_cache, after, after < sinks, k_cache_slot, dim, HEAD_DIM)
             v_sinks = load_rows(v_cache, after, after < sinks, v_cache_slot, v_dim, V_DIM)
@@ -218,7 +219,7 @@ def _arrival_counters(k_cache: Tensor) -> Tensor:
 
 @functools.cache
 def _config(pairs: int, group: int, ring_size: int, slot_bytes: int, itemsize: int, sms: int) -> tuple[dict, int]:
-    """Launch parameters and ring slots per program. ``slot_bytes``: a key and a value as wide as their tiles.
+    """Launch parameters and ring slots per program. ``slot_bytes``: a key and a value, rounded up to a power of two.
 
     Few pairs are a matter of latency: one block per program. With many, programs loop over a span with the next blocks
     in flight, and there are no more of them than it takes to fill the GPU.
@@ -244,7 +245,7 @@ def _config(pairs: int, group: int, ring_size: int, slot_bytes: int, itemsize: i
         "DOT": dot,
         "BLOCK_G": max(16, triton.next_power_of_2(group)) if dot else 1,
         "STAGES": 2,
-        "num_warps": 4 if block * slot_bytes < 2**15 or itemsize == 4 else 8 if one_block else 2,
+        "num_warps": 8 if one_block and block * slot_bytes >= 2**15 else 4,
     }
     return meta, span
 
@@ -274,7 +275,7 @@ def decode(
         return out
     pairs, group, ring_size = batch * num_kv_heads, num_heads // num_kv_heads, slots - sink_size
     block_d, block_v = tile_dim(head_dim), tile_dim(v_dim)
-    slot_bytes = (block_d + block_v) * q.element_size()
+    slot_bytes = triton.next_power_of_2(block_d + block_v) * q.element_size()
     meta, span = _config(pairs, group, ring_size, slot_bytes, q.element_size(), multiprocessors(q.device))
     splits = meta["SPLITS"]
     with torch.cuda.device_of(q):

@@ -30,7 +30,7 @@ def _rotate_kernel(
     row, head = pair // NUM_KV_HEADS, pair % NUM_KV_HEADS
     index = (tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)[:, None]
     dim = tl.arange(0, BLOCK_D)[None, :]
-    angles = (row * tokens + index) * (4 * HALF)
+    angles = (row * tokens + tl.minimum(index, tokens - 1)) * (4 * HALF)
     k_rows = k + row * k_row + head * k_head + index * k_token
     tile = load_turned(k_rows, index < tokens, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED)
     mask = (index < tokens) & (dim < HEAD_DIM)
@@ -84,13 +84,16 @@ def _attend_kernel(
 
     q_rows = q + row * q_row + head.to(tl.int64) * q_head + index.to(tl.int64)[:, None] * q_token
     q_inside = ((query >= 0) & (index < tokens))[:, None]
-    angles = (row * tokens + index.to(tl.int64))[:, None] * (4 * HALF)
+    angles = (row * tokens + tl.minimum(index, tokens - 1).to(tl.int64))[:, None] * (4 * HALF)
     kv_head = (head // GROUP).to(tl.int64)
     k += row * k_row + kv_head * k_head
     v += row * v_row + kv_head * v_head
     k_cache += row * k_cache_row + kv_head * k_cache_head
     v_cache += row * v_cache_row + kv_head * v_cache_head
     top, total, acc = open_softmax(learned_logits, head + tl.zeros_like(index), index < tokens, BLOCK_V)
+
+    q_text = load_turned(q_rows, q_inside, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED) * scale
+    q_text = q_text.to(k.dtype.element_ty)
 
     # Sinks.
     if SINK_BLOCK > 0:
@@ -108,9 +111,6 @@ def _attend_kernel(
             v_block += load_rows(v, padding + key, in_chunk, v_token, v_dim, V_DIM)
             visible = (slot < sinks)[None, :] & (key[None, :] <= query[:, None])
             top, total, acc = attend(q_sink, k_block, v_block, visible, top, total, acc, SOFTCAP, True)
-
-    q_text = load_turned(q_rows, q_inside, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED) * scale
-    q_text = q_text.to(k.dtype.element_ty)
 
     # The ring, back from the newest token.
     written = tl.maximum(length - sink_size, 0)  # tokens that ever went into it
@@ -184,17 +184,16 @@ def _append_kernel(
 
 
 def _config(tokens: int, widest: int, itemsize: int) -> dict:
-    """Blocks of queries and keys by the widest tile, so that two stages stay below 99 KB of shared memory."""
-    if itemsize == 4:  # no tensor cores in full float32: small tiles, and no copies in flight
-        block_m, block_n, warps, stages = 32, 32 if widest <= 128 else 16, 4, 1
-    elif widest <= 64:
-        block_m, block_n, warps, stages = 128, 64, 4, 3
+    """Launch parameters by the widest tile: what stays below 99 KB of shared memory and spills few registers."""
+    if itemsize == 4:  # exact float32 products are not for tensor cores: small blocks, no copies in flight
+        block_m, block_n, stages = 32, 32 if widest <= 128 else 16, 1
     elif widest <= 128:
-        block_m, block_n, warps, stages = 128, 64, 8, 2
+        block_m, block_n, stages = 128, 64, 2
     else:
-        block_m, block_n, warps, stages = 64, 32, 4, 2
+        block_m, block_n, stages = 64, 32, 2
     block_m = min(block_m, max(16, triton.next_power_of_2(tokens)))
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": warps if block_m > 32 else 4}
+    warps = 8 if block_m * widest >= 2**12 else 4
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": warps}
 
 
 def prefill(

@@ -43,23 +43,22 @@ def load_rows(x, index, inside, stride, dim, DIM: tl.constexpr):
 def load_turned(
     x, inside, rotation, angles, dim, DIM: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr, PAIRED: tl.constexpr
 ):
-    """Rows turned by their rotary angles: (N, BLOCK_D) float32, zero where not ``inside`` (N, 1); None: all are.
+    """Rows turned by their rotary angles: (N, BLOCK_D) float32, zero where not ``inside``.
 
-    x: (N, 1) pointers to dim 0, or one. angles: (N, 1) offsets into ``rotation``, or one, of HALF cosines that HALF
-    sines follow; ``rotation`` None turns nothing. PAIRED: interleaved pairs (2i, 2i + 1) instead of (i, i + HALF).
+    x: pointers to dim 0, (N, 1) or one. inside: (N, 1) or one. angles: offsets into ``rotation``, (N, 1) or one,
+    always valid, of HALF cosines that HALF sines follow; ``rotation`` None turns nothing. PAIRED: interleaved pairs,
+    (2i, 2i + 1) instead of (i, i + HALF).
     """
-    mask = dim < DIM
-    if inside is not None:
-        mask = mask & inside
-    tile = tl.load(x + dim, mask=mask, other=0.0).to(tl.float32)
+    inside = inside & (dim < DIM)
+    tile = tl.load(x + dim, mask=inside, other=0.0).to(tl.float32)
     if rotation is not None:
         i = dim - START
-        turned = mask & (i >= 0) & (i < 2 * HALF)
+        turned = (i >= 0) & (i < 2 * HALF)
         is_first = i % 2 == 0 if PAIRED else i < HALF
         pair = i // 2 if PAIRED else tl.where(is_first, i, i - HALF)
         apart: tl.constexpr = 1 if PAIRED else HALF
         # The partner comes from memory again, which is a cache hit, so that no thread has to hand it over.
-        other = tl.load(x + dim + tl.where(is_first, apart, -apart), mask=turned, other=0.0).to(tl.float32)
+        other = tl.load(x + dim + tl.where(is_first, apart, -apart), mask=inside & turned, other=0.0).to(tl.float32)
         cos = tl.load(rotation + angles + pair, mask=turned, other=1.0).to(tl.float32)
         sin = tl.load(rotation + angles + HALF + pair, mask=turned, other=0.0).to(tl.float32)
         tile = tile * cos + tl.where(is_first, -other, other) * sin

@@ -143,7 +143,9 @@ class SinkCache(Cache):
                 f"this SinkCache holds {self.batch_size} rows and cannot go on with {batch}; reset() it or make a new one"
             )
         if self.seen and device != self.lengths.device:
-            raise ValueError(f"this SinkCache holds device {self.lengths.device}, the input is on {device}: make a new one")
+            raise ValueError(
+                f"this SinkCache holds device {self.lengths.device}, the input is on {device}: make a new one"
+            )
 
     def begin(self, tokens: int, mask: Tensor | None, batch: int, device: torch.device) -> None:
         """Prepare a step of `tokens` columns. mask: (batch, tokens) bool, False for left padding; None for no padding."""
@@ -192,16 +194,23 @@ class SinkCache(Cache):
         self._written = True
         if layer.rope is None:
             return run(
-                query, key, value, layer.keys, layer.values, lengths, counts, None, learned_logits, **sizes,
+                query,
+                key,
+                value,
+                layer.keys,
+                layer.values,
+                lengths,
+                counts,
+                None,
+                learned_logits,
+                **sizes,
                 backend=self.plan.backend,
             )
         sizes.update(rotary_start=layer.rope.start, interleaved=layer.rope.interleaved, backend=self.plan.backend)
         if layer.rope.varies:
             return self._attend_varying(layer, query, key, value, lengths, counts, learned_logits, sizes)
         rotation = self._rotation(layer.rope, query.device)
-        return run(
-            query, key, value, layer.keys, layer.values, lengths, counts, rotation, learned_logits, **sizes
-        )
+        return run(query, key, value, layer.keys, layer.values, lengths, counts, rotation, learned_logits, **sizes)
 
     def _rotation(self, rope: Rope, device: torch.device) -> Tensor:
         """``[text | sink][cos | sin]`` of the step's tokens, once per step and rope: (batch, tokens, 2, 2, r / 2)."""
@@ -233,16 +242,16 @@ class SinkCache(Cache):
         padding = 0 if counts is None else tokens - counts
         pieces = []
         for begin, end in itertools.pairwise(borders):
-            done, after = (lengths + (border - padding).clamp(min=0) if counts is not None else lengths + border
-                           for border in (begin, end))
+            done, after = (
+                lengths + (border - padding).clamp(min=0) if counts is not None else lengths + border
+                for border in (begin, end)
+            )
             text, row = positions[:, begin:end], row_lengths[:, end - 1 : end]
             cos, sin = rope.table(held_positions(done, layer.sink_size, ring_size), row)[:, None].unbind(-2)
             turned = rotate(layer.keys, cos, sin, rope.start, rope.interleaved).to(layer.keys.dtype)
             rotation = rope.table(torch.stack((text, self._sink_positions(text)), dim=-1), row[..., None])
             q, k, v = (x[:, :, begin:end] for x in (query, key, value))
-            out = ops.prefill(
-                q, k, v, turned, layer.values, done, after - done, rotation, learned_logits, **sizes
-            )
+            out = ops.prefill(q, k, v, turned, layer.values, done, after - done, rotation, learned_logits, **sizes)
             pieces.append(out)
             kept = (text >= done[:, None]) & ((text < layer.sink_size) | (text >= after[:, None] - ring_size))
             rows, index = kept.nonzero(as_tuple=True)

@@ -44,7 +44,9 @@ def _told() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _open(name: str, device, dtype, sink_size, window_size, backend) -> tuple[Stream, transformers.PreTrainedTokenizerBase]:
+def _open(
+    name: str, device, dtype, sink_size, window_size, backend
+) -> tuple[Stream, transformers.PreTrainedTokenizerBase]:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = demo.MODEL if name == "demo" else name
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
@@ -94,8 +96,11 @@ def generate(
 ) -> None:
     """Stream text from a model, beyond its context and at constant memory."""
     with _told():
+        text = sys.stdin.read() if prompt == "-" else prompt
+        if not text:
+            raise ValueError("an empty prompt: give --prompt some text to go on from")
         stream, tokenizer = _open(model, device, dtype, sink_size, window_size, backend)
-        stream.append(tokenizer(sys.stdin.read() if prompt == "-" else prompt, return_tensors="pt").input_ids)
+        stream.append(tokenizer(text, return_tensors="pt").input_ids)
         _write(stream, tokenizer, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
 
 
@@ -166,6 +171,8 @@ def info() -> None:
         table.add_row(device, name)
         for backend in ops.BACKENDS:
             reason = ops.missing_backend(backend, kind)
-            table.add_row(f"  {backend}", "[green]available[/green]" if reason is None else f"[yellow]missing:[/yellow] {reason}")
+            table.add_row(
+                f"  {backend}", "[green]available[/green]" if reason is None else f"[yellow]missing:[/yellow] {reason}"
+            )
     table.add_row("demo model", str(demo.MODEL) if demo.MODEL.exists() else f"[yellow]missing:[/yellow] {demo.MODEL}")
     console.print(table)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -57,12 +58,16 @@ def held_out_text() -> str:
     paths = [Path(sysconfig.get_path("stdlib")) / name for name in names]
     texts = [path.read_text(encoding="utf-8") for path in paths if path.exists()]
     if not texts:
-        raise OSError(f"the demo reads standard library sources, and {sysconfig.get_path('stdlib')} has none of {names}")
+        raise OSError(
+            f"the demo reads standard library sources, and {sysconfig.get_path('stdlib')} has none of {names}"
+        )
     return "\n".join(texts)
 
 
 def run(console: Console, device: str, tokens: int, new_tokens: int, plot: Path, seed: int) -> None:
     """Measure the three ways, print the table, save the plot, and stream what each would write next."""
+    if device == "cpu":
+        torch.set_num_threads(1)  # layers this small would spend their time waiting for each other's threads
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).to(device).eval()
     context = model.config.max_position_embeddings
@@ -82,9 +87,12 @@ def run(console: Console, device: str, tokens: int, new_tokens: int, plot: Path,
         for way in ways:
             task = progress.add_task(way.name, total=tokens)
             _measure(way, ids, lambda n, task=task: progress.advance(task, n))
-    console.print(_table(ways, tokens, context, device))
+    figures = _figures(ways, tokens, context, device)
+    console.print(_table(figures))
+    plot.parent.mkdir(parents=True, exist_ok=True)
     _plot(ways, context, plot)
-    console.print(f"plot: {plot}, figures: {plot.with_suffix('.csv')}")
+    plot.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+    console.print(f"plot: {plot}, figures: {plot.with_suffix('.json')}, {plot.with_suffix('.csv')}")
     for way in ways if new_tokens else ():
         console.rule(f"{way.name}, from token {tokens:,} on")
         _continue(way, tokenizer, ids[:1], new_tokens, seed)
@@ -113,26 +121,33 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _ranges(tokens: int, context: int) -> list[tuple[int, int]]:
-    """Position ranges that double: 0-512, 512-1024, 1024-2048, ..."""
+def _figures(ways: list[Way], tokens: int, context: int, device: str) -> dict:
+    """What was measured, as it goes into the table and the JSON: loss by position ranges that double."""
     borders = [0, context]
-    while borders[-1] < tokens:
-        borders.append(min(2 * borders[-1], tokens))
-    return list(zip(borders, borders[1:], strict=False))
+    while borders[-1] < tokens - 1:
+        borders.append(min(2 * borders[-1], tokens - 1))
+    ranges = list(zip(borders, borders[1:], strict=False))
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} thread"
+    return {
+        "title": f"Loss by position; trained on {context} tokens, {TEXTS} held-out texts of {tokens}; {name}",
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "ways": {
+            way.name: {
+                "loss": {f"{a}-{b}": round(way.loss[a:b].mean().item(), 3) for a, b in ranges},
+                "cache_bytes": way.cache_bytes,
+                "ms_per_token": round(way.ms_per_token, 2),
+            }
+            for way in ways
+        },
+    }
 
 
-def _table(ways: list[Way], tokens: int, context: int, device: str) -> Table:
-    title = f"Loss by position; trained on {context} tokens, {TEXTS} held-out texts of {tokens}, {device}"
-    table = Table(title=title)
-    table.add_column("way")
-    ranges = _ranges(tokens, context)
-    for begin, end in ranges:
-        table.add_column(f"{begin:,}-{end:,}", justify="right")
-    table.add_column("cache at the end", justify="right")
-    table.add_column("ms per token there", justify="right")
-    for way in ways:
-        losses = [f"{way.loss[begin:end].mean():.2f}" for begin, end in ranges]
-        table.add_row(way.name, *losses, f"{way.cache_bytes / 2**20:.2f} MiB", f"{way.ms_per_token:.1f}")
+def _table(figures: dict) -> Table:
+    ways = figures["ways"]
+    table = Table("way", *next(iter(ways.values()))["loss"], "cache, MiB", "ms a step", title=figures["title"])
+    for name, way in ways.items():
+        losses = [f"{loss:.2f}" for loss in way["loss"].values()]
+        table.add_row(name, *losses, f"{way['cache_bytes'] / 2**20:.2f}", f"{way['ms_per_token']:.1f}")
     return table
 
 
@@ -152,8 +167,12 @@ def _plot(ways: list[Way], context: int, path: Path) -> None:
         axes.plot(positions, losses, label=f"{way.name} ({way.cache_bytes / 2**20:.1f} MiB cache)", color=colour)
         rows += [(way.name, int(p), f"{loss:.4f}") for p, loss in zip(positions, losses, strict=True)]
     axes.axvline(context, color="grey", linestyle="--", linewidth=1)
-    axes.annotate("trained length", (context, axes.get_ylim()[1]), textcoords="offset points", xytext=(4, -12), color="grey")
-    axes.set(xlabel="position in the text (tokens)", ylabel="loss (nats per token)", title="Held-out text beyond the context")
+    axes.annotate(
+        "trained length", (context, axes.get_ylim()[1]), textcoords="offset points", xytext=(4, -12), color="grey"
+    )
+    axes.set(
+        xlabel="position in the text (tokens)", ylabel="loss (nats per token)", title="Held-out text beyond the context"
+    )
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)

@@ -42,7 +42,9 @@ _current = _Current()
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **_):
     """transformers' attention function: q, k, v (batch, heads, tokens, dim), new tokens only, not rotated."""
     if _current.step is None:
-        raise RuntimeError("a part of a patched model was called by itself; call the model that sinkattn.patch() was given")
+        raise RuntimeError(
+            "a part of a patched model was called by itself; call the model that sinkattn.patch() was given"
+        )
     if dropout:
         raise RuntimeError("attention dropout is on: sinkattn runs inference only, call model.eval()")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -74,7 +76,9 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        raise RuntimeError("sinkattn runs inference only: there are no gradients through a patched model; remove() it first")
+        raise RuntimeError(
+            "sinkattn runs inference only: there are no gradients through a patched model; remove() it first"
+        )
 
 
 class Handle:
@@ -127,7 +131,9 @@ class Handle:
             return
         for name, replaced in self._replaced.items():
             if vars(self.model).get(name) is not replaced:
-                raise RuntimeError(f"{name} of the model was replaced after sinkattn.patch(); undo that before remove()")
+                raise RuntimeError(
+                    f"{name} of the model was replaced after sinkattn.patch(); undo that before remove()"
+                )
         for name in self._replaced:
             delattr(self.model, name)
             if name in self._had:
@@ -164,9 +170,13 @@ class Handle:
         given = ids if embeds is None else embeds
         batch, tokens = given.shape[:2]
         if batch == 0 or tokens == 0:
-            raise ValueError(f"an empty prompt: the input has {batch} rows of {tokens} tokens, each row needs at least one")
+            raise ValueError(
+                f"an empty prompt: the input has {batch} rows of {tokens} tokens, each row needs at least one"
+            )
         if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions: the fused attention has no weights to show; remove() the patch for that")
+            raise ValueError(
+                "output_attentions: the fused attention has no weights to show; remove() the patch for that"
+            )
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(self.model.config.get_text_config(decoder=True), "use_cache", True)
@@ -188,7 +198,9 @@ class Handle:
         if attention_mask is None:
             return None
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-            raise ValueError("attention_mask must be 2D, (batch, tokens): sinkattn decides what is seen, padding is up to you")
+            raise ValueError(
+                "attention_mask must be 2D, (batch, tokens): sinkattn decides what is seen, padding is up to you"
+            )
         if attention_mask.shape[0] != batch or attention_mask.shape[1] not in (tokens, cache.seen + tokens):
             raise ValueError(
                 f"attention_mask {tuple(attention_mask.shape)} does not fit {batch} rows of {tokens} new tokens after "
@@ -274,7 +286,9 @@ class Handle:
             raise ValueError("cache_implementation: a patched model brings its own cache; leave it out")
         cache, ids = kwargs.get("past_key_values"), inputs if inputs is not None else kwargs.get("input_ids")
         if cache is not None and not isinstance(cache, SinkCache):
-            raise TypeError(f"past_key_values is a {type(cache).__name__}; a patched model needs a sinkattn.SinkCache(model)")
+            raise TypeError(
+                f"past_key_values is a {type(cache).__name__}; a patched model needs a sinkattn.SinkCache(model)"
+            )
         if isinstance(ids, Tensor) and ids.shape[-1] == 0 and kwargs.get("inputs_embeds") is None:
             raise ValueError("an empty prompt: give at least one token")
         if cache is not None and cache.seen and isinstance(ids, Tensor):
@@ -360,7 +374,9 @@ def patch(
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; sinkattn serves decoders")
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(f"{type(model).__name__}: its forward takes no position_ids, so it has no rotary positions")
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its forward takes no position_ids, so it has no rotary positions"
+        )
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     return Handle(model, sink_size, window_size, prefill, backend)

@@ -70,7 +70,9 @@ class Stream:
                 fed = torch.where(column == width, self._sampled, shifted)
                 mask = (column >= width).to(mask.dtype)
         self._feed(fed, mask)
-        self._remember(input_ids if mask is None else input_ids.where(mask[:, -input_ids.shape[1] :] > 0, input_ids[:, -1:]))
+        self._remember(
+            input_ids if mask is None else input_ids.where(mask[:, -input_ids.shape[1] :] > 0, input_ids[:, -1:])
+        )
 
     def generate(
         self,

@@ -145,8 +145,16 @@ def test_scaled_normalised_rotation_is_refused():
 
 
 CALLS = {
-    "right padding": (lambda i: dict(attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])), ValueError, "pad on the left"),
-    "a hole in the mask": (lambda i: dict(attention_mask=torch.tensor([[1, 0, 1, 1]] * 2)), ValueError, "pad on the left"),
+    "right padding": (
+        lambda i: dict(attention_mask=torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])),
+        ValueError,
+        "pad on the left",
+    ),
+    "a hole in the mask": (
+        lambda i: dict(attention_mask=torch.tensor([[1, 0, 1, 1]] * 2)),
+        ValueError,
+        "pad on the left",
+    ),
     "mask of another length": (lambda i: dict(attention_mask=torch.ones(2, 9)), ValueError, "does not fit 2 rows of 4"),
     "4D mask": (lambda i: dict(attention_mask=torch.ones(2, 1, 4, 4)), ValueError, "must be 2D"),
     "another batch": (lambda i: dict(input_ids=i[:1]), ValueError, "holds 2 rows and cannot go on with 1"),

@@ -1,12 +1,13 @@
 // Attention over sinks, window and the call's own tokens; compiled once per instruction set (SINKATTN_ISA names it).
 //
-// A task is a block of queries that share a key head: up to ROWS_WANTED rows, token by token and in each the heads of
-// the group. It walks over the keys that any of them sees, in blocks of consecutive positions, with a running softmax:
+// A task is a block of queries that share a key head. Its rows are, token by token, the query heads of the group. It
+// walks over the keys that any of them sees, in blocks of consecutive positions, with a running softmax,
 //
-//     max' = max(max, scores)   weights = exp(scores - max')   sum' = sum f + weights   out' = out f + weights v
+//     max' = max(max, scores)   weights = exp(scores - max')   sum' = f sum + sum(weights)   out' = f out + weights v
 //     with f = exp(max - max')
 //
-// so a key or value is loaded once for all rows of the task, and scratch memory doesn't grow with the window.
+// so a key or value is loaded once for all rows of the task, and scratch memory doesn't grow with the window. The order
+// of all sums is fixed: the same call gives the same bits with any number of threads.
 #include "params.h"
 #include "vec.h"
 
@@ -15,8 +16,8 @@ namespace {
 
 constexpr int64_t KEYS = 64;  // per block
 constexpr int ROW_TILE = 4;   // rows that share the registers loaded with keys or values
-constexpr int KEY_TILE = REGISTERS / 8;
-constexpr float INFINITE = __builtin_inff();
+constexpr int KEY_TILE = REGISTERS / 8;  // keys that do: the tile of sums fills half of the registers
+constexpr float INF = __builtin_inff();
 
 inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -120,10 +121,10 @@ void weigh_rows(const float* weights, const T* v, int64_t v_stride, int64_t coun
   for (; d < out_stride; d += LANES) weigh_tile<ROWS, 1>(weights, v + d, v_stride, count, out + d, out_stride);
 }
 
-// One query and head of a task.
+// One query head of one token.
 struct Row {
-  int64_t position, window_start;
-  float max, sum;
+  int64_t position, window_start;  // of the token
+  float max, sum;                  // of its softmax so far
 };
 
 // Scores -> weights, for keys [first, last) of the `count` of a block; the others get weight 0. Returns the factor f.
@@ -136,15 +137,15 @@ float soften(const Params& p, Row& row, float* scores, int64_t first, int64_t la
   } else {
     for (int64_t n = 0; n < end; n += LANES) store(scores + n, load(scores + n) * scale);
   }
-  for (int64_t n = 0; n < first; ++n) scores[n] = -INFINITE;
-  for (int64_t n = last; n < end; ++n) scores[n] = -INFINITE;
+  for (int64_t n = 0; n < first; ++n) scores[n] = -INF;
+  for (int64_t n = last; n < end; ++n) scores[n] = -INF;
 
-  Vec block_max = broadcast(-INFINITE);
+  Vec block_max = broadcast(-INF);
   for (int64_t n = 0; n < end; n += LANES) block_max = larger(block_max, load(scores + n));
   const float old_max = row.max, max = max_lanes(block_max);
   row.max = max > old_max ? max : old_max;
   // All scores so far may be -inf: subtract 0 then, since -inf - -inf is NaN.
-  const Vec subtract = broadcast(row.max == -INFINITE ? 0 : row.max);
+  const Vec subtract = broadcast(row.max == -INF ? 0 : row.max);
 
   Vec sum = broadcast(0);
   for (int64_t n = 0; n < end; n += LANES) {
@@ -212,8 +213,8 @@ class Task {
         const T* query = at<T>(p.q, batch_row, head, token);
         rotate(p, query, angles_of(p, batch_row, token, TEXT), q[TEXT] + r * dim);
         rotate(p, query, angles_of(p, batch_row, token, SINK), q[SINK] + r * dim);
-        const float logit = p.learned_logits ? p.learned_logits[head] : -INFINITE;  // as if a key without a value
-        state[r] = {t, window_start(p, length, t), logit, logit == -INFINITE ? 0.f : 1.f};
+        const float logit = p.learned_logits ? p.learned_logits[head] : -INF;  // as if a key without a value
+        state[r] = {t, window_start(p, length, t), logit, logit == -INF ? 0.f : 1.f};
       }
     }
   }
@@ -238,7 +239,8 @@ class Task {
 
   // One block of keys, positions [position, position + count). Positions and window starts grow from row to row, so the
   // rows that see some of it are neighbours.
-  void attend(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t position, int64_t count, Angle angle) {
+  void attend(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t position, int64_t count,
+              Angle angle) {
     int64_t begin = 0, end = (last - first) * group;
     while (begin < end && state[begin].position < position) ++begin;
     while (angle == TEXT && begin < end && state[end - 1].window_start >= position + count) --end;
@@ -295,9 +297,10 @@ class Task {
   const Params& p;
   const int64_t group, dim, v_dim;  // dims are padded to whole vectors
   int64_t batch_row, kv_head, padding, length;
-  int64_t first, last;                          // tokens
-  float *q[2], *out, *scores, *keys, *values;   // (rows, dim) by Angle, (rows, v_dim), (rows, KEYS), (KEYS, dim), ...
-  Row* state;                                   // (rows,)
+  int64_t first, last;  // tokens
+  // Scratch: q by Angle (rows, dim), out (rows, v_dim), scores (rows, KEYS), keys (KEYS, dim), values (KEYS, v_dim).
+  float *q[2], *out, *scores, *keys, *values;
+  Row* state;  // (rows,)
 };
 
 template <typename T>
@@ -338,6 +341,7 @@ void with_dtype(DType dtype, F f) {
 
 }  // namespace
 
+// In the order of Kernels' members.
 #define SINKATTN_STRING_(x) #x
 #define SINKATTN_STRING(x) SINKATTN_STRING_(x)
 

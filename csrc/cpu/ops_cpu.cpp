@@ -1,5 +1,5 @@
-// sinkattn::decode and sinkattn::prefill for CPU tensors: checks, unpacking, threads. Only LibTorch's stable ABI is used,
-// so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/ops.py, which loads this library.
+// sinkattn::decode and sinkattn::prefill for CPU tensors: checks, unpacking, threads. LibTorch's stable ABI is all that
+// is used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/ops.py, which loads this.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -163,7 +163,7 @@ Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
     const int64_t head_stride = p.tokens * p.head_dim;
     p.rotated_k = {rotated.get(), p.num_kv_heads * head_stride, head_stride, p.head_dim};
   }
-  constexpr int64_t rows_wanted = 64;  // of a task: many enough to share what they load, few enough for the L2 cache
+  constexpr int64_t rows_wanted = 64;  // of a task: enough to share what they load, few enough for the L2 cache
   p.group = p.num_heads / p.num_kv_heads;
   p.block_tokens = std::min(p.tokens, std::max<int64_t>(1, rows_wanted / p.group));
   p.blocks_per_pair = (p.tokens + p.block_tokens - 1) / p.block_tokens;

@@ -129,8 +129,8 @@ inline float max_lanes(Vec v) {
 
 typedef uint32_t Bits __attribute__((vector_size(sizeof(Vec))));
 
-// exp(x) = power * (1 + rest): x = n ln 2 + r with |r| <= ln(2) / 2, power = 2^n, rest = exp(r) - 1 by its Taylor series,
-// whose first left-out term is 5e-9. For |x| < 87. NaN in, NaN out.
+// exp(x) = power * (1 + rest): x = n ln 2 + r with |r| <= ln(2) / 2, power = 2^n, rest = exp(r) - 1 by its Taylor
+// series, whose first left-out term is 5e-9. For |x| < 87. NaN in, NaN out.
 struct SplitExp {
   Vec power, rest;
 };

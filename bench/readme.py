@@ -1,0 +1,56 @@
+"""Put the measured figures into README.md, between its markers: python bench/readme.py
+
+They come from bench/results/demo.json, which `sinkattn demo --tokens 8192 --plot bench/results/demo.png` writes, and from
+sinkattn/demo_model/training.json, which bench/train_model.py writes. `--check` only says whether README.md is up to date.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def figures() -> dict[str, str]:
+    """What stands between each marker and the next ``<!-- end -->``."""
+    demo = json.loads((ROOT / "bench/results/demo.json").read_text())
+    training = json.loads((ROOT / "sinkattn/demo_model/training.json").read_text())
+    ways = demo["ways"]
+    ranges = list(next(iter(ways.values()))["loss"])
+    rows = [
+        [name, *(f"{loss:.2f}" for loss in way["loss"].values()), f"{way['cache_bytes'] / 2**20:.1f}", f"{way['ms_per_token']:.1f}"]
+        for name, way in ways.items()
+    ]  # fmt: skip
+    held_out = training["evaluation"]["loss_by_position"]
+    training_rows = [[name, *(f"{loss:.2f}" for loss in losses.values())] for name, losses in held_out.items()]
+    return {
+        "demo device": demo["title"].split("; ")[-1],
+        "demo table": f"\n{table(['loss at', *ranges, 'cache, MiB', 'ms a step at the end'], rows)}\n",
+        "training table": "\nThe same, computed by a separate program on "
+        f"{training['evaluation']['streams']} held-out texts when the model was trained (`bench/train_model.py`, plain PyTorch, "
+        f"nothing of sinkattn; attention on position 0 reaches {max(training['evaluation']['attention_on_first']):.2f}):\n\n"
+        + table(["loss at", *next(iter(held_out.values()))], training_rows)
+        + "\n",
+    }
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    before = after = path.read_text()
+    for name, text in figures().items():
+        after = re.sub(
+            rf"(<!-- {name} -->).*?(<!-- end -->)", lambda m, t=text: m[1] + t + m[2], after, flags=re.DOTALL
+        )
+    if "--check" in sys.argv:
+        sys.exit(None if before == after else "README.md is behind the results: run python bench/readme.py")
+    path.write_text(after)
+
+
+if __name__ == "__main__":
+    main()

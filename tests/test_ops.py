@@ -1,0 +1,438 @@
+"""The ops of every backend there is against `sinkattn.reference` in float64: outputs, caches, errors, compilation.
+
+What no one may look at holds NaN: slots that are still empty, and all that belongs to padding.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sinkattn import ops, reference
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+BACKENDS = [
+    pytest.param(backend, device, id=f"{backend}-{device}")
+    for device in DEVICES
+    for backend in ops.BACKENDS
+    if backend != "auto" and ops.missing_backend(backend, device) is None
+]
+
+# dtype: error of one number, absolute and relative; floor of the error of a tensor, relative, where twice that of the
+# reference in the same dtype is next to nothing.
+TOLERANCES = {
+    torch.float32: (1e-5, 4e-6),
+    torch.float16: (2e-3, 1.2e-4),
+    torch.bfloat16: (1.6e-2, 1e-3),
+}
+BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Fresh data every time; a failing test prints the seed, and ``SINKATTN_SEED`` repeats it."""
+    value = int(os.environ.get("SINKATTN_SEED") or torch.seed() % 2**32)
+    torch.manual_seed(value)
+    print(f"SINKATTN_SEED={value}")
+
+
+@dataclasses.dataclass
+class Case:
+    """One call of an op. ``ring`` None is ``window``; ``rotary`` None rotates all dims, 0 none."""
+
+    lengths: tuple = ()
+    counts: tuple | None = None
+    tokens: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 16
+    v_dim: int | None = None
+    sink: int = 4
+    window: int = 12
+    ring: int | None = None
+    rotary: int | None = None
+    start: int = 0
+    interleaved: bool = False
+    learned: bool = False
+    softcap: float = 0.0
+    dense: int | None = None  # of prefill
+
+    @property
+    def sizes(self):
+        sizes = {
+            "sink_size": self.sink,
+            "window_size": self.window,
+            "scale": self.head_dim**-0.5,
+            "softcap": self.softcap,
+            "rotary_start": self.start,
+            "interleaved": self.interleaved,
+        }
+        return sizes if self.dense is None else sizes | {"dense_window": self.dense}
+
+    def tensors(self, dtype, device="cpu"):
+        """The nine tensors of the ops: q, k, v transposed views, caches slices of something larger, data all random."""
+        batch, slots = len(self.lengths), self.sink + (self.ring or self.window)
+        v_dim = self.v_dim or self.head_dim
+        lengths = torch.tensor(self.lengths, dtype=torch.int64)
+        counts = None if self.counts is None else torch.tensor(self.counts, dtype=torch.int64)
+
+        def new(heads, dim):
+            return torch.randn(batch, self.tokens, heads, dim).to(dtype).transpose(1, 2)
+
+        def cache(dim):
+            large = torch.randn(batch + 1, self.kv_heads, slots + 3, dim + 8).to(dtype)
+            part = large[1:, :, 2:-1, 8:]
+            return part.masked_fill_(empty, torch.nan)
+
+        empty = (reference.held_positions(lengths, self.sink, slots - self.sink) < 0)[:, None, :, None]
+        q, k, v = new(self.heads, self.head_dim), new(self.kv_heads, self.head_dim), new(self.kv_heads, v_dim)
+        caches = cache(self.head_dim), cache(v_dim)
+        half = (self.head_dim if self.rotary is None else self.rotary) // 2
+        angles = 100 * torch.randn(batch, self.tokens, 2, half)
+        rotation = torch.stack((angles.cos(), angles.sin()), dim=3) if half else None
+        learned = torch.randn(self.heads) if self.learned else None
+        if counts is not None:
+            padding = torch.arange(self.tokens) < self.tokens - counts[:, None]
+            for x in (q, k, v):
+                x.masked_fill_(padding[:, None, :, None], torch.nan)
+            if half:
+                rotation.masked_fill_(padding[:, :, None, None, None], torch.nan)
+        tensors = q, k, v, *caches, lengths, counts, rotation, learned
+        return tuple(x if x is None or device == "cpu" else _like(x, x.to(device)) for x in tensors)
+
+
+def _like(x, values):
+    """``values`` with the strides of x."""
+    out = torch.empty_strided(x.shape, x.stride(), dtype=values.dtype, device=values.device)
+    return out.copy_(values)
+
+
+def copies(tensors, dtype=None, device=None):
+    """Caches that may be written to, the rest as it is; or all in another dtype."""
+    out = [x if x is None else x.to(device) if device else x for x in tensors]
+    if dtype:
+        out = [x.to(dtype) if x is not None and x.is_floating_point() else x for x in out]
+    return *out[:3], *(_like(x, x) for x in out[3:5]), *out[5:]
+
+
+def same_bits(a, b):
+    return torch.equal(a.contiguous().view(BITS[a.dtype]), b.contiguous().view(BITS[b.dtype]))
+
+
+def assert_close(out, exact, low, dtype):
+    """``exact`` is float64; ``low`` the same computation by the reference in ``dtype``."""
+    tolerance, floor = TOLERANCES[dtype]
+    assert out.dtype == dtype and out.shape == exact.shape
+    out, low = out.double(), low.double()
+    torch.testing.assert_close(out, exact, rtol=tolerance, atol=tolerance)
+    assert (out - exact).norm() <= 2 * (low - exact).norm() + floor * exact.norm()
+
+
+def check(op, backend, device, dtype, case):
+    """One call: the output, the new slots and the old ones."""
+    tensors = case.tensors(dtype, device)
+    before = copies(tensors, device="cpu")
+    exact, low = copies(before, torch.float64), copies(before)
+    exact_out = reference.attention(*exact, **case.sizes)
+    low_out = reference.attention(*low, **case.sizes)
+    run = copies(tensors)
+    out = getattr(ops, op)(*run, **case.sizes, backend=backend)
+    assert out.is_contiguous()
+
+    out, k_cache, v_cache = (x.cpu() for x in (out, *run[3:5]))
+    assert_close(out, exact_out, low_out, dtype)
+    lengths, counts = before[5:7]
+    total = lengths + (case.tokens if counts is None else counts)
+    slots = k_cache.shape[2]
+    is_new = (reference.held_positions(total, case.sink, slots - case.sink) >= lengths[:, None])[:, None, :, None]
+    assert same_bits(k_cache.masked_fill(is_new, 0), before[3].masked_fill(is_new, 0)), "an old key changed"
+    assert same_bits(v_cache, low[4]), "a value was not stored, or an old one changed"
+    if before[7] is None:
+        assert same_bits(k_cache, low[3])
+    else:  # a turned key is a sum of two products
+        new_keys = (x.masked_fill(~is_new, 0).double() for x in (k_cache, exact[3]))
+        torch.testing.assert_close(*new_keys, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def dtypes(device):
+    """The interpreter has no products of bfloat16: its `tl.dot` multiplies their bit patterns."""
+    return list(TOLERANCES) if device == "cuda" else [torch.float32, torch.float16]
+
+
+def edges(sink=4, window=12):
+    """Lengths around which something changes, in groups of a few and of many rows, which may be split differently."""
+    c = sink + window
+    return [(0, 1, sink - 1), (sink, c - 1, c), (c + 1, 3 * c + 7, 4_000_000), (0, sink, c, c + 1, 3 * c + 7, 9 * c)]
+
+
+SHAPES = {
+    "plain": {},
+    "gqa 2": {"heads": 4},
+    "gqa 3": {"heads": 6},
+    "gqa 7": {"heads": 7, "kv_heads": 1},
+    "mqa 20": {"heads": 20, "kv_heads": 1},
+    "head_dim 8": {"head_dim": 8, "heads": 4},
+    "head_dim 80": {"head_dim": 80},
+    "head_dim 96": {"head_dim": 96, "heads": 4},
+    "head_dim 192, v 128": {"head_dim": 192, "v_dim": 128, "heads": 4},
+    "head_dim 256": {"head_dim": 256, "v_dim": 256},
+    "v_dim 40": {"v_dim": 40, "heads": 4},
+    "no rotation": {"rotary": 0},
+    "partial": {"rotary": 8},
+    "partial, offset": {"rotary": 6, "start": 5},
+    "interleaved": {"interleaved": True},
+    "interleaved, partial, offset": {"interleaved": True, "rotary": 6, "start": 3},
+    "no sinks": {"sink": 0},
+    "many sinks": {"sink": 37, "lengths": (0, 36, 37, 60)},
+    "window 1": {"window": 1, "lengths": (0, 3, 4, 5, 40)},
+    "slack slots": {"ring": 17, "lengths": (4, 16, 20, 21, 22, 33, 34, 1000)},
+    "learned logits": {"learned": True, "heads": 6},
+    "softcap": {"softcap": 3.0, "heads": 4},
+    "learned logits, softcap, no sinks": {"learned": True, "softcap": 20.0, "sink": 0, "rotary": 0},
+}
+MIXED = (3, 16, 55, 4_000_000)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+class TestDecode:
+    @pytest.mark.parametrize("heads", [2, 4, 8])
+    @pytest.mark.parametrize("lengths", edges(), ids=str)
+    def test_edges(self, backend, device, lengths, heads):
+        for dtype in dtypes(device):
+            check("decode", backend, device, dtype, Case(lengths, heads=heads))
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_shapes(self, backend, device, shape):
+        for dtype in dtypes(device):
+            check("decode", backend, device, dtype, Case(**{"lengths": MIXED} | SHAPES[shape]))
+
+    @pytest.mark.parametrize("heads", [2, 6])
+    def test_rows_that_skip(self, backend, device, heads):
+        case = Case(MIXED, counts=(0, 1, 0, 1), heads=heads, learned=True)
+        for dtype in dtypes(device):
+            check("decode", backend, device, dtype, case)
+
+    @pytest.mark.parametrize("rows", [1, 3])
+    @pytest.mark.parametrize("heads", [2, 4])
+    def test_long_rings(self, backend, device, heads, rows):
+        """More slots than one program reads, some of them slack."""
+        for lengths in ((100,) * rows, (200, 304, 5000)[:rows]):
+            case = Case(lengths, heads=heads, window=290, ring=300)
+            check("decode", backend, device, dtypes(device)[rows % 2], case)
+
+    def test_no_rows(self, backend, device):
+        tensors = Case((), heads=6, v_dim=24).tensors(torch.float32, device)
+        assert ops.decode(*tensors, **Case().sizes, backend=backend).shape == (0, 1, 6, 24)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+class TestPrefill:
+    @pytest.mark.parametrize("tokens", [1, 5, 35])
+    @pytest.mark.parametrize("lengths", edges(), ids=str)
+    def test_edges(self, backend, device, lengths, tokens):
+        for dtype in dtypes(device):
+            check("prefill", backend, device, dtype, Case(lengths, tokens=tokens))
+
+    @pytest.mark.parametrize("shape", SHAPES)
+    def test_shapes(self, backend, device, shape):
+        for dtype in dtypes(device):
+            check("prefill", backend, device, dtype, Case(**{"lengths": MIXED, "tokens": 19} | SHAPES[shape]))
+
+    @pytest.mark.parametrize("dense", [0, 12, 20, 10**15])
+    @pytest.mark.parametrize("tokens", [3, 30])
+    def test_padding(self, backend, device, tokens, dense):
+        """Left padding from none to all of a row, streaming and dense."""
+        counts = (0, 1, tokens // 2, tokens - 1, tokens, tokens)
+        case = Case((0, 1, 3, 20, 0, 4_000_000), counts, tokens, dense=dense, heads=4, learned=True)
+        for dtype in dtypes(device):
+            check("prefill", backend, device, dtype, case)
+
+    @pytest.mark.parametrize("dense", [0, 130])
+    def test_long_chunks(self, backend, device, dense):
+        """Several blocks of queries, and of keys that all of them see."""
+        case = Case((0, 500), (150, 149), 150, 2, 1, window=100, dense=dense)
+        for dtype in dtypes(device):
+            check("prefill", backend, device, dtype, case)
+
+    def test_no_rows(self, backend, device):
+        tensors = Case((), tokens=7, heads=6, v_dim=24).tensors(torch.float32, device)
+        assert ops.prefill(*tensors, **Case().sizes, backend=backend).shape == (0, 7, 6, 24)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+def test_chunks_do_not_matter(backend, device):
+    """A text at once, in chunks, and token by token."""
+    text = Case((0, 0), tokens=45, heads=4, learned=True)
+    q, k, v, k_cache, v_cache, lengths, counts, rotation, learned = text.tensors(torch.float32, device)
+
+    def run(chunks):
+        caches = k_cache.clone(), v_cache.clone()
+        outs, begin = [], 0
+        for size in chunks:
+            part = slice(begin, begin + size)
+            op = ops.decode if size == 1 else ops.prefill
+            at = (q[:, :, part], k[:, :, part], v[:, :, part], *caches, lengths + begin, counts, rotation[:, part])
+            outs.append(op(*at, learned, **text.sizes, backend=backend))
+            begin += size
+        return torch.cat(outs, dim=1), *caches
+
+    whole = run([45])
+    for chunks in ([1] * 45, [3, 1, 16, 20, 5], [30, 15]):
+        torch.testing.assert_close(run(chunks), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("op", ["decode", "prefill"])
+def test_same_bits(backend, device, op):
+    """The same input gives the same bits, in whatever order programs and threads finish."""
+    for lengths in ((5000,), MIXED):
+        case = Case(lengths, tokens=1 if op == "decode" else 40, heads=6, window=290)
+        tensors = case.tensors(torch.float16, device)
+        runs = [copies(tensors) for _ in range(2 if device == "cpu" else 20)]
+        outs = [getattr(ops, op)(*run, **case.sizes, backend=backend) for run in runs]
+        for out, run in zip(outs, runs, strict=True):
+            assert same_bits(out, outs[0]) and same_bits(run[3], runs[0][3]) and same_bits(run[4], runs[0][4])
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("op", ["decode", "prefill"])
+def test_neighbours_do_not_matter(backend, device, op):
+    """A row of a batch gives what it gives alone."""
+    case = Case((2, 40, 4_000_000), tokens=1 if op == "decode" else 9, heads=4)
+    tensors = case.tensors(torch.float32, device)
+    together = copies(tensors)
+    out = getattr(ops, op)(*together, **case.sizes, backend=backend)
+    for row in range(3):
+        alone = copies([x if x is None or i == 8 else x[row : row + 1] for i, x in enumerate(tensors)])
+        single = getattr(ops, op)(*alone, **case.sizes, backend=backend)
+        torch.testing.assert_close(single, out[row : row + 1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(alone[3], together[3][row : row + 1], rtol=0, atol=0, equal_nan=True)
+
+
+BAD_INPUTS = {
+    "unknown backend": ({}, {"backend": "fast"}, ValueError, "unknown backend 'fast'"),
+    "missing backend": ({}, {"backend": "cuda" if DEVICES == ("cpu",) else "cpu"}, RuntimeError, "is not available"),
+    "q of 3 dims": ({"q": lambda x: x[0]}, {}, ValueError, "q has shape"),
+    "two tokens": ({"q": lambda x: x.repeat(1, 1, 2, 1)}, {}, ValueError, "decode takes one token a row, q has 2"),
+    "k of another dtype": ({"k": lambda x: x.half()}, {}, TypeError, "k is torch.float16, q is torch.float32"),
+    "cache of another dtype": ({"v_cache": lambda x: x.double()}, {}, TypeError, "v_cache is torch.float64"),
+    "v of another head count": ({"v": lambda x: x[:, :1]}, {}, ValueError, "do not fit"),
+    "k of another dim": ({"k": lambda x: x[..., :8]}, {}, ValueError, "k needs q's head_dim"),
+    "heads that do not divide": ({"q": lambda x: x[:, :3]}, {}, ValueError, "3 query heads cannot share 2"),
+    "caches that do not fit": ({"k_cache": lambda x: x[:, :, 1:]}, {}, ValueError, "one number of slots"),
+    "window beyond the ring": ({}, {"window_size": 13}, ValueError, "do not fit a cache of 16 slots"),
+    "no window": ({}, {"window_size": 0}, ValueError, "window_size >= 1"),
+    "negative sinks": ({}, {"sink_size": -1}, ValueError, "sink_size >= 0"),
+    "lengths of int32": ({"lengths": lambda x: x.int()}, {}, ValueError, "lengths is torch.int32"),
+    "counts of another batch": ({"counts": lambda x: x[:1]}, {}, ValueError, "counts is torch.int64"),
+    "rotation of 4 dims": ({"rotation": lambda x: x[:, 0]}, {}, ValueError, "rotation .* does not fit"),
+    "rotation beyond the head": ({}, {"rotary_start": 1}, ValueError, "rotary_start . r <= head_dim = 16"),
+    "rotation of half precision": ({"rotation": lambda x: x.half()}, {}, TypeError, "rotation is torch.float16"),
+    "logits of another head count": ({"learned_logits": lambda x: x[1:]}, {}, ValueError, "learned_logits has shape"),
+    "gradients": ({"q": lambda x: x.clone().requires_grad_()}, {}, RuntimeError, "these ops are for inference"),
+    "another device": ({"lengths": lambda x: x.to("meta")}, {}, ValueError, "all must be on one device"),
+    "float64": (
+        dict.fromkeys(("q", "k", "v", "k_cache", "v_cache"), lambda x: x.double()), {}, TypeError, "'reference' alone"
+    ),
+    "wide heads": (
+        dict.fromkeys(("q", "k", "k_cache"), lambda x: x.repeat(1, 1, 1, 17)), {}, ValueError, "272 is above 256"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_errors(name):
+    """Bad input is named, and the cache is left alone."""
+    change, sizes, error, message = BAD_INPUTS[name]
+    case = Case((3, 20), (1, 1), heads=4, learned=True)
+    names = ("q", "k", "v", "k_cache", "v_cache", "lengths", "counts", "rotation", "learned_logits")
+    tensors = dict(zip(names, case.tensors(torch.float32, DEVICES[-1]), strict=True))
+    tensors |= {key: function(tensors[key]) for key, function in change.items()}
+    before = {key: tensors[key].clone() for key in ("k_cache", "v_cache")}
+    with pytest.raises(error, match=message):
+        ops.decode(**tensors, **case.sizes | sizes)
+    for key, cache in before.items():
+        torch.testing.assert_close(tensors[key], cache, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", ["decode", "prefill"])
+def test_opcheck(op, device):
+    case = Case((20, 40), (1, 0), tokens=1 if op == "decode" else 3, heads=4, learned=True)
+    tensors = [x if x is None else x.nan_to_num(0) if x.is_floating_point() else x for x in case.tensors(torch.float32)]
+    tensors = [x if x is None else x.to(device) for x in tensors]
+    torch.library.opcheck(getattr(torch.ops.sinkattn, op).default, (*tensors, *case.sizes.values()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", ["decode", "prefill"])
+def test_compile(op, device):
+    """One graph, and it writes to the cache it was given."""
+    case = Case((3, 20), tokens=1 if op == "decode" else 3, heads=4)
+    tensors = case.tensors(torch.float32, device)
+    eager, compiled = copies(tensors), copies(tensors)
+
+    def function(*tensors):
+        return 2 * getattr(ops, op)(*tensors, **case.sizes)
+
+    out = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled)
+    torch.testing.assert_close(out, function(*eager), rtol=0, atol=0)
+    torch.testing.assert_close(compiled[3:5], eager[3:5], rtol=0, atol=0, equal_nan=True)
+
+
+@given(sink=st.integers(0, 6), ring=st.integers(1, 9), lengths=st.lists(st.integers(0, 60), min_size=1, max_size=4))
+def test_slot_arithmetic(sink, ring, lengths):
+    """`slot_of` and `held_positions` against a list that is written to token by token."""
+    rows = []
+    for length in lengths:
+        held, oldest = [-1] * (sink + ring), sink
+        for position in range(length):
+            if position < sink + ring:  # slots fill up in order
+                slot = position
+            else:  # and then the oldest token that is no sink makes room
+                slot, oldest = held.index(oldest), oldest + 1
+            assert reference.slot_of(torch.tensor(position), sink, ring) == slot
+            held[slot] = position
+        rows.append(held)
+    assert reference.held_positions(torch.tensor(lengths), sink, ring).tolist() == rows
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile them")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile(capability):
+    """Down to the machine code of a GPU, which needs none: the interpreter is less strict about types than that."""
+    pytest.importorskip("triton.backends.nvidia")
+    code = """
+        import torch, triton
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime.jit import JITFunction
+
+        class Driver:
+            get_current_target = staticmethod(lambda: GPUTarget("cuda", CAPABILITY, 32))
+            get_current_device = staticmethod(lambda: 0)
+            get_current_stream = staticmethod(lambda device: 0)
+
+        triton.runtime.driver.set_active(Driver())
+        compile_and_launch = JITFunction.run
+        JITFunction.run = lambda *args, **kwargs: compile_and_launch(*args, **kwargs | {"warmup": True})
+        from sinkattn.kernels import decode, prefill
+
+        def tensors(batch, heads, tokens):
+            new = torch.empty(3, batch, heads, tokens, 32, dtype=torch.bfloat16)
+            cache = torch.empty(2, batch, 2, 300, 32, dtype=torch.bfloat16)
+            lengths, rotation = torch.zeros(batch, dtype=torch.int64), torch.empty(batch, tokens, 2, 2, 16)
+            return new[0], *new[1:, :, :2], *cache, lengths, lengths, rotation, torch.empty(heads), 4, 290, 0.2, 30.0
+
+        decode.decode(*tensors(1, 2, 1))
+        decode.decode(*tensors(9, 6, 1))
+        prefill.prefill(*tensors(1, 4, 200))
+    """
+    code = textwrap.dedent(code).replace("CAPABILITY", str(capability))
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
