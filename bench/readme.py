@@ -1,7 +1,8 @@
 """Put the measured figures into README.md, between its markers: python bench/readme.py
 
-They come from bench/results/demo.json, which `sinkattn demo --tokens 8192 --plot bench/results/demo.png` writes, and from
-sinkattn/demo_model/training.json, which bench/train_model.py writes. `--check` only says whether README.md is up to date.
+They come from bench/results/demo.json, which `sinkattn demo --tokens 8192 --plot bench/results/demo.png` writes, and
+from sinkattn/demo_model/training.json, which bench/train_model.py writes. `--check` only says whether README.md is up
+to date.
 """
 
 import json
@@ -24,17 +25,23 @@ def figures() -> dict[str, str]:
     ways = demo["ways"]
     ranges = list(next(iter(ways.values()))["loss"])
     rows = [
-        [name, *(f"{loss:.2f}" for loss in way["loss"].values()), f"{way['cache_bytes'] / 2**20:.1f}", f"{way['ms_per_token']:.1f}"]
+        [
+            name,
+            *(f"{x:.2f}" for x in way["loss"].values()),
+            f"{way['cache_bytes'] / 2**20:.1f}",
+            f"{way['ms_per_step']:.1f}",
+        ]
         for name, way in ways.items()
-    ]  # fmt: skip
-    held_out = training["evaluation"]["loss_by_position"]
+    ]
+    evaluation = training["evaluation"]
+    held_out = evaluation["loss_by_position"]
     training_rows = [[name, *(f"{loss:.2f}" for loss in losses.values())] for name, losses in held_out.items()]
     return {
         "demo device": demo["title"].split("; ")[-1],
         "demo table": f"\n{table(['loss at', *ranges, 'cache, MiB', 'ms a step at the end'], rows)}\n",
-        "training table": "\nThe same, computed by a separate program on "
-        f"{training['evaluation']['streams']} held-out texts when the model was trained (`bench/train_model.py`, plain PyTorch, "
-        f"nothing of sinkattn; attention on position 0 reaches {max(training['evaluation']['attention_on_first']):.2f}):\n\n"
+        "training table": f"\nThe same on {evaluation['streams']} held-out texts, computed when the model was trained "
+        "by plain PyTorch and nothing of sinkattn (`bench/train_model.py`; in one layer the attention on position 0 is "
+        f"{max(evaluation['attention_on_first']):.2f} in the mean):\n\n"
         + table(["loss at", *next(iter(held_out.values()))], training_rows)
         + "\n",
     }

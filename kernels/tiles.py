@@ -61,7 +61,8 @@ def load_turned(
         other = tl.load(x + dim + tl.where(is_first, apart, -apart), mask=inside & turned, other=0.0).to(tl.float32)
         cos = tl.load(rotation + angles + pair, mask=turned, other=1.0).to(tl.float32)
         sin = tl.load(rotation + angles + HALF + pair, mask=turned, other=0.0).to(tl.float32)
-        tile = tile * cos + tl.where(is_first, -other, other) * sin
+        # The angles of padding may be NaN.
+        tile = tl.where(inside, tile * cos + tl.where(is_first, -other, other) * sin, 0.0)
     return tile
 
 

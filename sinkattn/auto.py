@@ -13,8 +13,9 @@ class _Sinks:
         """Load a model as transformers does and patch it to give the logits of attention_sinks 0.4.0.
 
         attention_sink_size: tokens kept from the start of the text. attention_sink_window_size: *old* tokens kept, the
-        current one not counted, so it is ``window_size=attention_sink_window_size + 1`` of `patch`. As there, a prompt is
-        attended densely (``prefill="dense"``). Other arguments are those of transformers. Raises what `patch` raises.
+        current one not counted, so it is ``window_size=attention_sink_window_size + 1`` of `patch`. As there, a prompt
+        is attended densely (``prefill="dense"``). Other arguments are those of transformers. Raises what `patch`
+        raises.
         """
         model = super().from_pretrained(*args, **kwargs)
         patch(model, attention_sink_size, attention_sink_window_size + 1, prefill="dense")

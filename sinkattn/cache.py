@@ -1,7 +1,7 @@
 """SinkCache: pinned sinks and a ring of recent tokens per layer, as a transformers `Cache`, and all slot arithmetic.
 
-Memory is allocated once, at capacity. Every row of the batch has its own length, its own sinks (its first S real tokens,
-whatever the padding) and its own ring head; all of that follows from one tensor, `lengths`.
+Memory is allocated once, at capacity. Every row of the batch has its own length, its own sinks (its first S real
+tokens, whatever the padding) and its own ring head; all of that follows from one tensor, `lengths`.
 """
 
 import itertools
@@ -97,8 +97,8 @@ class SinkLayer(CacheLayerMixin):
 class SinkCache(Cache):
     """The KV cache of a patched model: S pinned sinks and a ring of W recent tokens per layer, constant in memory.
 
-    ``cache = SinkCache(model)`` for a model that `patch` was called on; pass it as ``past_key_values`` to hold a text over
-    several calls of `generate` or `forward`. Batch size, dtype and device are those of the first call.
+    ``cache = SinkCache(model)`` for a model that `patch` was called on; pass it as ``past_key_values`` to hold a text
+    over several calls of `generate` or `forward`. Batch size, dtype and device are those of the first call.
 
     Attributes:
         lengths: (batch,) int64, tokens each row holds (padding not counted), or None before the first call.
@@ -140,7 +140,7 @@ class SinkCache(Cache):
             raise ValueError("an earlier call failed half-way through a prompt and left this cache torn; reset() it")
         if self.seen and batch != self.batch_size:
             raise ValueError(
-                f"this SinkCache holds {self.batch_size} rows and cannot go on with {batch}; reset() it or make a new one"
+                f"this SinkCache holds {self.batch_size} rows and cannot go on with {batch}; reset() it or make another"
             )
         if self.seen and device != self.lengths.device:
             raise ValueError(
@@ -148,7 +148,7 @@ class SinkCache(Cache):
             )
 
     def begin(self, tokens: int, mask: Tensor | None, batch: int, device: torch.device) -> None:
-        """Prepare a step of `tokens` columns. mask: (batch, tokens) bool, False for left padding; None for no padding."""
+        """Prepare a step of `tokens` columns. mask: (batch, tokens) bool, False for left padding; None for none."""
         if self.lengths is None or len(self.lengths) != batch or self.lengths.device != device:
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
             for layer in self.layers:
@@ -161,7 +161,7 @@ class SinkCache(Cache):
         self._written = False
 
     def advance(self, ids: Tensor | None) -> None:
-        """End the step: its tokens now belong to the rows. ids: (batch, tokens), or None if only embeddings are known."""
+        """End the step: its tokens now belong to the rows. ids: (batch, tokens), None if only embeddings are known."""
         self.lengths += self._tokens if self._counts is None else self._counts
         for layer in self.layers:
             layer.seen += self._tokens
@@ -222,7 +222,7 @@ class SinkCache(Cache):
         return self._rotations[rope, device]
 
     def _sink_positions(self, text: Tensor) -> Tensor:
-        """Where queries stand as the sinks see them: ``min(t, C - 1)``; in a dense prompt it is counted on from there."""
+        """Where queries stand as the sinks see them: ``min(t, C - 1)``, and counted on from there in a dense prompt."""
         if self.plan.prefill == "dense" and self._tokens > 1:
             start = self.lengths.to(text.device)[:, None]
             return start.clamp(max=self.plan.capacity - 1) + (text - start)
@@ -231,8 +231,9 @@ class SinkCache(Cache):
     def _attend_varying(self, layer, query, key, value, lengths, counts, learned_logits, sizes) -> Tensor:
         """Attention where frequencies depend on the row's length n = min(t + 1, C): all keys turn when n changes them.
 
-        So the ring keeps its keys unturned, and every run of tokens with the same frequencies gets a turned copy. Exact,
-        but it moves each key three times instead of once; rows past C tokens, and C within the trained length, never vary.
+        So the ring keeps its keys unturned, and every run of tokens with the same frequencies gets a turned copy.
+        Exact, but it moves each key three times instead of once; rows past C tokens, and C within the trained length,
+        never vary.
         """
         rope, tokens, ring_size = layer.rope, self._tokens, layer.keys.shape[2] - layer.sink_size
         positions = self._positions.to(query.device)

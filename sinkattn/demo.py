@@ -43,7 +43,7 @@ class Way:
     model: PreTrainedModel
     cache: Cache
     losses: list[Tensor] = field(default_factory=list)  # each (texts, tokens)
-    ms_per_token: float = 0.0
+    ms_per_step: float = 0.0
     cache_bytes: int = 0  # of one text, at the end
 
     @property
@@ -111,7 +111,7 @@ def _measure(way: Way, ids: Tensor, advance) -> None:
         way.losses.append(cross_entropy(logits.mT.float(), ids[:, begin + 1 : end + 1], reduction="none").cpu())
         advance(end - begin)
         begin = end
-    way.ms_per_token = (_now(ids.device) - started) / TIMED * 1e3
+    way.ms_per_step = (_now(ids.device) - started) / TIMED * 1e3
     way.cache_bytes = sum(x.nbytes for layer in way.cache.layers for x in (layer.keys, layer.values)) // TEXTS
 
 
@@ -135,7 +135,7 @@ def _figures(ways: list[Way], tokens: int, context: int, device: str) -> dict:
             way.name: {
                 "loss": {f"{a}-{b}": round(way.loss[a:b].mean().item(), 3) for a, b in ranges},
                 "cache_bytes": way.cache_bytes,
-                "ms_per_token": round(way.ms_per_token, 2),
+                "ms_per_step": round(way.ms_per_step, 2),
             }
             for way in ways
         },
@@ -147,7 +147,7 @@ def _table(figures: dict) -> Table:
     table = Table("way", *next(iter(ways.values()))["loss"], "cache, MiB", "ms a step", title=figures["title"])
     for name, way in ways.items():
         losses = [f"{loss:.2f}" for loss in way["loss"].values()]
-        table.add_row(name, *losses, f"{way['cache_bytes'] / 2**20:.2f}", f"{way['ms_per_token']:.1f}")
+        table.add_row(name, *losses, f"{way['cache_bytes'] / 2**20:.2f}", f"{way['ms_per_step']:.1f}")
     return table
 
 

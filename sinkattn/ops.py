@@ -10,6 +10,7 @@
 """
 
 import functools
+import importlib
 import os
 from pathlib import Path
 
@@ -51,18 +52,17 @@ if not HAS_CPU_LIBRARY:
     torch.library.impl("sinkattn::prefill", "CPU", reference.attention)
 
 
-@torch.library.impl("sinkattn::decode", "CUDA")
-def _decode_triton(*args, **kwargs):
-    from .kernels.decode import decode
+def _triton(op: str):
+    def run(*args, **kwargs):
+        kernels = importlib.import_module(f".kernels.{op}", __package__)  # on first use: importing triton takes a while
+        return getattr(kernels, op)(*args, **kwargs)
 
-    return decode(*args, **kwargs)
+    return run
 
 
-@torch.library.impl("sinkattn::prefill", "CUDA")
-def _prefill_triton(*args, **kwargs):
-    from .kernels.prefill import prefill
-
-    return prefill(*args, **kwargs)
+_TRITON = {op: _triton(op) for op in ("decode", "prefill")}
+for _op, _launch in _TRITON.items():
+    torch.library.impl(f"sinkattn::{_op}", "CUDA", _launch)
 
 
 @functools.cache
@@ -152,11 +152,11 @@ def _run(op: str, backend: str, tensors: tuple, sizes: tuple) -> Tensor:
         return reference.attention(*tensors, *sizes)
     if not served:
         raise ValueError(
-            f"backend {backend!r} takes float16, bfloat16 and float32 and head_dim up to {MAX_HEAD_DIM}, not {q.dtype} and "
-            f"{head_dim}; backend='reference' takes any"
+            f"backend {backend!r} takes float16, bfloat16 and float32 and head_dim up to {MAX_HEAD_DIM}, not {q.dtype} "
+            f"and {head_dim}; backend='reference' takes any"
         )
     if backend == "triton" and q.device.type == "cpu":  # the interpreter
-        return {"decode": _decode_triton, "prefill": _prefill_triton}[op](*tensors, *sizes)
+        return _TRITON[op](*tensors, *sizes)
     return getattr(torch.ops.sinkattn, op)(*tensors, *sizes)
 
 

@@ -52,7 +52,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
 
 
 def _mask(*args, mask_function=None, device=None, **kwargs):
-    """transformers' mask function: the ops know what is visible, only the probe asks what the model would have shown."""
+    """transformers' mask function: the ops know what is visible, only the probe asks what the model shows."""
     step = _current.step
     return step.mask(mask_function, device or step.device) if isinstance(step, Recorder) else None
 
@@ -159,9 +159,9 @@ class Handle:
     def forward(self, *args, **kwargs):
         """The model's own forward over a SinkCache: same arguments, same outputs, streaming logits.
 
-        Without ``past_key_values`` the text starts anew; the cache is returned if ``use_cache`` (default: the config's).
-        Long inputs go through in chunks. Raises ValueError or TypeError for input that cannot be right, before the cache
-        is touched.
+        Without ``past_key_values`` the text starts anew; the cache is returned if ``use_cache`` (default: the
+        config's). Long inputs go through in chunks. Raises ValueError or TypeError for input that cannot be right,
+        before the cache is touched.
         """
         kwargs = dict(zip(inspect.signature(self._forward).parameters, args, strict=False)) | kwargs
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
@@ -185,7 +185,7 @@ class Handle:
             cache = SinkCache(self.model)
         elif not isinstance(cache, SinkCache):
             raise TypeError(
-                f"past_key_values is a {type(cache).__name__}; a patched model needs a sinkattn.SinkCache(model), or none"
+                f"past_key_values is a {type(cache).__name__}; a patched model takes a sinkattn.SinkCache or none"
             )
         cache.check(batch, given.device, self.plan)
         mask = self._mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
@@ -221,8 +221,8 @@ class Handle:
             text = new.cumsum(-1) - 1 + (cache.lengths[:, None] if cache.seen else 0)
             if position_ids.shape[-1] != new.shape[-1] or bool(((position_ids != text) & new).any()):
                 raise ValueError(
-                    "position_ids do not count each row's tokens from its first one on (packed texts, or padding counted): "
-                    "leave position_ids out, sinkattn counts them"
+                    "position_ids do not count each row's tokens from its first one on (packed texts, or padding "
+                    "counted): leave position_ids out, sinkattn counts them"
                 )
 
     def _run(self, kwargs: dict, batch: int, tokens: int, cache: SinkCache, mask, keep_cache: bool):
@@ -281,7 +281,7 @@ class Handle:
         return output
 
     def generate(self, inputs=None, *args, **kwargs):
-        """The model's own `generate`: makes a SinkCache, and with one of yours takes the full history or new ids alone."""
+        """The model's own `generate` with a SinkCache: its own, or yours with the full history or new ids alone."""
         if kwargs.get("cache_implementation") is not None:
             raise ValueError("cache_implementation: a patched model brings its own cache; leave it out")
         cache, ids = kwargs.get("past_key_values"), inputs if inputs is not None else kwargs.get("input_ids")
@@ -310,7 +310,7 @@ class Handle:
         return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
 
     def prepare_cache(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
-        """Stands for `GenerationMixin._prepare_cache_for_generation`: whatever the config names, the cache is a SinkCache."""
+        """`GenerationMixin._prepare_cache_for_generation`: whatever the config names, the cache is a SinkCache."""
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False:
@@ -341,11 +341,12 @@ def patch(
 ) -> Handle:
     """Make one transformers decoder endless, in place: attention sinks and a window, positions counted in the cache.
 
-    The query at position t then sees position j if ``j < S`` or ``t - W < j <= t``, at the distance ``t - j`` in the window
-    and ``min(t, S + W - 1) - j`` for a sink, S = sink_size and W = window_size: memory and time per token are constant.
+    The query at position t then sees position j if ``j < S`` or ``t - W < j <= t``, at the distance ``t - j`` in the
+    window and ``min(t, S + W - 1) - j`` for a sink, S = sink_size and W = window_size: memory and time per token are
+    constant.
 
-    model: any `PreTrainedModel` decoder whose positions are rotary, on any device and in any dtype. Its weights, buffers
-        and config are not changed; other models are not touched.
+    model: any `PreTrainedModel` decoder whose positions are rotary, on any device and in any dtype. Its weights,
+        buffers and config are not changed; other models are not touched.
     sink_size: tokens at the start of every row that stay for ever; 0 is plain window attention.
     window_size: tokens, the current one included. A layer whose own sliding window is smaller keeps that.
     prefill: "streaming" (a text gives the same logits however it is cut), or "dense": an input of several tokens is
@@ -354,9 +355,9 @@ def patch(
 
     Returns a `Handle`: ``handle.remove()``, or ``with patch(model):``.
 
-    Raises UnsupportedModelError (a ValueError) if the model cannot be served exactly, naming layer and reason; ValueError
-    for sizes or names that make no sense and for a model that is patched already; TypeError for something that is no
-    PreTrainedModel; RuntimeError for a backend that is not available. The model is then unchanged.
+    Raises UnsupportedModelError (a ValueError) if the model cannot be served exactly, naming layer and reason;
+    ValueError for sizes or names that make no sense and for a model that is patched already; TypeError for something
+    that is no PreTrainedModel; RuntimeError for a backend that is not available. The model is then unchanged.
 
     Source: arXiv 2309.17453, section 3.2.
     """

@@ -121,7 +121,7 @@ def attention(
         column = learned_logits.to(wide)[None, :, None, None].expand(batch, -1, tokens, 1)
         scores = torch.cat((scores, column), dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : keys.shape[2]].where(is_new[:, None, :, None], 0)
-    out = (weights @ values).transpose(1, 2).to(q.dtype)
+    out = (weights @ values).transpose(1, 2).to(q.dtype).contiguous()
 
     # Append: sinks, and what of the chunk is not overwritten by its own later tokens.
     total = (lengths + counts)[:, None]

@@ -1,12 +1,12 @@
 """Which rotation a layer applies, found by watching it, and its angles at any position.
 
 A patched model is fed position 0 for every token, so its own rotation is the identity (times any attention scaling) and
-queries and keys arrive unturned. The ops then turn them by angles computed here in float64 from integer positions: exact
-at position 4,000,000 as at 5, whatever tables or float32 products the model itself would use.
+queries and keys arrive unturned. The ops then turn them by angles computed here in float64 from integer positions:
+exact at position 4,000,000 as at 5, whatever tables or float32 products the model itself would use.
 
 To know the angles, `probe` runs one-token rows at a few positions through the model. A lone token attends to itself
-alone, so every layer sees the same hidden states whatever the position is, and what differs between the rows of a key is
-the rotation. It must agree with one of the model's own frequency tables, in one of the layouts below, or be nothing.
+alone, so every layer sees the same hidden states whatever the position is, and what differs between the rows of a key
+is the rotation. It must agree with one of the model's own frequency tables, in one of the layouts below, or be nothing.
 """
 
 import copy
@@ -27,8 +27,8 @@ class UnsupportedModelError(ValueError):
 class Rope:
     """The rotation of one or more layers: pairs of dims, from `start` on, turned by ``position * frequency``.
 
-    frequencies: (sets, r / 2) float64, radians per token. One set, unless the model picks frequencies by sequence length
-        (dynamic NTK, longrope).
+    frequencies: (sets, r / 2) float64, radians per token. One set, unless the model picks frequencies by sequence
+        length (dynamic NTK, longrope).
     set_of_length: (C + 1,) int64, which set serves a row of n tokens, n <= C; longer rows use the last.
     """
 
@@ -58,7 +58,8 @@ class Rope:
     def table(self, positions: Tensor, lengths: Tensor) -> Tensor:
         """``[cos | sin](position * frequency)`` in float32.
 
-        positions: (..., P) int64; lengths: broadcastable to positions, tokens the row holds. Returns (..., P, 2, r / 2).
+        positions: (..., P) int64; lengths: broadcastable to positions, tokens the row holds. Returns
+            (..., P, 2, r / 2).
         """
         frequencies = self._tables(positions.device)[0]
         frequencies = frequencies[self.sets(lengths)] if self.varies else frequencies[0]
@@ -68,7 +69,7 @@ class Rope:
 
 @dataclass
 class ProbedLayer:
-    """What one attention layer does: its rotation (None: no positions at all), and its own sliding window (None: none)."""
+    """What one attention layer does: its rotation (None: no positions) and its own sliding window (None: none)."""
 
     rope: Rope | None
     own_window: int | None
@@ -143,8 +144,8 @@ def probe(model: PreTrainedModel, recorder: Recorder, capacity: int) -> list[Pro
 
     if missing := sorted(set(range(config.num_hidden_layers)) - (recorder.seen.keys() & recorder.updated)):
         raise UnsupportedModelError(
-            f"{name}, layer {missing[0]}: its attention does not go through transformers' attention interface with keys "
-            "of its own (it bypasses the interface, shares another layer's keys, or is no attention)"
+            f"{name}, layer {missing[0]}: its attention does not go through transformers' attention interface with "
+            "keys of its own (it bypasses the interface, shares another layer's keys, or is no attention)"
         )
     ropes: dict[tuple | None, Rope] = {}  # layers with one rotation share its tables
     layers = []
@@ -208,7 +209,7 @@ def _match(where, positions, query, key, value, used) -> tuple[int, int, bool] |
 
 
 def _frequency_buffers(module: nn.Module) -> list[str]:
-    """Names of the frequency tables in use that a rotary module holds (``inv_freq``, ``sliding_attention_inv_freq``)."""
+    """Names of the frequency tables that a rotary module uses (``inv_freq``, ``sliding_attention_inv_freq``)."""
     names = (name for name, buffer in module.named_buffers(recurse=False) if buffer.dim() == 1)
     return [name for name in names if name.endswith("inv_freq") and "original" not in name and "long" not in name]
 

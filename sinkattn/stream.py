@@ -19,7 +19,8 @@ from .cache import SinkCache
 class Stream:
     """An endless text (or a batch of them) of a patched model: append what comes in, generate what goes out.
 
-    Unlike `generate`, it keeps no ids but those of the last C tokens, so its time and memory per token are flat for ever.
+    Unlike `generate`, it keeps no ids but those of the last C tokens, so its time and memory per token are flat for
+    ever.
 
         stream = Stream(model)
         stream.append(tokenizer(text, return_tensors="pt").input_ids)
@@ -47,8 +48,9 @@ class Stream:
     def append(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
         """Add new tokens to the text: new ones only, any number.
 
-        input_ids: (batch, tokens) or (tokens,) int64. attention_mask: like input_ids, 0 for left padding; None for none.
-        Raises ValueError for an empty prompt, another batch size, right padding or ids the model has no embedding for.
+        input_ids: (batch, tokens) or (tokens,) int64. attention_mask: like input_ids, 0 for left padding; None for
+        none. Raises ValueError for an empty prompt, another batch size, right padding or ids the model has no embedding
+        for.
         """
         input_ids = torch.as_tensor(input_ids, device=self.model.device)
         input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
@@ -94,7 +96,8 @@ class Stream:
         seed: of a generator of this call's own; None uses torch's.
 
         Rows that have ended yield the pad token (or the end-of-text token) until all have. Leaving the loop early loses
-        nothing: the last token yielded is fed by the next `append` or `generate`. Raises ValueError if nothing was appended.
+        nothing: the last token yielded is fed by the next `append` or `generate`. Raises ValueError if nothing was
+        appended.
         """
         if self._logits is None and self._sampled is None:
             raise ValueError("an empty prompt: append() at least one token first")

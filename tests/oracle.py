@@ -1,8 +1,9 @@
 """The independent oracle: StreamingLLM by re-computation, with the model's own unpatched code and nothing of sinkattn.
 
-For every token the model runs over as many tokens as a cache of S + W would hold, at positions 0, 1, 2, ..., with its own
-masks and rotations. A hook hands every attention module what it was given when those tokens were current: the stored
-inputs of the first S and the last W tokens. The last row of the logits is the answer. (arXiv 2309.17453, section 3.2.)
+For every token the model runs over as many tokens as a cache of S + W would hold, at positions 0, 1, 2, ..., with its
+own masks and rotations. A hook hands every attention module what it was given when those tokens were current: the
+stored inputs of the first S and the last W tokens. The last row of the logits is the answer. (arXiv 2309.17453, section
+3.2.)
 """
 
 import torch

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from oracle import relative_error, streaming_logits
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sinkattn
+from oracle import relative_error, streaming_logits
 
 DATA = Path(__file__).parent / "data" / "attention_sinks"
 TOLERANCE = 1e-5  # float32, of the spread of the logits; 6e-6 was measured

@@ -5,10 +5,11 @@ import csv
 import pytest
 import torch
 import transformers
+from typer.testing import CliRunner
+
 from sinkattn import __version__, demo
 from sinkattn.cli import app
 from tiny import tiny
-from typer.testing import CliRunner
 
 
 def run(*arguments, **kwargs):
@@ -65,7 +66,10 @@ def test_chat_template_turns(tmp_path):
     from sinkattn.cli import _turn
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(demo.MODEL)
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
     assert _turn(tokenizer, "hi", "be kind", True) == "[system]be kind</s>[user]hi</s>[assistant]"
     assert _turn(tokenizer, "more", "be kind", False) == "[user]more</s>[assistant]"
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+
 from sinkattn import SinkCache, Stream, UnsupportedModelError, ops, patch
 from tiny import COMMON, tiny
 
@@ -83,7 +84,8 @@ UNSUPPORTED = {
     "learned positions, OPT": (
         lambda: transformers.OPTForCausalLM(
             transformers.OPTConfig(
-                vocab_size=97, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32
+                vocab_size=97, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+                word_embed_proj_dim=32,
             )
         ),
         "OPTAttention, layer 0: its values change with the position.*learned",
@@ -99,7 +101,9 @@ UNSUPPORTED = {
         "GPTJForCausalLM, layer 0: its attention does not go through",
     ),
     "state space": (
-        lambda: transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)),
+        lambda: transformers.MambaForCausalLM(
+            transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)
+        ),
         "MambaForCausalLM: its forward takes no position_ids",
     ),
     "hybrid": (

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 import transformers
+
 from oracle import relative_error, streaming_logits
 from sinkattn import AutoModel, AutoModelForCausalLM, SinkCache, Stream, UnsupportedModelError, patch
 from sinkattn import patch as patch_function
@@ -81,8 +82,8 @@ def test_beam_search(model):
     """Every beam carries its own cache rows: the scores are those of the sequences under the streaming model."""
     ids, mask = left_padded(2, 25)
     found = model.generate(
-        ids, attention_mask=mask, num_beams=4, num_return_sequences=2, max_new_tokens=20, do_sample=False, length_penalty=0.0,
-        return_dict_in_generate=True, output_scores=True,
+        ids, attention_mask=mask, num_beams=4, num_return_sequences=2, max_new_tokens=20, do_sample=False,
+        length_penalty=0.0, return_dict_in_generate=True, output_scores=True,
     )  # fmt: skip
     for i, sequence in enumerate(found.sequences):
         text = sequence[mask[i // 2].argmax() :][None]

@@ -28,9 +28,9 @@ FAMILIES = {
     "deepseek_v3": (
         "DeepseekV3",
         dict(
-            num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12,
-            n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=16, n_group=2,
-            topk_group=1, first_k_dense_replace=1,
+            num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16,
+            v_head_dim=12, n_routed_experts=4, n_shared_experts=1, num_experts_per_tok=2, moe_intermediate_size=16,
+            n_group=2, topk_group=1, first_k_dense_replace=1,
         ),
     ),
     "gpt_oss": (
