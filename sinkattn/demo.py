@@ -102,16 +102,15 @@ def run(console: Console, device: str, tokens: int, new_tokens: int, plot: Path,
 def _measure(way: Way, ids: Tensor, advance) -> None:
     """Feed all ids but the last, most in chunks, the last ones one by one and timed."""
     tokens = ids.shape[1] - 1
-    begin, started = 0, 0.0
+    begin, times = 0, []
     while begin < tokens:
-        if begin == tokens - TIMED:
-            started = _now(ids.device)
+        times.append(_now(ids.device))
         end = min(begin + CHUNK, tokens - TIMED) if begin < tokens - TIMED else begin + 1
         logits = way.model(ids[:, begin:end], past_key_values=way.cache, use_cache=True).logits
         way.losses.append(cross_entropy(logits.mT.float(), ids[:, begin + 1 : end + 1], reduction="none").cpu())
         advance(end - begin)
         begin = end
-    way.ms_per_step = (_now(ids.device) - started) / TIMED * 1e3
+    way.ms_per_step = torch.tensor(times[-TIMED:], dtype=torch.float64).diff().median().item() * 1e3
     way.cache_bytes = sum(x.nbytes for layer in way.cache.layers for x in (layer.keys, layer.values)) // TEXTS
 
 

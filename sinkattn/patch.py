@@ -91,6 +91,7 @@ class Handle:
         self.model = model
         self._configs = [(module, module.config) for module in model.modules() if hasattr(module, "config")]
         self._forward, self._generate = model.forward, getattr(model, "generate", None)
+        self._parameters = tuple(inspect.signature(model.forward).parameters)
         self._replaced: dict[str, object] = {}
         self._had: dict[str, object] = {}
         memo: dict = {}
@@ -163,7 +164,7 @@ class Handle:
         config's). Long inputs go through in chunks. Raises ValueError or TypeError for input that cannot be right,
         before the cache is touched.
         """
-        kwargs = dict(zip(inspect.signature(self._forward).parameters, args, strict=False)) | kwargs
+        kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if (ids is None) == (embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")

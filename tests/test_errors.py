@@ -1,6 +1,8 @@
 """Bad input: each with an error of its own, before anything is changed."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -289,3 +291,17 @@ def test_stream_input(model):
 def test_assisted_generation_says_it_is_not_there_yet(model):
     with pytest.raises((NotImplementedError, ValueError), match="assisted|rollback|crop|take tokens back"):
         model.generate(random_ids(1, 5), assistant_model=tiny("llama"), max_new_tokens=5, do_sample=False)
+
+
+def test_importing_changes_nothing():
+    """No registration, no replaced attribute: what transformers and torch hold is what they held before."""
+    script = (
+        "import torch, transformers\n"
+        "from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, GenerationMixin\n"
+        "held = lambda: [dict(vars(x)) for x in (PreTrainedModel, GenerationMixin, transformers.Cache)] + [\n"
+        "    dict(AttentionInterface._global_mapping), dict(AttentionMaskInterface._global_mapping)]\n"
+        "before = held()\n"
+        "import sinkattn\n"
+        "assert held() == before\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
