@@ -245,7 +245,7 @@ def _config(pairs: int, group: int, ring_size: int, slot_bytes: int, itemsize: i
         "DOT": dot,
         "BLOCK_G": max(16, triton.next_power_of_2(group)) if dot else 1,
         "STAGES": 2,
-        "num_warps": 8 if one_block and block * slot_bytes >= 2**15 else 4,
+        "num_warps": 8 if block * slot_bytes >= 2**15 and (one_block or itemsize == 4) else 4,
     }
     return meta, span
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .tiles import attend, load_rows, load_turned, open_softmax, query_scale, tile_dim
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _rotate_kernel(
     k,  # (batch, num_kv_heads, tokens, HEAD_DIM)
     rotation,  # (batch, tokens, text | sink, cos | sin, HALF)
@@ -186,13 +186,13 @@ def _append_kernel(
 def _config(tokens: int, widest: int, itemsize: int) -> dict:
     """Launch parameters by the widest tile: what stays below 99 KB of shared memory and spills few registers."""
     if itemsize == 4:  # exact float32 products are not for tensor cores: small blocks, no copies in flight
-        block_m, block_n, stages = 32, 32 if widest <= 128 else 16, 1
+        block_m, block_n, stages = (32, 32, 1) if widest <= 64 else (16, 16, 1)
     elif widest <= 128:
         block_m, block_n, stages = 128, 64, 2
     else:
         block_m, block_n, stages = 64, 32, 2
     block_m = min(block_m, max(16, triton.next_power_of_2(tokens)))
-    warps = 8 if block_m * widest >= 2**12 else 4
+    warps = 8 if itemsize == 4 or block_m * widest >= 2**12 else 4
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "STAGES": stages, "num_warps": warps}
 
 

@@ -53,10 +53,11 @@ class SinkLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         slots = self.sink_size + self.window_size
-        self.keys, self.values = (
-            torch.zeros(*x.shape[:2], slots, x.shape[3], dtype=x.dtype, device=x.device)
-            for x in (key_states, value_states)
-        )
+        with torch.inference_mode(False):  # so that the buffers can be written in and out of it
+            self.keys, self.values = (
+                torch.zeros(*x.shape[:2], slots, x.shape[3], dtype=x.dtype, device=x.device)
+                for x in (key_states, value_states)
+            )
         self.is_initialized = True
 
     def check(self, key_states: Tensor) -> None:
@@ -150,7 +151,8 @@ class SinkCache(Cache):
     def begin(self, tokens: int, mask: Tensor | None, batch: int, device: torch.device) -> None:
         """Prepare a step of `tokens` columns. mask: (batch, tokens) bool, False for left padding; None for none."""
         if self.lengths is None or len(self.lengths) != batch or self.lengths.device != device:
-            self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+            with torch.inference_mode(False):
+                self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
             for layer in self.layers:
                 layer.is_initialized = False
         self._tokens = tokens

@@ -34,6 +34,11 @@ Penalty = Annotated[float | None, typer.Option(help="Divide the scores of tokens
 Seed = Annotated[int | None, typer.Option(help="Of the sampling.")]
 
 
+@app.callback()
+def _quiet() -> None:
+    transformers.logging.set_verbosity_error()  # it would warn that the text gets longer than the context
+
+
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
     """Errors that the user can mend are told in a line, without a traceback."""

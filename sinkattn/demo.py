@@ -144,6 +144,7 @@ def _figures(ways: list[Way], tokens: int, context: int, device: str) -> dict:
 def _table(figures: dict) -> Table:
     ways = figures["ways"]
     table = Table("way", *next(iter(ways.values()))["loss"], "cache, MiB", "ms a step", title=figures["title"])
+    table.columns[0].no_wrap = True
     for name, way in ways.items():
         losses = [f"{loss:.2f}" for loss in way["loss"].values()]
         table.add_row(name, *losses, f"{way['cache_bytes'] / 2**20:.2f}", f"{way['ms_per_step']:.1f}")

@@ -12,7 +12,7 @@ import threading
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from . import ops
 from .cache import Plan, SinkCache
@@ -89,7 +89,11 @@ class Handle:
 
     def __init__(self, model: PreTrainedModel, sink_size: int, window_size: int, prefill: str, backend: str):
         self.model = model
-        self._configs = [(module, module.config) for module in model.modules() if hasattr(module, "config")]
+        self._configs = [
+            (module, module.config)
+            for module in model.modules()
+            if isinstance(vars(module).get("config"), PreTrainedConfig)
+        ]
         self._forward, self._generate = model.forward, getattr(model, "generate", None)
         self._parameters = tuple(inspect.signature(model.forward).parameters)
         self._replaced: dict[str, object] = {}
@@ -230,6 +234,7 @@ class Handle:
         """Feed the step in chunks and put the outputs together."""
         as_tuple = kwargs.pop("return_dict", None) is False
         labels, keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
+        last = keep if isinstance(keep, int) and keep > 0 else tokens  # tokens at the end whose logits are asked for
         chunk = tokens if self.plan.prefill == "dense" else CHUNK
         pieces = []
         for begin in range(0, tokens, chunk):
@@ -240,14 +245,14 @@ class Handle:
                     part[name] = kwargs[name][:, begin:end]
             if mask is not None:
                 part["attention_mask"] = mask[:, begin:end]
-            if tokens > chunk:  # the loss needs all logits, and the last logits may lie in several chunks
-                part.pop("labels", None)
+            wanted = min(max(last - (tokens - end), 0), end - begin)
+            if tokens > chunk:
+                part.pop("labels", None)  # the loss is taken of all chunks together
                 if "logits_to_keep" in kwargs:
-                    wanted = min(end - begin, keep - (tokens - end)) if isinstance(keep, int) and keep else 0
-                    part["logits_to_keep"] = max(wanted, 1) if isinstance(keep, int) and keep else 0
-            piece = self._step(part, cache, batch, end - begin, torn=begin > 0)
-            if tokens <= chunk or not (isinstance(keep, int) and keep) or wanted > 0:
-                pieces.append(piece)
+                    part["logits_to_keep"] = max(wanted, 1)
+            pieces.append(self._step(part, cache, batch, end - begin, torn=begin > 0))
+            if wanted == 0:
+                pieces[-1]["logits"] = pieces[-1]["logits"][:, :0]
         output = pieces[0] if len(pieces) == 1 else _joined(pieces)
         if tokens > chunk:
             if isinstance(keep, Tensor):

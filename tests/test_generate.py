@@ -62,11 +62,13 @@ def test_long_prompts_go_through_in_chunks(model, monkeypatch):
         whole, last = model(ids, **kwargs), model(ids, logits_to_keep=9).logits
         monkeypatch.setattr(sys.modules["sinkattn.patch"], "CHUNK", 8)
         chunked, chunked_last = model(ids, **kwargs), model(ids, logits_to_keep=9).logits
+        hidden = model(ids, logits_to_keep=9, output_hidden_states=True).hidden_states
         as_tuple = model(ids, return_dict=False, use_cache=False)
     assert relative_error(chunked.logits, whole.logits) < 2e-5
     assert relative_error(chunked.hidden_states[-1], whole.hidden_states[-1]) < 2e-5
     assert chunked.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
     assert chunked_last.shape[1] == 9 and relative_error(chunked_last, last) < 2e-5
+    assert relative_error(hidden[1], whole.hidden_states[1]) < 2e-5
     assert len(as_tuple) == 1 and relative_error(as_tuple[0], whole.logits) < 2e-5
 
 
@@ -150,6 +152,17 @@ def test_memory_is_constant_and_reset_keeps_it(model):
         again = model(ids, past_key_values=cache).logits
         assert torch.equal(again, model(ids).logits)
     assert cache.nbytes == nbytes and buffers == [layer.keys.data_ptr() for layer in cache.layers]
+
+
+def test_inference_mode_and_none_share_a_cache(model):
+    ids, cache = random_ids(1, 30), SinkCache(model)
+    with torch.inference_mode():
+        first = model(ids[:, :10], past_key_values=cache).logits
+        second = model(ids[:, 10:11], past_key_values=cache).logits
+    third = model(ids[:, 11:], past_key_values=cache).logits
+    with torch.no_grad():
+        expected = model(ids).logits
+    assert relative_error(torch.cat((first, second, third.detach()), dim=1), expected) < 2e-5
 
 
 def test_stream_equals_generate(model):
