@@ -9,7 +9,6 @@
 | "reference" | reference.py                                                       | any                            |
 """
 
-import functools
 import importlib
 import os
 from pathlib import Path
@@ -65,7 +64,6 @@ for _op, _launch in _TRITON.items():
     torch.library.impl(f"sinkattn::{_op}", "CUDA", _launch)
 
 
-@functools.cache
 def missing_backend(backend: str, device_type: str) -> str | None:
     """Why a backend cannot serve tensors of a device type ("cpu", "cuda", ...), or None if it can.
 

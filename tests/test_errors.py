@@ -46,14 +46,12 @@ def test_keywords_of_patch(kwargs, error, message):
 
 
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch):
-    ops.missing_backend.cache_clear()
     monkeypatch.setattr(ops, "HAS_CPU_LIBRARY", False)
     with pytest.raises(RuntimeError, match="'cpu' is not available.*not built"):
         patch(tiny("llama"), backend="cpu")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="'triton' is not available.*need a GPU"):
         patch(tiny("llama"), backend="triton")
-    ops.missing_backend.cache_clear()
 
 
 def test_patched_twice(model):

@@ -43,9 +43,7 @@ def test_streams_like_the_oracle_however_it_is_cut(name, device):
             assert relative_error(found, expected) < TOLERANCES[torch.float32], f"chunks of {size}"
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "mistral-sliding", "gemma2", "gpt_neox", "cohere2", "deepseek_v3", "dynamic", "longrope"]
-)
+@pytest.mark.parametrize("name", [*FAMILIES, *ROPES])
 def test_neighbours_do_not_matter(name):
     """Property 3: the rows of a left-padded batch give what they give alone, in one piece and token by token."""
     model, ids = tiny(name), random_ids(3, 2 * C + 5)

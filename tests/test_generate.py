@@ -64,6 +64,11 @@ def test_long_prompts_go_through_in_chunks(model, monkeypatch):
         chunked, chunked_last = model(ids, **kwargs), model(ids, logits_to_keep=9).logits
         hidden = model(ids, logits_to_keep=9, output_hidden_states=True).hidden_states
         as_tuple = model(ids, return_dict=False, use_cache=False)
+        widths = []
+        hook = model.model.layers[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
+        model.generate(ids, max_new_tokens=1)
+        hook.remove()
+    assert sum(widths) == 50 and max(widths) == 8
     assert relative_error(chunked.logits, whole.logits) < 2e-5
     assert relative_error(chunked.hidden_states[-1], whole.hidden_states[-1]) < 2e-5
     assert chunked.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)

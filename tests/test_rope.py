@@ -1,0 +1,69 @@
+"""The probe finds what each layer rotates; angles are exact at any position."""
+
+import mpmath
+import pytest
+import torch
+
+from sinkattn import patch
+from sinkattn.rope import Rope
+from tiny import FAMILIES, ROPES, tiny
+
+S, W = 4, 10
+HALF_SPLIT, INTERLEAVED = False, True
+LAYOUTS = {  # first rotated dim, layout, rotated dims, layers without rotation
+    "llama": (0, HALF_SPLIT, 16, []),
+    "qwen3": (0, HALF_SPLIT, 24, []),
+    "gpt_neox": (0, HALF_SPLIT, 4, []),
+    "stablelm": (0, HALF_SPLIT, 4, []),
+    "glm4": (0, INTERLEAVED, 8, []),
+    "cohere2": (0, INTERLEAVED, 16, [1, 3]),
+    "smollm3": (0, HALF_SPLIT, 16, [1, 3]),
+    "deepseek_v3": (16, HALF_SPLIT, 8, []),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_layouts(name, dtype):
+    """Layer by layer, also in half precision, as the models' sources say."""
+    start, interleaved, dims, without = LAYOUTS[name]
+    with patch(tiny(name).to(dtype), S, W) as handle:
+        for layer_idx, layer in enumerate(handle.plan.layers):
+            assert (layer.rope is None) == (layer_idx in without)
+            if layer.rope is not None:
+                found = layer.rope.start, layer.rope.interleaved, 2 * layer.rope.frequencies.shape[-1]
+                assert found == (start, interleaved, dims)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *ROPES])
+def test_frequencies_are_those_the_model_uses(name):
+    """Of every rope type: the table in use, per sequence length where the model picks by it."""
+    model = tiny(name)
+    buffers = [b.double() for n, b in model.named_buffers() if n.endswith("inv_freq") and "original" not in n]
+    with patch(model, S, W) as handle:
+        for layer in handle.plan.layers:
+            if layer.rope is not None:
+                first = layer.rope.frequencies[0]  # of the shortest texts: as the model was made
+                assert any(b.shape == first.shape and torch.equal(b, first) for b in buffers)
+                assert layer.rope.varies == (name in ("dynamic", "longrope"))
+
+
+def test_own_windows():
+    """A layer's own sliding window counts where it is smaller than W, and only there."""
+    for window, expected in ((6, [6, None, 6, None]), (W, [None] * 4), (W + 1, [None] * 4)):
+        with patch(tiny("gemma2", sliding_window=window), S, W) as handle:
+            assert [layer.own_window for layer in handle.plan.layers] == expected
+
+
+@pytest.mark.parametrize("position", [0, 1, 4095, 4_000_000, 2**31 + 1, 2**40 + 3])
+def test_angles_are_exact(position):
+    """Against 50-digit arithmetic: float32 results of float64 angles, to the last bit or next to it."""
+    frequencies = (1.0 / 10000 ** (torch.arange(0, 64, 2) / 64)).double()[None]
+    rope = Rope(0, False, frequencies, torch.zeros(15, dtype=torch.int64))
+    cos, sin = rope.table(torch.tensor([position]), torch.tensor([position + 1]))[0].double()
+    with mpmath.workdps(50):
+        for i, frequency in enumerate(frequencies[0].tolist()):
+            angle = mpmath.mpf(position) * mpmath.mpf(frequency)
+            allowed = 6.1e-8 + 2.3e-16 * float(angle)
+            assert abs(cos[i].item() - mpmath.cos(angle)) <= allowed
+            assert abs(sin[i].item() - mpmath.sin(angle)) <= allowed
