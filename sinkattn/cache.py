@@ -186,32 +186,21 @@ class SinkCache(Cache):
             layer.check(key)
         else:
             layer.lazy_initialization(key, value)
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         if learned_logits is not None:
             learned_logits = learned_logits.reshape(-1)
         lengths, counts = (None if x is None else x.to(query.device) for x in (self.lengths, self._counts))
-        sizes = dict(scale=scale, softcap=softcap, sink_size=layer.sink_size, window_size=layer.window_size)
+        rope, sizes = layer.rope, dict(scale=scale, softcap=softcap, backend=self.plan.backend)
+        sizes.update(sink_size=layer.sink_size, window_size=layer.window_size)
+        if rope is not None:
+            sizes.update(rotary_start=rope.start, interleaved=rope.interleaved)
         if self._tokens > 1 and layer.is_dense:
             sizes["dense_window"] = 1 << 40
-        run = ops.decode if self._tokens == 1 else ops.prefill
         self._written = True
-        if layer.rope is None:
-            return run(
-                query,
-                key,
-                value,
-                layer.keys,
-                layer.values,
-                lengths,
-                counts,
-                None,
-                learned_logits,
-                **sizes,
-                backend=self.plan.backend,
-            )
-        sizes.update(rotary_start=layer.rope.start, interleaved=layer.rope.interleaved, backend=self.plan.backend)
-        if layer.rope.varies:
+        if rope is not None and rope.varies:
             return self._attend_varying(layer, query, key, value, lengths, counts, learned_logits, sizes)
-        rotation = self._rotation(layer.rope, query.device)
+        rotation = None if rope is None else self._rotation(rope, query.device)
+        run = ops.decode if self._tokens == 1 else ops.prefill
         return run(query, key, value, layer.keys, layer.values, lengths, counts, rotation, learned_logits, **sizes)
 
     def _rotation(self, rope: Rope, device: torch.device) -> Tensor:

@@ -97,6 +97,8 @@ def _check(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits,
     for name, tensor in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs (batch, heads, tokens or slots, dim)")
+        if tensor.shape[3] > 1 and tensor.stride(3) != 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}; the last must be 1, call contiguous()")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} is {tensor.dtype}, q is {q.dtype}; all five must have one dtype")
         if tensor.requires_grad and torch.is_grad_enabled():
@@ -153,7 +155,9 @@ def _run(op: str, backend: str, tensors: tuple, sizes: tuple) -> Tensor:
             f"backend {backend!r} takes float16, bfloat16 and float32 and head_dim up to {MAX_HEAD_DIM}, not {q.dtype} "
             f"and {head_dim}; backend='reference' takes any"
         )
-    if backend == "triton" and q.device.type == "cpu":  # the interpreter
+    if backend == "triton" and q.device.type == "cpu":
+        if q.dtype == torch.bfloat16:
+            raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; on the CPU take float32 or float16")
         return _TRITON[op](*tensors, *sizes)
     return getattr(torch.ops.sinkattn, op)(*tensors, *sizes)
 

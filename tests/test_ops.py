@@ -323,6 +323,7 @@ BAD_INPUTS = {
     "q of 3 dims": ({"q": lambda x: x[0]}, {}, ValueError, "q has shape"),
     "two tokens": ({"q": lambda x: x.repeat(1, 1, 2, 1)}, {}, ValueError, "decode takes one token a row, q has 2"),
     "k of another dtype": ({"k": lambda x: x.half()}, {}, TypeError, "k is torch.float16, q is torch.float32"),
+    "last stride": ({"k_cache": lambda x: x.mT.contiguous().mT}, {}, ValueError, "k_cache has strides"),
     "cache of another dtype": ({"v_cache": lambda x: x.double()}, {}, TypeError, "v_cache is torch.float64"),
     "v of another head count": ({"v": lambda x: x[:, :1]}, {}, ValueError, "do not fit"),
     "k of another dim": ({"k": lambda x: x[..., :8]}, {}, ValueError, "k needs q's head_dim"),
