@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import LOWEST, attend, capped, load_rows, load_turned, multiprocessors, open_softmax, query_scale, tile_dim
+from .tiles import LOWEST, attend, capped, limits, load_rows, load_turned, open_softmax, query_scale, tile_dim
 
 
 @triton.jit
@@ -218,25 +218,29 @@ def _arrival_counters(k_cache: Tensor) -> Tensor:
 
 
 @functools.cache
-def _config(pairs: int, group: int, ring_size: int, slot_bytes: int, itemsize: int, sms: int) -> tuple[dict, int]:
+def _config(
+    pairs: int, group: int, ring_size: int, slot_bytes: int, itemsize: int, sms: int, shared: int
+) -> tuple[dict, int]:
     """Launch parameters and ring slots per program. ``slot_bytes``: a key and a value, rounded up to a power of two.
 
-    Few pairs are a matter of latency: one block per program. With many, programs loop over a span with the next blocks
-    in flight, and there are no more of them than it takes to fill the GPU.
+    Few pairs are a matter of latency: one large block per program, if eight of them make the ring. Otherwise programs
+    loop over a span with the next blocks in flight, and there are no more of them than it takes to fill the GPU. What
+    bench/tune.py found on an H200 (bench/results/h200/tune_0.csv) for bfloat16 and heads of 128 is behind the numbers.
     """
-    for block in (64, 128):
-        block = min(block, 2**16 // slot_bytes, triton.next_power_of_2(max(ring_size, 16)))
-        if one_block := pairs * triton.cdiv(ring_size, block) <= 2 * sms:
-            break
+    block = min(2**16 // slot_bytes, triton.next_power_of_2(max(ring_size, 16)))
+    splits = triton.cdiv(ring_size, block)
+    one_block = splits <= 8 and pairs * splits <= 2 * sms
     if one_block:
         span = block
+        warps = 8 if group > 1 and block * slot_bytes >= 2**15 else 4
     else:
         block = min(2**15 // slot_bytes, 128)
         blocks = triton.cdiv(ring_size, block)
-        span = block * triton.cdiv(blocks, min(max(3 * sms // pairs, 1), blocks))
-    splits = triton.cdiv(ring_size, span)
+        span = block * triton.cdiv(blocks, min(max(3 * sms // pairs, 1), 16, blocks))
+        splits = triton.cdiv(ring_size, span)
+        warps = 2 if itemsize == 2 and pairs >= 3 * sms else 4
     # One query alone is no work for tensor cores, but padded to 16 they leave more time to the loads.
-    dot = group > 1 or (itemsize == 2 and not one_block)
+    dot = group > 1 or itemsize == 2
     meta = {
         "BLOCK": block,
         "ONE_BLOCK": one_block,
@@ -244,8 +248,8 @@ def _config(pairs: int, group: int, ring_size: int, slot_bytes: int, itemsize: i
         "SPLIT_TILE": triton.next_power_of_2(splits),
         "DOT": dot,
         "BLOCK_G": max(16, triton.next_power_of_2(group)) if dot else 1,
-        "STAGES": 2,
-        "num_warps": 8 if block * slot_bytes >= 2**15 and (one_block or itemsize == 4) else 4,
+        "STAGES": 3 if pairs < 3 * sms and 4 * block * slot_bytes <= shared else 2,
+        "num_warps": warps,
     }
     return meta, span
 
@@ -276,7 +280,7 @@ def decode(
     pairs, group, ring_size = batch * num_kv_heads, num_heads // num_kv_heads, slots - sink_size
     block_d, block_v = tile_dim(head_dim), tile_dim(v_dim)
     slot_bytes = triton.next_power_of_2(block_d + block_v) * q.element_size()
-    meta, span = _config(pairs, group, ring_size, slot_bytes, q.element_size(), multiprocessors(q.device))
+    meta, span = _config(pairs, group, ring_size, slot_bytes, q.element_size(), *limits(q.device))
     splits = meta["SPLITS"]
     with torch.cuda.device_of(q):
         partials = arrivals = None

@@ -25,9 +25,13 @@ def tile_dim(dim: int) -> int:
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side; few in the interpreter, so that its tests see one split and several."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+def limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that a block may take. Few in the interpreter, so that its tests see
+    one split and several."""
+    if device.type != "cuda":
+        return 4, 2**17
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 @triton.jit
