@@ -230,14 +230,10 @@ class SinkCache(Cache):
         positions = self._positions.to(query.device)
         row_lengths = positions + 1 if self.plan.prefill != "dense" else positions[:, -1:].expand_as(positions) + 1
         changes = (rope.sets(row_lengths).diff(dim=1) != 0).any(0).nonzero().flatten() + 1
-        borders = [0, *changes.tolist(), tokens]
-        padding = 0 if counts is None else tokens - counts
+        columns = [0, *changes.tolist(), tokens]
+        held = [lengths + (c if counts is None else (c - tokens + counts).clamp(min=0)) for c in columns]  # by then
         pieces = []
-        for begin, end in itertools.pairwise(borders):
-            done, after = (
-                lengths + (border - padding).clamp(min=0) if counts is not None else lengths + border
-                for border in (begin, end)
-            )
+        for (begin, end), (done, after) in zip(itertools.pairwise(columns), itertools.pairwise(held), strict=True):
             text, row = positions[:, begin:end], row_lengths[:, end - 1 : end]
             cos, sin = rope.table(held_positions(done, layer.sink_size, ring_size), row)[:, None].unbind(-2)
             turned = rotate(layer.keys, cos, sin, rope.start, rope.interleaved).to(layer.keys.dtype)

@@ -54,7 +54,7 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
 def _mask(*args, mask_function=None, device=None, **kwargs):
     """transformers' mask function: the ops know what is visible, only the probe asks what the model shows."""
     step = _current.step
-    return step.mask(mask_function, device or step.device) if isinstance(step, Recorder) else None
+    return step.mask(mask_function, device) if isinstance(step, Recorder) else None
 
 
 class _Replaced:
