@@ -504,3 +504,14 @@ def test_kernels_compile():
     """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, check=True, timeout=120)
+
+
+@pytest.mark.skipif(not ops.HAS_CPU_LIBRARY, reason="the compiled CPU ops were not built")
+@pytest.mark.parametrize("instructions", ["portable", "avx2"])
+def test_other_instruction_sets(instructions):
+    """The compiled ops once more, as processors without the fastest instructions run them."""
+    arguments = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "edges and cpu-cpu")
+    done = subprocess.run(
+        arguments, env=os.environ | {"SINKATTN_CPU_ISA": instructions}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout
