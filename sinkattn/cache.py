@@ -13,7 +13,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from . import ops
-from .reference import held_positions, rotate, slot_of
+from .reference import append, held_positions, rotate
 from .rope import ProbedLayer, Rope
 
 RECENT = 32  # ids remembered per row, to tell a re-sent history from new text
@@ -196,12 +196,14 @@ class SinkCache(Cache):
             sizes.update(rotary_start=rope.start, interleaved=rope.interleaved)
         if self._tokens > 1 and layer.is_dense:
             sizes["dense_window"] = 1 << 40
-        self._written = True
         if rope is not None and rope.varies:
-            return self._attend_varying(layer, query, key, value, lengths, counts, learned_logits, sizes)
-        rotation = None if rope is None else self._rotation(rope, query.device)
-        run = ops.decode if self._tokens == 1 else ops.prefill
-        return run(query, key, value, layer.keys, layer.values, lengths, counts, rotation, learned_logits, **sizes)
+            out = self._attend_varying(layer, query, key, value, lengths, counts, learned_logits, sizes)
+        else:
+            rotation = None if rope is None else self._rotation(rope, query.device)
+            run = ops.decode if self._tokens == 1 else ops.prefill
+            out = run(query, key, value, layer.keys, layer.values, lengths, counts, rotation, learned_logits, **sizes)
+        self._written = True  # not before: arguments that an op refuses leave the cache as it was
+        return out
 
     def _rotation(self, rope: Rope, device: torch.device) -> Tensor:
         """``[text | sink][cos | sin]`` of the step's tokens, once per step and rope: (batch, tokens, 2, 2, r / 2)."""
@@ -241,9 +243,7 @@ class SinkCache(Cache):
             q, k, v = (x[:, :, begin:end] for x in (query, key, value))
             out = ops.prefill(q, k, v, turned, layer.values, done, after - done, rotation, learned_logits, **sizes)
             pieces.append(out)
-            kept = (text >= done[:, None]) & ((text < layer.sink_size) | (text >= after[:, None] - ring_size))
-            rows, index = kept.nonzero(as_tuple=True)
-            layer.keys[rows, :, slot_of(text[rows, index], layer.sink_size, ring_size)] = k[rows, :, index]
+            append(layer.keys, k, text, done, after, layer.sink_size)
         return torch.cat(pieces, dim=1)
 
     # What transformers asks of a cache.

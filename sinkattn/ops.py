@@ -5,7 +5,7 @@
 | "auto"      | the fastest of those below that serves dtype and head_dim          | CPU, CUDA                      |
 | "triton"    | kernels/decode.py, kernels/prefill.py                              | CUDA, or CPU when interpreted  |
 | "cpu"       | csrc/cpu, compiled                                                 | CPU                            |
-| "cuda"      | csrc/cuda, compiled                                                | CUDA                           |
+| "cuda"      | nothing yet: CUDA C++ ops are to come, asking for them is an error | CUDA                           |
 | "reference" | reference.py                                                       | any                            |
 """
 

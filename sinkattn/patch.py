@@ -291,13 +291,9 @@ class Handle:
         if kwargs.get("cache_implementation") is not None:
             raise ValueError("cache_implementation: a patched model brings its own cache; leave it out")
         cache, ids = kwargs.get("past_key_values"), inputs if inputs is not None else kwargs.get("input_ids")
-        if cache is not None and not isinstance(cache, SinkCache):
-            raise TypeError(
-                f"past_key_values is a {type(cache).__name__}; a patched model needs a sinkattn.SinkCache(model)"
-            )
         if isinstance(ids, Tensor) and ids.shape[-1] == 0 and kwargs.get("inputs_embeds") is None:
             raise ValueError("an empty prompt: give at least one token")
-        if cache is not None and cache.seen and isinstance(ids, Tensor):
+        if isinstance(cache, SinkCache) and cache.seen and isinstance(ids, Tensor):  # forward refuses other caches
             mask = kwargs.get("attention_mask")
             if not cache.holds(ids) and (mask is None or mask.shape[1] == ids.shape[1]):
                 # transformers takes ids as long as their mask for the full history: say how much came before

@@ -51,6 +51,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int = 0, interleaved: boo
     return torch.cat((head, turned, tail), dim=-1)
 
 
+def append(cache: Tensor, new: Tensor, position: Tensor, before: Tensor, after: Tensor, sink_size: int) -> None:
+    """Write sinks, and what of a chunk is not overwritten by its own later tokens, to their slots.
+
+    cache: (batch, heads, S + R, dim), **mutated**. new: (batch, heads, T, dim), of position (batch, T); below `before`
+    it is padding. before, after: (batch,) int64, tokens the rows hold before and after the chunk.
+    """
+    ring_size = cache.shape[2] - sink_size
+    recent = position >= after[:, None] - ring_size
+    kept = (position >= before[:, None]) & ((position < sink_size) | recent)
+    rows, index = kept.nonzero(as_tuple=True)
+    cache[rows, :, slot_of(position[rows, index], sink_size, ring_size)] = new[rows, :, index].to(cache.dtype)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -123,11 +136,6 @@ def attention(
     weights = torch.softmax(scores, dim=-1)[..., : keys.shape[2]].where(is_new[:, None, :, None], 0)
     out = (weights @ values).transpose(1, 2).to(q.dtype).contiguous()
 
-    # Append: sinks, and what of the chunk is not overwritten by its own later tokens.
-    total = (lengths + counts)[:, None]
-    kept = is_new & ((position < sink_size) | (position >= total - ring_size))
-    rows, index = kept.nonzero(as_tuple=True)
-    slots = slot_of(position[rows, index], sink_size, ring_size)
-    k_cache[rows, :, slots] = k[rows, :, index].to(k_cache.dtype)
-    v_cache[rows, :, slots] = v[rows, :, index].to(v_cache.dtype)
+    append(k_cache, k, position, lengths, lengths + counts, sink_size)
+    append(v_cache, v, position, lengths, lengths + counts, sink_size)
     return out

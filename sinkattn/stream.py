@@ -39,7 +39,7 @@ class Stream:
         self._logits: Tensor | None = None  # (batch, vocabulary) of the next token
         self._sampled: Tensor | None = None  # (batch, 1) handed out, not yet fed
         self._ids: Tensor | None = None  # (batch, C) ring of the last ids, in no particular order
-        self._count = 0
+        self._next, self._count = 0, 0  # where the ring goes on, and how much of it is filled
 
     @property
     def lengths(self) -> Tensor | None:
@@ -152,7 +152,6 @@ class Stream:
         capacity = self.cache.plan.capacity
         if self._ids is None:
             self._ids = torch.zeros(len(ids), capacity, dtype=torch.int64, device=self.model.device)
-            self._next = 0
         ids = ids[:, -capacity:]
         end = self._next + ids.shape[1]
         first = ids[:, : capacity - self._next]

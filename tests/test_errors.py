@@ -129,6 +129,7 @@ def test_models_that_cannot_be_exact_are_refused_and_left_alone(kind):
     implementation = model.config._attn_implementation
     with pytest.raises(UnsupportedModelError, match=message):
         patch(model, S, W)
+    assert issubclass(UnsupportedModelError, ValueError)
     assert set(vars(model)) == attributes and model.config._attn_implementation == implementation
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -270,6 +271,16 @@ def test_a_prompt_that_fails_half_way_marks_the_cache(model):
             model(ids, past_key_values=cache)
         cache.reset()
         assert torch.equal(model(ids, past_key_values=cache).logits, expected)
+
+
+def test_what_the_first_op_refuses_tears_nothing():
+    """An op that refuses its arguments has written nothing: the cache goes on."""
+    model, ids = tiny("llama", head_dim=272), random_ids(1, 20)
+    with patch(model, S, W, backend="cpu" if ops.HAS_CPU_LIBRARY else "triton"), torch.no_grad():
+        cache = SinkCache(model)
+        for _ in range(2):
+            with pytest.raises(ValueError, match="head_dim up to 256"):
+                model(ids, past_key_values=cache)
 
 
 def test_stream_input(model):
