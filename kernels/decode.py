@@ -17,13 +17,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import LOWEST, attend, capped, limits, load_rows, load_turned, open_softmax, query_scale, tile_dim
+from .tiles import (
+    LOWEST,
+    attend,
+    capped,
+    limits,
+    load_rows,
+    load_slopes,
+    load_turned,
+    open_softmax,
+    query_scale,
+    tile_dim,
+)
 
 
 @triton.jit
 def _load_ring(k_cache, v_cache, k_slot, v_slot, start, stop, sink_size, ring_size, new_slot, seen,
                dim, v_dim, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """A block of ring slots: k (BLOCK, BLOCK_D), v (BLOCK, BLOCK_V), visible (BLOCK,). The invisible are zero.
+    """A block of ring slots: k (BLOCK, BLOCK_D), v (BLOCK, BLOCK_V), visible and age (BLOCK,). The invisible are zero.
 
     Slots count from the first of the ring. Age counts from the newest token held, which is 0, back around the ring.
     """
@@ -32,7 +43,7 @@ def _load_ring(k_cache, v_cache, k_slot, v_slot, start, stop, sink_size, ring_si
     visible = (slot < stop) & (age < seen)
     k = load_rows(k_cache, sink_size + slot, visible, k_slot, dim, HEAD_DIM)
     v = load_rows(v_cache, sink_size + slot, visible, v_slot, v_dim, V_DIM)
-    return k, v, visible
+    return k, v, visible, age
 
 
 @triton.jit
@@ -79,6 +90,7 @@ def _decode_kernel(
     counts,  # (batch,) or None
     rotation,  # (batch, 1, text | sink, cos | sin, HALF) or None
     learned_logits,  # (num_kv_heads * GROUP,) or None
+    alibi_slopes,  # (num_kv_heads * GROUP,) or None
     out,  # (batch, 1, num_kv_heads * GROUP, V_DIM)
     partials,  # float32: outputs (pairs, SPLITS, GROUP, V_DIM), log-sum-exps (pairs, SPLITS, GROUP); None for one split
     arrivals,  # (pairs,) int32, zero between launches; None for one split; pairs = batch * num_kv_heads
@@ -138,7 +150,7 @@ def _decode_kernel(
     angles = row * (4 * HALF)
 
     if ONE_BLOCK:  # everything is asked for before anything is waited for
-        k_block, v_block, visible = _load_ring(
+        k_block, v_block, visible, age = _load_ring(
             k_cache, v_cache, k_cache_slot, v_cache_slot, first, stop, sink_size, ring_size, new_slot, seen,
             dim, v_dim, HEAD_DIM, V_DIM, BLOCK)  # fmt: skip
         q_sink, k_new, v_new, k_sinks, v_sinks = _load_home(
@@ -147,15 +159,16 @@ def _decode_kernel(
     q_text = load_turned(q, members, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED) * scale
     q_ring = q_text.to(k.dtype.element_ty) if DOT else q_text
     top, total, acc = open_softmax(learned_logits, heads, member < tl.where(is_home, GROUP, 0), BLOCK_V)
+    slopes = None if alibi_slopes is None else load_slopes(alibi_slopes, heads, member < GROUP)
 
     if ONE_BLOCK:
-        top, total, acc = attend(q_ring, k_block, v_block, visible, top, total, acc, SOFTCAP, DOT)
+        top, total, acc = attend(q_ring, k_block, v_block, visible, slopes, age + 1, top, total, acc, SOFTCAP, DOT)
     else:
         for start in tl.range(first, stop, BLOCK, num_stages=STAGES):
-            k_block, v_block, visible = _load_ring(
+            k_block, v_block, visible, age = _load_ring(
                 k_cache, v_cache, k_cache_slot, v_cache_slot, start, stop, sink_size, ring_size, new_slot, seen,
                 dim, v_dim, HEAD_DIM, V_DIM, BLOCK)  # fmt: skip
-            top, total, acc = attend(q_ring, k_block, v_block, visible, top, total, acc, SOFTCAP, DOT)
+            top, total, acc = attend(q_ring, k_block, v_block, visible, slopes, age + 1, top, total, acc, SOFTCAP, DOT)
 
     if is_home:
         if not ONE_BLOCK:
@@ -173,8 +186,11 @@ def _decode_kernel(
         total = total * fade + weight
         acc = acc * fade[:, None] + weight[:, None] * v_new.to(tl.float32)
         slot = tl.arange(0, SINK_BLOCK)
+        seen_from = tl.minimum(t, sink_size + window_size - 1).to(tl.int32)  # where the sinks see the query
         for start in tl.range(0, sinks, SINK_BLOCK, num_stages=1):
-            top, total, acc = attend(q_sink, k_sinks, v_sinks, slot < sinks - start, top, total, acc, SOFTCAP, DOT)
+            top, total, acc = attend(
+                q_sink, k_sinks, v_sinks, slot < sinks - start, slopes, seen_from - start - slot, top, total, acc,
+                SOFTCAP, DOT)  # fmt: skip
             after = start + SINK_BLOCK + slot
             k_sinks = load_rows(k_cache, after, after < sinks, k_cache_slot, dim, HEAD_DIM)
             v_sinks = load_rows(v_cache, after, after < sinks, v_cache_slot, v_dim, V_DIM)
@@ -265,6 +281,7 @@ def decode(
     counts: Tensor | None,
     rotation: Tensor | None,
     learned_logits: Tensor | None,
+    alibi_slopes: Tensor | None,
     sink_size: int,
     window_size: int,
     scale: float,
@@ -290,7 +307,7 @@ def decode(
             arrivals = _arrival_counters(k_cache)
         _decode_kernel[pairs, splits](
             q, k, v, k_cache, v_cache,
-            *(x if x is None else x.contiguous() for x in (lengths, counts, rotation, learned_logits)),
+            *(x if x is None else x.contiguous() for x in (lengths, counts, rotation, learned_logits, alibi_slopes)),
             out, partials, arrivals,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
             sink_size, window_size, ring_size, span, query_scale(scale, softcap),

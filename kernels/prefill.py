@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import attend, load_rows, load_turned, open_softmax, query_scale, tile_dim
+from .tiles import attend, load_rows, load_slopes, load_turned, open_softmax, query_scale, tile_dim
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -48,11 +48,13 @@ def _attend_kernel(
     counts,  # (batch,) or None
     rotation,  # (batch, tokens, text | sink, cos | sin, HALF) or None
     learned_logits,  # (NUM_HEADS,) or None
+    alibi_slopes,  # (NUM_HEADS,) or None
     out,  # (batch, tokens, NUM_HEADS, V_DIM)
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token,  # strides in elements
     k_cache_row, k_cache_head, k_cache_slot, v_cache_row, v_cache_head, v_cache_slot,
     tokens, sink_size, window_size, ring_size,
     reach,  # a query sees the keys of its chunk that are less than this far back
+    is_dense,  # a dense call: the sinks see its queries as far on as they are
     scale,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     HALF: tl.constexpr, START: tl.constexpr, PAIRED: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -91,6 +93,7 @@ def _attend_kernel(
     k_cache += row * k_cache_row + kv_head * k_cache_head
     v_cache += row * v_cache_row + kv_head * v_cache_head
     top, total, acc = open_softmax(learned_logits, head + tl.zeros_like(index), index < tokens, BLOCK_V)
+    slopes = None if alibi_slopes is None else load_slopes(alibi_slopes, head + tl.zeros_like(index), index < tokens)
 
     q_text = load_turned(q_rows, q_inside, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED) * scale
     q_text = q_text.to(k.dtype.element_ty)
@@ -100,6 +103,9 @@ def _attend_kernel(
         q_sink = load_turned(q_rows, q_inside, rotation, angles + 2 * HALF, dim, HEAD_DIM, HALF, START, PAIRED) * scale
         q_sink = q_sink.to(k.dtype.element_ty)
         sinks = tl.minimum(length + last + 1, sink_size).to(tl.int32)
+        furthest = sink_size + window_size - 1  # where the sinks see the queries: there, or nearer
+        on = query + tl.minimum(length, furthest).to(tl.int32)
+        seen_from = tl.where(is_dense, on, tl.minimum(length + query, furthest).to(tl.int32))
         for start in tl.range(0, sinks, SINK_BLOCK, num_stages=1):
             slot = start + tl.arange(0, SINK_BLOCK)
             key = tl.maximum(slot - length, -1).to(tl.int32)  # -1 is any that the cache has
@@ -110,7 +116,9 @@ def _attend_kernel(
             k_block += load_rows(k, padding + key, in_chunk, k_token, dim, HEAD_DIM)
             v_block += load_rows(v, padding + key, in_chunk, v_token, v_dim, V_DIM)
             visible = (slot < sinks)[None, :] & (key[None, :] <= query[:, None])
-            top, total, acc = attend(q_sink, k_block, v_block, visible, top, total, acc, SOFTCAP, True)
+            distance = seen_from[:, None] - slot[None, :]
+            top, total, acc = attend(
+                q_sink, k_block, v_block, visible, slopes, distance, top, total, acc, SOFTCAP, True)  # fmt: skip
 
     # The ring, back from the newest token.
     written = tl.maximum(length - sink_size, 0)  # tokens that ever went into it
@@ -121,8 +129,9 @@ def _attend_kernel(
         slot = sink_size + next_slot - 1 - age + tl.where(age < next_slot, 0, ring_size)
         k_block = load_rows(k_cache, slot, age < seen, k_cache_slot, dim, HEAD_DIM)
         v_block = load_rows(v_cache, slot, age < seen, v_cache_slot, v_dim, V_DIM)
-        visible = (age < seen)[None, :] & (age[None, :] + query[:, None] < reach - 1)
-        top, total, acc = attend(q_text, k_block, v_block, visible, top, total, acc, SOFTCAP, True)
+        distance = age[None, :] + query[:, None] + 1
+        visible = (age < seen)[None, :] & (distance < reach)
+        top, total, acc = attend(q_text, k_block, v_block, visible, slopes, distance, top, total, acc, SOFTCAP, True)
 
     # The chunk: keys [low, high), of which all queries of the block see [all_low, all_high), in whole blocks.
     low = tl.maximum(tl.maximum(sink_size - length, 0).to(tl.int32), first - reach + 1)
@@ -133,7 +142,8 @@ def _attend_kernel(
         key = start + tl.arange(0, BLOCK_N)
         k_block = load_rows(k, padding + key, None, k_token, dim, HEAD_DIM)
         v_block = load_rows(v, padding + key, None, v_token, v_dim, V_DIM)
-        top, total, acc = attend(q_text, k_block, v_block, None, top, total, acc, SOFTCAP, True)
+        behind = query[:, None] - key[None, :]
+        top, total, acc = attend(q_text, k_block, v_block, None, slopes, behind, top, total, acc, SOFTCAP, True)
     left = tl.cdiv(tl.maximum(tl.minimum(all_low, high) - low, 0), BLOCK_N)
     right = tl.cdiv(tl.maximum(high - all_high, 0), BLOCK_N)
     for edge in tl.range(0, left + right, num_stages=STAGES):
@@ -142,7 +152,7 @@ def _attend_kernel(
         v_block = load_rows(v, padding + key, key < high, v_token, v_dim, V_DIM)
         behind = query[:, None] - key[None, :]
         visible = (behind >= 0) & (behind < reach)
-        top, total, acc = attend(q_text, k_block, v_block, visible, top, total, acc, SOFTCAP, True)
+        top, total, acc = attend(q_text, k_block, v_block, visible, slopes, behind, top, total, acc, SOFTCAP, True)
 
     acc = tl.where(q_inside, acc / total[:, None], 0.0)
     tl.store(out_rows, acc.to(out.dtype.element_ty), mask=out_inside)
@@ -206,6 +216,7 @@ def prefill(
     counts: Tensor | None,
     rotation: Tensor | None,
     learned_logits: Tensor | None,
+    alibi_slopes: Tensor | None,
     sink_size: int,
     window_size: int,
     scale: float,
@@ -220,8 +231,8 @@ def prefill(
     out = q.new_empty(batch, tokens, num_heads, v_dim)
     if batch == 0 or tokens == 0:
         return out
-    lengths, counts, rotation, learned_logits = (
-        x if x is None else x.contiguous() for x in (lengths, counts, rotation, learned_logits)
+    lengths, counts, rotation, learned_logits, alibi_slopes = (
+        x if x is None else x.contiguous() for x in (lengths, counts, rotation, learned_logits, alibi_slopes)
     )
     heads = {"NUM_KV_HEADS": num_kv_heads, "HEAD_DIM": head_dim}
     turn = {"HALF": 0 if rotation is None else rotation.shape[-1], "START": rotary_start, "PAIRED": interleaved}
@@ -238,10 +249,11 @@ def prefill(
                 k_raw, rotation, k, *k_raw.stride()[:3], tokens, **heads, **turn, BLOCK=copy_block, BLOCK_D=block_d
             )
         _attend_kernel[(triton.cdiv(tokens, config["BLOCK_M"]) * batch * num_heads,)](
-            q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, out,
+            q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, out,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides,
             tokens, sink_size, window_size, ring_size,
             min(dense_window or window_size, window_size + tokens),  # what lies beyond is not there: keeps it an int32
+            dense_window > 0,
             query_scale(scale, softcap),
             NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, V_DIM=v_dim, **turn,
             SOFTCAP=softcap, BLOCK_D=block_d, BLOCK_V=block_v,

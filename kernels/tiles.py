@@ -92,10 +92,17 @@ def open_softmax(learned_logits, head, inside, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def attend(q, k, v, visible, top, total, acc, SOFTCAP: tl.constexpr, DOT: tl.constexpr):
+def load_slopes(alibi_slopes, head, inside):
+    """ALiBi's slopes of the heads (M,) as (M, 1), in base 2."""
+    return (tl.load(alibi_slopes + head, mask=inside, other=0.0).to(tl.float32) * LOG2E)[:, None]
+
+
+@triton.jit
+def attend(q, k, v, visible, slopes, distance, top, total, acc, SOFTCAP: tl.constexpr, DOT: tl.constexpr):
     """Take a block of keys through the online softmax; returns new ``top`` (M,), ``total`` (M,), ``acc`` (M, BLOCK_V).
 
     q: (M, BLOCK_D), k: (N, BLOCK_D), v: (N, BLOCK_V). visible: (N,), or (M, N) with DOT, or None: all are.
+    slopes: ALiBi's, (M, 1), in base 2, for a distance of the shapes of visible; None for none.
 
     With DOT the scores, (M, N), come from the tensor cores, and q is rounded to k's dtype. Without it M is 1, and the
     scores stand upright, (N, 1), as the sums over a key's dims leave them.
@@ -106,6 +113,10 @@ def attend(q, k, v, visible, top, total, acc, SOFTCAP: tl.constexpr, DOT: tl.con
     else:
         scores = tl.sum(q * k.to(tl.float32), axis=1, keep_dims=True)
     scores = capped(scores, SOFTCAP)
+    if slopes is not None:
+        if len(distance.shape) == 1:
+            distance = tl.expand_dims(distance, 1 - KEYS)
+        scores -= slopes * distance.to(tl.float32)
     if visible is not None:
         if len(visible.shape) == 1:
             visible = tl.expand_dims(visible, 1 - KEYS)

@@ -24,8 +24,8 @@ MAX_HEAD_DIM = 256
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? counts, "
-    "Tensor? rotation, Tensor? learned_logits, int sink_size, int window_size, float scale, float softcap=0., "
-    "int rotary_start=0, bool interleaved=False{more}) -> Tensor"
+    "Tensor? rotation, Tensor? learned_logits, Tensor? alibi_slopes, int sink_size, int window_size, float scale, "
+    "float softcap=0., int rotary_start=0, bool interleaved=False{more}) -> Tensor"
 )
 torch.library.define("sinkattn::decode", _SCHEMA.format(more=""))
 torch.library.define("sinkattn::prefill", _SCHEMA.format(more=", int dense_window=0"))
@@ -92,7 +92,21 @@ def missing_backend(backend: str, device_type: str) -> str | None:
     return None if device_type == "cpu" else f"no backend runs on {device_type!r}; backend='reference' might"
 
 
-def _check(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, sink_size, window_size, rotary_start):
+def _check(
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    lengths,
+    counts,
+    rotation,
+    learned_logits,
+    alibi_slopes,
+    sink_size,
+    window_size,
+    rotary_start,
+):
     """Raise ValueError (shapes, sizes, devices) or TypeError (dtypes) before anything is written."""
     for name, tensor in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor.dim() != 4:
@@ -135,9 +149,10 @@ def _check(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits,
             )
         if rotation.dtype not in (torch.float32, torch.float64):
             raise TypeError(f"rotation is {rotation.dtype}; it needs float32")
-    if learned_logits is not None and learned_logits.shape != (num_heads,):
-        raise ValueError(f"learned_logits has shape {tuple(learned_logits.shape)}; it needs ({num_heads},)")
-    for tensor in (k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits):
+    for name, tensor in (("learned_logits", learned_logits), ("alibi_slopes", alibi_slopes)):
+        if tensor is not None and tensor.shape != (num_heads,):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs ({num_heads},)")
+    for tensor in (k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes):
         if tensor is not None and tensor.device != q.device:
             raise ValueError(f"tensors on {tensor.device} and {q.device}: all must be on one device")
 
@@ -172,6 +187,7 @@ def decode(
     counts: Tensor | None = None,
     rotation: Tensor | None = None,
     learned_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     *,
     sink_size: int,
     window_size: int,
@@ -202,6 +218,8 @@ def decode(
         rotation: (batch, 1, 2, 2, r / 2) float32 contiguous, ``[text | sink][cos | sin]`` of the angles of t and of
             min(t, C - 1); None for no rotation.
         learned_logits: (num_heads,), one logit per head that joins the softmax's denominator (gpt-oss); None for none.
+        alibi_slopes: (num_heads,) float32, ALiBi: ``slope * distance`` is taken from the capped scores, where the
+            distance is ``t - j`` in the window and ``min(t, C - 1) - j`` for a sink (arXiv 2108.12409); None for none.
     Scalars:
         sink_size, window_size: tokens. scale: factor of the scores. softcap: 0 for none.
         rotary_start: first rotated dim. interleaved: pairs (2i, 2i + 1) instead of (i, i + r / 2).
@@ -216,7 +234,7 @@ def decode(
     """
     if q.dim() == 4 and q.shape[2] != 1:
         raise ValueError(f"decode takes one token a row, q has {q.shape[2]}; use prefill")
-    tensors = (q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits)
+    tensors = (q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
     return _run("decode", backend, tensors, (sink_size, window_size, scale, softcap, rotary_start, interleaved))
 
 
@@ -230,6 +248,7 @@ def prefill(
     counts: Tensor | None = None,
     rotation: Tensor | None = None,
     learned_logits: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     *,
     sink_size: int,
     window_size: int,
@@ -249,9 +268,10 @@ def prefill(
             ``lengths + i - (T - counts)``. None means no padding.
         dense_window: 0 for streaming. Otherwise tokens, and the call is attended densely: its queries see what the
             cache's window held before the call, ``j > lengths - W``, and of the call all with ``j > t - dense_window``.
+            To the sinks, ALiBi then counts on from ``min(lengths, C - 1)``.
 
     Returns (batch, T, num_heads, v_head_dim), dtype of q, contiguous.
     """
-    tensors = (q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits)
+    tensors = (q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
     sizes = (sink_size, window_size, scale, softcap, rotary_start, interleaved, dense_window)
     return _run("prefill", backend, tensors, sizes)

@@ -74,6 +74,7 @@ def attention(
     counts: Tensor | None,
     rotation: Tensor | None,
     learned_logits: Tensor | None,
+    alibi_slopes: Tensor | None,
     sink_size: int,
     window_size: int,
     scale: float,
@@ -89,8 +90,9 @@ def attention(
         ``softcap(scale * R_text(t) q . R_text(j) k)``   for j >= S,  and
         ``softcap(scale * R_sink(t) q . R_text(j) k)``   for j < S,
 
-    where R_text(t) turns by the angle of t and R_sink(t) by that of ``min(t, C - 1)``. `ops.decode` and
-    `ops.prefill` have the same arguments; their docstrings say shapes, layouts and errors.
+    where R_text(t) turns by the angle of t and R_sink(t) by that of ``min(t, C - 1)``. ALiBi takes the same distances,
+    ``slope * (t - j)`` and ``slope * (min(t, C - 1) - j)``, from the scores. `ops.decode` and `ops.prefill` have
+    the same arguments; their docstrings say shapes, layouts and errors.
     """
     batch, num_heads, tokens, _ = q.shape
     num_kv_heads, ring_size = k_cache.shape[1], k_cache.shape[2] - sink_size
@@ -124,6 +126,12 @@ def attention(
         scores = softcap * torch.tanh(scores / softcap)
 
     t, j = position[:, :, None], key_position[:, None, :]
+    if alibi_slopes is not None:
+        seen_from = t.clamp(max=sink_size + window_size - 1)  # where the sinks see the query
+        if dense_window > 0:
+            seen_from = t + (lengths.clamp(max=sink_size + window_size - 1) - lengths)[:, None, None]
+        distance = torch.where(is_sink[:, None], seen_from, t) - j
+        scores = scores - alibi_slopes.to(wide)[:, None, None] * distance[:, None].to(wide)
     oldest = t - window_size  # exclusive
     if dense_window > 0:  # a prompt attended densely: what the cache held before the call, and all of the call
         oldest = torch.maximum(lengths[:, None, None] - window_size, t - dense_window)

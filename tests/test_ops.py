@@ -60,6 +60,7 @@ class Case:
     start: int = 0
     interleaved: bool = False
     learned: bool = False
+    alibi: bool = False
     softcap: float = 0.0
     dense: int | None = None  # of prefill
 
@@ -76,7 +77,7 @@ class Case:
         return sizes if self.dense is None else sizes | {"dense_window": self.dense}
 
     def tensors(self, dtype, device="cpu"):
-        """The nine tensors of the ops: q, k, v transposed views, caches slices of something larger, data all random."""
+        """The ten tensors of the ops: q, k, v transposed views, caches slices of something larger, data all random."""
         batch, slots = len(self.lengths), self.sink + (self.ring or self.window)
         v_dim = self.v_dim or self.head_dim
         lengths = torch.tensor(self.lengths, dtype=torch.int64)
@@ -97,13 +98,14 @@ class Case:
         angles = 100 * torch.randn(batch, self.tokens, 2, half)
         rotation = torch.stack((angles.cos(), angles.sin()), dim=3) if half else None
         learned = torch.randn(self.heads) if self.learned else None
+        slopes = 2 * torch.rand(self.heads) / self.window if self.alibi else None
         if counts is not None:
             padding = torch.arange(self.tokens) < self.tokens - counts[:, None]
             for x in (q, k, v):
                 x.masked_fill_(padding[:, None, :, None], torch.nan)
             if half:
                 rotation.masked_fill_(padding[:, :, None, None, None], torch.nan)
-        tensors = q, k, v, *caches, lengths, counts, rotation, learned
+        tensors = q, k, v, *caches, lengths, counts, rotation, learned, slopes
         return tuple(x if x is None or device == "cpu" else _like(x, x.to(device)) for x in tensors)
 
 
@@ -196,6 +198,8 @@ SHAPES = {
     "slack slots": {"ring": 17, "lengths": (4, 16, 20, 21, 22, 33, 34, 1000)},
     "learned logits": {"learned": True, "heads": 6},
     "softcap": {"softcap": 3.0, "heads": 4},
+    "alibi": {"alibi": True, "rotary": 0, "heads": 6},
+    "alibi, many sinks, single queries": {"alibi": True, "sink": 37, "lengths": (0, 36, 37, 60)},
     "learned logits, softcap, no sinks": {"learned": True, "softcap": 20.0, "sink": 0, "rotary": 0},
 }
 MIXED = (3, 16, 55, 4_000_000)
@@ -251,7 +255,7 @@ class TestPrefill:
     def test_padding(self, backend, device, tokens, dense):
         """Left padding from none to all of a row, streaming and dense."""
         counts = (0, 1, tokens // 2, tokens - 1, tokens, tokens)
-        case = Case((0, 1, 3, 20, 0, 4_000_000), counts, tokens, dense=dense, heads=4, learned=True)
+        case = Case((0, 1, 3, 20, 0, 4_000_000), counts, tokens, dense=dense, heads=4, learned=True, alibi=True)
         for dtype in dtypes(backend, device):
             check("prefill", backend, device, dtype, case)
 
@@ -270,8 +274,8 @@ class TestPrefill:
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_chunks_do_not_matter(backend, device):
     """A text at once, in chunks, and token by token."""
-    text = Case((0,), tokens=45, heads=4, learned=True)
-    q, k, v, k_cache, v_cache, lengths, counts, rotation, learned = text.tensors(torch.float32, device)
+    text = Case((0,), tokens=45, heads=4, learned=True, alibi=True)
+    q, k, v, k_cache, v_cache, lengths, counts, rotation, learned, slopes = text.tensors(torch.float32, device)
 
     def run(chunks):
         caches = k_cache.clone(), v_cache.clone()
@@ -280,7 +284,7 @@ def test_chunks_do_not_matter(backend, device):
             part = slice(begin, begin + size)
             op = ops.decode if size == 1 else ops.prefill
             at = (q[:, :, part], k[:, :, part], v[:, :, part], *caches, lengths + begin, counts, rotation[:, part])
-            outs.append(op(*at, learned, **text.sizes, backend=backend))
+            outs.append(op(*at, learned, slopes, **text.sizes, backend=backend))
             begin += size
         return torch.cat(outs, dim=1), *caches
 
@@ -311,7 +315,7 @@ def test_neighbours_do_not_matter(backend, device, op):
     together = copies(tensors)
     out = getattr(ops, op)(*together, **case.sizes, backend=backend)
     for row in range(3):
-        alone = copies([x if x is None or i == 8 else x[row : row + 1] for i, x in enumerate(tensors)])
+        alone = copies([x if x is None or i > 7 else x[row : row + 1] for i, x in enumerate(tensors)])
         single = getattr(ops, op)(*alone, **case.sizes, backend=backend)
         torch.testing.assert_close(single, out[row : row + 1], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(alone[3], together[3][row : row + 1], rtol=0, atol=0, equal_nan=True)
@@ -337,6 +341,7 @@ BAD_INPUTS = {
     "rotation of 4 dims": ({"rotation": lambda x: x[:, 0]}, {}, ValueError, "rotation .* does not fit"),
     "rotation beyond the head": ({}, {"rotary_start": 1}, ValueError, "rotary_start . r <= head_dim = 16"),
     "rotation of half precision": ({"rotation": lambda x: x.half()}, {}, TypeError, "rotation is torch.float16"),
+    "slopes of another head count": ({"alibi_slopes": lambda x: x[1:]}, {}, ValueError, "alibi_slopes has shape"),
     "logits of another head count": ({"learned_logits": lambda x: x[1:]}, {}, ValueError, "learned_logits has shape"),
     "gradients": ({"q": lambda x: x.clone().requires_grad_()}, {}, RuntimeError, "these ops are for inference"),
     "another device": ({"lengths": lambda x: x.to("meta")}, {}, ValueError, "all must be on one device"),
@@ -347,8 +352,8 @@ BAD_INPUTS = {
 def test_errors(name):
     """Bad input is named, and the cache is left alone."""
     change, sizes, error, message = BAD_INPUTS[name]
-    case = Case((3, 20), (1, 1), heads=4, learned=True)
-    names = ("q", "k", "v", "k_cache", "v_cache", "lengths", "counts", "rotation", "learned_logits")
+    case = Case((3, 20), (1, 1), heads=4, learned=True, alibi=True)
+    names = ("q", "k", "v", "k_cache", "v_cache", "lengths", "counts", "rotation", "learned_logits", "alibi_slopes")
     tensors = dict(zip(names, case.tensors(torch.float32, DEVICES[-1]), strict=True))
     tensors |= {key: function(tensors[key]) for key, function in change.items()}
     before = {key: tensors[key].clone() for key in ("k_cache", "v_cache")}
@@ -374,7 +379,7 @@ def test_what_only_the_reference_takes(backend, device, dtype, head_dim):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("op", ["decode", "prefill"])
 def test_opcheck(op, device):
-    case = Case((20, 40), (1, 0), tokens=1 if op == "decode" else 3, heads=4, learned=True)
+    case = Case((20, 40), (1, 0), tokens=1 if op == "decode" else 3, heads=4, learned=True, alibi=True)
     tensors = [x if x is None else x.nan_to_num(0) if x.is_floating_point() else x for x in case.tensors(torch.float32)]
     tensors = [x if x is None else x.to(device) for x in tensors]
     torch.library.opcheck(getattr(torch.ops.sinkattn, op).default, (*tensors, *case.sizes.values()))
@@ -492,15 +497,18 @@ def test_kernels_compile():
         JITFunction.run = lambda *args, **kwargs: compile_and_launch(*args, **kwargs | {"warmup": True})
         from sinkattn.kernels import decode, prefill
 
-        def tensors(batch, heads, tokens):
+        def tensors(batch, heads, tokens, alibi):
             new = torch.empty(3, batch, heads, tokens, 32, dtype=torch.bfloat16)
             cache = torch.empty(2, batch, 2, 300, 32, dtype=torch.bfloat16)
             lengths, rotation = torch.zeros(batch, dtype=torch.int64), torch.empty(batch, tokens, 2, 2, 16)
-            return new[0], *new[1:, :, :2], *cache, lengths, lengths, rotation, torch.empty(heads), 4, 290, 0.2, 30.0
+            per_head = (torch.empty(heads), torch.empty(heads)) if alibi else (None, None)
+            return new[0], *new[1:, :, :2], *cache, lengths, lengths, rotation, *per_head, 4, 290, 0.2, 30.0
 
-        decode.decode(*tensors(1, 2, 1))
-        decode.decode(*tensors(9, 6, 1))
-        prefill.prefill(*tensors(1, 4, 200))
+        decode.decode(*tensors(1, 2, 1, alibi=True))
+        decode.decode(*tensors(9, 6, 1, alibi=True))
+        prefill.prefill(*tensors(1, 4, 200, alibi=True))
+        decode.decode(*tensors(1, 6, 1, alibi=False))
+        prefill.prefill(*tensors(1, 4, 200, alibi=False))
     """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, check=True, timeout=120)

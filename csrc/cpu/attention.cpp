@@ -41,6 +41,12 @@ int64_t window_start(const Params& p, int64_t length, int64_t t) {
   return greater(p.sink_size, oldest + 1);
 }
 
+// Where the sinks see a query at position t: in a dense call it is counted on from where the row stood before.
+int64_t sink_position(const Params& p, int64_t length, int64_t t) {
+  const int64_t last = p.sink_size + p.window_size - 1;
+  return p.dense_window > 0 ? t - length + lesser(length, last) : lesser(t, last);
+}
+
 template <typename T>
 void widen(const T* x, int64_t dim, float* y) {
   int64_t i = 0;
@@ -124,11 +130,14 @@ void weigh_rows(const float* weights, const T* v, int64_t v_stride, int64_t coun
 // One query head of one token.
 struct Row {
   int64_t position, window_start;  // of the token
+  int64_t sink_position;           // where the sinks see it
   float max, sum;                  // of its softmax so far
+  float slope;                     // ALiBi
 };
 
 // Scores -> weights, for keys [first, last) of the `count` of a block; the others get weight 0. Returns the factor f.
-float soften(const Params& p, Row& row, float* scores, int64_t first, int64_t last, int64_t count) {
+// distance: from the query back to the first key of the block.
+float soften(const Params& p, Row& row, float* scores, int64_t first, int64_t last, int64_t count, int64_t distance) {
   const Vec scale = broadcast(p.scale);
   const int64_t end = (count + LANES - 1) / LANES * LANES;  // <= KEYS
   if (p.softcap > 0) {
@@ -137,6 +146,8 @@ float soften(const Params& p, Row& row, float* scores, int64_t first, int64_t la
   } else {
     for (int64_t n = 0; n < end; n += LANES) store(scores + n, load(scores + n) * scale);
   }
+  if (p.alibi_slopes)
+    for (int64_t n = 0; n < end; ++n) scores[n] -= row.slope * float(distance - n);
   for (int64_t n = 0; n < first; ++n) scores[n] = -INF;
   for (int64_t n = last; n < end; ++n) scores[n] = -INF;
 
@@ -214,7 +225,8 @@ class Task {
         rotate(p, query, angles_of(p, batch_row, token, TEXT), q[TEXT] + r * dim);
         rotate(p, query, angles_of(p, batch_row, token, SINK), q[SINK] + r * dim);
         const float logit = p.learned_logits ? p.learned_logits[head] : -INF;  // as if a key without a value
-        state[r] = {t, window_start(p, length, t), logit, logit == -INF ? 0.f : 1.f};
+        const float slope = p.alibi_slopes ? p.alibi_slopes[head] : 0;
+        state[r] = {t, window_start(p, length, t), sink_position(p, length, t), logit, logit == -INF ? 0.f : 1.f, slope};
       }
     }
   }
@@ -270,7 +282,8 @@ class Task {
       Row& row = state[r];
       const int64_t seen_from = angle == SINK ? 0 : lesser(greater(row.window_start - position, 0), count);
       const int64_t seen_to = lesser(greater(row.position - position + 1, seen_from), count);
-      const float factor = soften(p, row, scores + r * KEYS, seen_from, seen_to, count);
+      const int64_t distance = (angle == SINK ? row.sink_position : row.position) - position;
+      const float factor = soften(p, row, scores + r * KEYS, seen_from, seen_to, count, distance);
       if (factor == 1) continue;
       const Vec factors = broadcast(factor);
       for (float* o = out + r * v_dim; o < out + (r + 1) * v_dim; o += LANES) store(o, load(o) * factors);

@@ -95,8 +95,9 @@ void run(const Params& p) {
 
 Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& lengths, const std::optional<Tensor>& counts, const std::optional<Tensor>& rotation,
-               const std::optional<Tensor>& learned_logits, int64_t sink_size, int64_t window_size, double scale,
-               double softcap, int64_t rotary_start, bool interleaved, int64_t dense_window) {
+               const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes, int64_t sink_size,
+               int64_t window_size, double scale, double softcap, int64_t rotary_start, bool interleaved,
+               int64_t dense_window) {
   // sinkattn/ops.py checks with better messages; these keep a direct call from reading or writing out of bounds.
   for (const Tensor* x : {&q, &k, &v, &k_cache, &v_cache}) {
     STD_TORCH_CHECK(x->dim() == 4, "sinkattn: q, k, v, k_cache and v_cache must have 4 dims");
@@ -124,7 +125,7 @@ Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   Tensor out = torch::stable::new_empty(q, {p.batch, p.tokens, p.num_heads, p.v_dim});
   if (p.batch * p.num_heads * p.tokens == 0) return out;
 
-  Tensor row_lengths = torch::stable::contiguous(lengths), row_counts = lengths, angles = q, logits = q;
+  Tensor row_lengths = torch::stable::contiguous(lengths), row_counts = lengths, angles = q, logits = q, slopes = q;
   STD_TORCH_CHECK(has_shape(lengths, {p.batch}) && lengths.scalar_type() == ScalarType::Long,
                   "sinkattn: lengths must be int64 (batch,)");
   p.lengths = static_cast<const int64_t*>(row_lengths.data_ptr());
@@ -149,6 +150,11 @@ Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
     STD_TORCH_CHECK(has_shape(*learned_logits, {p.num_heads}), "sinkattn: learned_logits must be (num_heads,)");
     logits = contiguous_floats(*learned_logits);
     p.learned_logits = static_cast<const float*>(logits.data_ptr());
+  }
+  if (alibi_slopes) {
+    STD_TORCH_CHECK(has_shape(*alibi_slopes, {p.num_heads}), "sinkattn: alibi_slopes must be (num_heads,)");
+    slopes = contiguous_floats(*alibi_slopes);
+    p.alibi_slopes = static_cast<const float*>(slopes.data_ptr());
   }
 
   const Tensor q_rows = with_contiguous_rows(q), k_rows = with_contiguous_rows(k), v_rows = with_contiguous_rows(v);
@@ -178,10 +184,10 @@ Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
 
 Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
               const Tensor& lengths, const std::optional<Tensor>& counts, const std::optional<Tensor>& rotation,
-              const std::optional<Tensor>& learned_logits, int64_t sink_size, int64_t window_size, double scale,
-              double softcap, int64_t rotary_start, bool interleaved) {
-  return prefill(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, sink_size, window_size, scale,
-                 softcap, rotary_start, interleaved, 0);
+              const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes, int64_t sink_size,
+              int64_t window_size, double scale, double softcap, int64_t rotary_start, bool interleaved) {
+  return prefill(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, sink_size,
+                 window_size, scale, softcap, rotary_start, interleaved, 0);
 }
 
 }  // namespace

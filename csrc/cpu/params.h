@@ -35,6 +35,7 @@ struct Params {
   const int64_t* lengths;       // (batch,)
   const int64_t* counts;        // (batch,); null: all T tokens of every row are its own
   const float* learned_logits;  // (num_heads,); null for none
+  const float* alibi_slopes;    // (num_heads,); null for none
 
   // A pair is a key head of a row of the batch, shared by `group` query heads. A task is a block of queries of a pair.
   int64_t group, block_tokens, blocks_per_pair;
