@@ -14,6 +14,7 @@ floor is the bytes of K and V, 2 * batch * num_kv_heads * C * head_dim * 2, over
 
 import csv
 import itertools
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,10 @@ def graph_us(calls: list, replays: int = 20) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    times, warm = [], time.perf_counter() + 0.05
+    while time.perf_counter() < warm:
+        graph.replay()
+        torch.cuda.synchronize()
     for _ in range(replays):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -82,8 +86,8 @@ def caches(batch, heads, capacity, head_dim, dtype) -> list[tuple[torch.Tensor, 
     ]
 
 
-def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype) -> float:
-    """Microseconds of one layer's step; raises what the provider raises where it cannot."""
+def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype, op=ops.decode) -> float:
+    """Microseconds of one layer's step; raises what the provider raises where it cannot. op: sinkattn's, for tuning."""
     q = torch.randn(batch, num_heads, 1, head_dim, device="cuda", dtype=dtype)
     pairs = caches(batch, num_kv_heads, capacity, head_dim, dtype)
     if provider == "sinkattn":
@@ -91,7 +95,7 @@ def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype)
         lengths = torch.randint(capacity, 10 * capacity, (batch,), device="cuda")
         rotation = torch.randn(batch, 1, 2, 2, head_dim // 2, device="cuda")
         sizes = dict(sink_size=SINKS, window_size=capacity - SINKS, scale=head_dim**-0.5)
-        calls = [lambda kv=kv: ops.decode(q, k, v, *kv, lengths, None, rotation, **sizes) for kv in pairs]
+        calls = [lambda kv=kv: op(q, k, v, *kv, lengths, None, rotation, None, None, **sizes) for kv in pairs]
         return graph_us(calls)
     if provider.startswith("sdpa"):
         backend = SDPBackend.CUDNN_ATTENTION if provider == "sdpa_cudnn" else SDPBackend.FLASH_ATTENTION

@@ -1,11 +1,13 @@
-"""Try launch configurations of the decode kernel on this GPU: python bench/tune.py --output-dir bench/results/h200
+"""Try launch configurations of the decode kernels on this GPU: python bench/tune.py --output-dir bench/results/h200
 
-For every shape it times candidates for `_config` of kernels/decode.py, prints the best next to the one in use, and
-writes tune_K.csv. What is good goes into `_config` by hand: nothing is tuned at run time. Most of the time goes into
-compiling, and Triton keeps what it compiled: run the parts side by side first, then all again for the times.
+For every shape it times the CUDA C++ kernel with every way to share a key head and, with --triton, candidates for
+`_config` of kernels/decode.py. It prints the best next to what is in use and writes tune.csv. What is good goes into
+`splits_of` of csrc/cuda/decode.cu and into `_config` by hand: nothing is tuned at run time. Triton's candidates take
+most of the time to compile, and Triton keeps what it compiled: run --part k/n side by side first, then all of them.
 """
 
 import csv
+import functools
 import itertools
 from pathlib import Path
 from typing import Annotated
@@ -17,19 +19,15 @@ from decode import measure
 from rich.console import Console
 from rich.progress import track
 
+from sinkattn import ops
 from sinkattn.kernels import decode as kernel
 
-SHAPES = (  # num_heads, num_kv_heads, batch, capacity
-    (32, 32, 1, 1024), (32, 32, 8, 1024), (32, 32, 64, 1024),
-    (32, 8, 1, 1024), (32, 8, 1, 4096), (32, 8, 8, 1024), (32, 8, 8, 4096), (32, 8, 64, 1024), (32, 8, 64, 4096),
-)  # fmt: skip
-META = ("BLOCK", "SPLITS", "ONE_BLOCK", "DOT", "STAGES", "num_warps")
-COLUMNS = ("num_heads", "num_kv_heads", "batch", "capacity", *META, "us")
+COLUMNS = ("num_heads", "num_kv_heads", "head_dim", "batch", "capacity", "backend", "config", "us")
 console = Console(width=160)
 
 
 def candidates(pairs: int, group: int, ring_size: int) -> list[tuple[dict, int]]:
-    """(launch parameters, span) as `_config` gives them."""
+    """(launch parameters, span) as Triton's `_config` gives them."""
     found = []
     for block, warps in itertools.product((32, 64, 128), (2, 4, 8)):
         blocks = triton.cdiv(ring_size, block)
@@ -51,33 +49,66 @@ def candidates(pairs: int, group: int, ring_size: int) -> list[tuple[dict, int]]
     return found
 
 
+def cuda_times(shape: tuple, head_dim: int) -> list[tuple[float, str]]:
+    num_heads, num_kv_heads, batch, capacity = shape
+    found = []
+    for splits in range(9):
+        op = functools.partial(torch.ops.sinkattn.decode_cuda, splits=splits)
+        try:
+            us = measure("sinkattn", num_heads, num_kv_heads, head_dim, batch, capacity, torch.bfloat16, op)
+        except RuntimeError as error:
+            console.print(f"splits={splits}: {str(error).splitlines()[0][:100]}")
+            continue
+        found.append((us, f"splits={splits}"))
+    return found
+
+
+def triton_times(shape: tuple, head_dim: int) -> list[tuple[float, str]]:
+    num_heads, num_kv_heads, batch, capacity = shape
+    arguments = ("sinkattn", num_heads, num_kv_heads, head_dim, batch, capacity, torch.bfloat16)
+    op, in_use, found = functools.partial(ops.decode, backend="triton"), kernel._config, []
+    for meta, span in track(candidates(batch * num_kv_heads, num_heads // num_kv_heads, capacity - 4), f"{shape}"):
+        kernel._config = lambda *_, chosen=(meta, span): chosen
+        try:
+            found.append((measure(*arguments, op), " ".join(f"{key}={value}" for key, value in meta.items())))
+        except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
+            console.print(f"{meta}: {str(error)[:80]}")
+        finally:
+            kernel._config = in_use
+    return found
+
+
 def main(
     output_dir: Annotated[Path, typer.Option(help="Where tune.csv goes.")] = Path("bench/results"),
+    heads: Annotated[str, typer.Option(help="Query heads / key heads.")] = "32/32,32/8",
+    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,64",
+    capacities: Annotated[str, typer.Option(help="Tokens in the cache.")] = "1024,4096",
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 128,
+    use_triton: Annotated[bool, typer.Option("--triton", help="Triton's candidates too.")] = False,
     part: Annotated[str, typer.Option(help="Which shapes: k/n takes every n-th from the k-th on.")] = "0/1",
 ) -> None:
     """Time the candidates."""
     first, step = map(int, part.split("/"))
-    rows, in_use = [], kernel._config
-    for num_heads, num_kv_heads, batch, capacity in SHAPES[first::step]:
-        shape = (num_heads, num_kv_heads, batch, capacity)
-        arguments = ("sinkattn", num_heads, num_kv_heads, 128, batch, capacity, torch.bfloat16)
-        kernel._config = in_use
-        now = measure(*arguments)
-        found = []
-        for meta, span in track(candidates(batch * num_kv_heads, num_heads // num_kv_heads, capacity - 4), f"{shape}"):
-            kernel._config = lambda *_, chosen=(meta, span): chosen
-            try:
-                found.append((measure(*arguments), meta))
-            except (RuntimeError, triton.runtime.errors.OutOfResources) as error:
-                console.print(f"{meta}: {str(error)[:80]}")
-        found.sort(key=lambda pair: pair[0])
-        console.print(f"{shape}: in use {now:.1f} us")
-        for us, meta in found[:4]:
-            keys = ("BLOCK", "SPLITS", "ONE_BLOCK", "DOT", "STAGES", "num_warps")
-            console.print(f"    {us:.1f} us  { ({key: meta[key] for key in keys}) }")
-        rows += [(*shape, *(meta[key] for key in META), f"{us:.2f}") for us, meta in found]
+    shapes = [
+        (*map(int, pair.split("/")), int(batch), int(capacity))
+        for pair, batch, capacity in itertools.product(heads.split(","), batches.split(","), capacities.split(","))
+    ]
+    rows = []
+    for shape in shapes[first::step]:
+        num_heads, num_kv_heads, batch, capacity = shape
+        for backend, times in ("cuda", cuda_times), ("triton", triton_times):
+            if backend == "triton" and not use_triton:
+                continue
+            op = functools.partial(ops.decode, backend=backend)
+            now = measure("sinkattn", num_heads, num_kv_heads, head_dim, batch, capacity, torch.bfloat16, op)
+            found = sorted(times(shape, head_dim))
+            best = ", ".join(f"{config} {us:.1f}" for us, config in found[:4])
+            console.print(f"{shape} {backend}: in use {now:.1f} us; best: {best}")
+            rows += [
+                (num_heads, num_kv_heads, head_dim, *shape[2:], backend, config, f"{us:.2f}") for us, config in found
+            ]
     output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / f"tune_{first}.csv").open("w", newline="") as file:
+    with (output_dir / ("tune.csv" if step == 1 else f"tune_{first}.csv")).open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(rows)

@@ -47,13 +47,13 @@ def _load_ring(k_cache, v_cache, k_slot, v_slot, start, stop, sink_size, ring_si
 
 
 @triton.jit
-def _load_home(q, k, v, k_cache, v_cache, k_slot, v_slot, rotation, angles, scale, at_home, members, sinks, dim, v_dim,
+def _load_home(q, k, v, k_cache, v_cache, k_slot, v_slot, rotation, angles, at_home, members, sinks, dim, v_dim,
                HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr,
                PAIRED: tl.constexpr, SINK_BLOCK: tl.constexpr):  # fmt: skip
     """What only the home needs, and only it reads: the q (BLOCK_G, BLOCK_D) for the sinks, the new k (1, BLOCK_D) and
     v (1, BLOCK_V), and the first of the sinks, (SINK_BLOCK, BLOCK_D) and (SINK_BLOCK, BLOCK_V)."""
     members = members & at_home
-    q_sink = load_turned(q, members, rotation, angles + 2 * HALF, dim, HEAD_DIM, HALF, START, PAIRED) * scale
+    q_sink = load_turned(q, members, rotation, angles + 2 * HALF, dim, HEAD_DIM, HALF, START, PAIRED)
     k_new = load_turned(k, at_home, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED).to(k.dtype.element_ty)
     v_new = tl.load(v + v_dim, mask=at_home & (v_dim < V_DIM), other=0.0)
     slot = tl.arange(0, SINK_BLOCK)
@@ -154,32 +154,38 @@ def _decode_kernel(
             k_cache, v_cache, k_cache_slot, v_cache_slot, first, stop, sink_size, ring_size, new_slot, seen,
             dim, v_dim, HEAD_DIM, V_DIM, BLOCK)  # fmt: skip
         q_sink, k_new, v_new, k_sinks, v_sinks = _load_home(
-            q, k, v, k_cache, v_cache, k_cache_slot, v_cache_slot, rotation, angles, scale, at_home, members,
+            q, k, v, k_cache, v_cache, k_cache_slot, v_cache_slot, rotation, angles, at_home, members,
             sinks, dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED, SINK_BLOCK)  # fmt: skip
-    q_text = load_turned(q, members, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED) * scale
+    q_text = load_turned(q, members, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED)
     q_ring = q_text.to(k.dtype.element_ty) if DOT else q_text
     top, total, acc = open_softmax(learned_logits, heads, member < tl.where(is_home, GROUP, 0), BLOCK_V)
     slopes = None if alibi_slopes is None else load_slopes(alibi_slopes, heads, member < GROUP)
 
     if ONE_BLOCK:
-        top, total, acc = attend(q_ring, k_block, v_block, visible, slopes, age + 1, top, total, acc, SOFTCAP, DOT)
+        top, total, acc = attend(
+            q_ring, k_block, v_block, visible, slopes, age + 1, scale, top, total, acc, SOFTCAP, DOT
+        )
     else:
         for start in tl.range(first, stop, BLOCK, num_stages=STAGES):
             k_block, v_block, visible, age = _load_ring(
                 k_cache, v_cache, k_cache_slot, v_cache_slot, start, stop, sink_size, ring_size, new_slot, seen,
                 dim, v_dim, HEAD_DIM, V_DIM, BLOCK)  # fmt: skip
-            top, total, acc = attend(q_ring, k_block, v_block, visible, slopes, age + 1, top, total, acc, SOFTCAP, DOT)
+            top, total, acc = attend(
+                q_ring, k_block, v_block, visible, slopes, age + 1, scale, top, total, acc, SOFTCAP, DOT
+            )
 
     if is_home:
         if not ONE_BLOCK:
             q_sink, k_new, v_new, k_sinks, v_sinks = _load_home(
-                q, k, v, k_cache, v_cache, k_cache_slot, v_cache_slot, rotation, angles, scale, at_home, members,
+                q, k, v, k_cache, v_cache, k_cache_slot, v_cache_slot, rotation, angles, at_home, members,
                 sinks, dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED, SINK_BLOCK)  # fmt: skip
         place = tl.where(t < sink_size, t, sink_size + new_slot)
         tl.store(k_cache + place * k_cache_slot + dim, k_new, mask=dim < HEAD_DIM)
         tl.store(v_cache + place * v_cache_slot + v_dim, v_new, mask=v_dim < V_DIM)
         q_new = tl.where(t < sink_size, q_sink, q_text)
-        score = capped(tl.sum(q_new * k_new.to(tl.float32), axis=1), SOFTCAP)  # of the new token, as it is stored
+        score = capped(
+            tl.sum(q_new * k_new.to(tl.float32), axis=1) * scale, SOFTCAP
+        )  # of the new token, as it is stored
         higher = tl.maximum(top, score)
         fade, weight = tl.exp2(top - higher), tl.exp2(score - higher)
         top = higher
@@ -189,8 +195,8 @@ def _decode_kernel(
         seen_from = tl.minimum(t, sink_size + window_size - 1).to(tl.int32)  # where the sinks see the query
         for start in tl.range(0, sinks, SINK_BLOCK, num_stages=1):
             top, total, acc = attend(
-                q_sink, k_sinks, v_sinks, slot < sinks - start, slopes, seen_from - start - slot, top, total, acc,
-                SOFTCAP, DOT)  # fmt: skip
+                q_sink, k_sinks, v_sinks, slot < sinks - start, slopes, seen_from - start - slot, scale, top, total,
+                acc, SOFTCAP, DOT)  # fmt: skip
             after = start + SINK_BLOCK + slot
             k_sinks = load_rows(k_cache, after, after < sinks, k_cache_slot, dim, HEAD_DIM)
             v_sinks = load_rows(v_cache, after, after < sinks, v_cache_slot, v_dim, V_DIM)

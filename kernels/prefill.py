@@ -95,12 +95,12 @@ def _attend_kernel(
     top, total, acc = open_softmax(learned_logits, head + tl.zeros_like(index), index < tokens, BLOCK_V)
     slopes = None if alibi_slopes is None else load_slopes(alibi_slopes, head + tl.zeros_like(index), index < tokens)
 
-    q_text = load_turned(q_rows, q_inside, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED) * scale
+    q_text = load_turned(q_rows, q_inside, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED)
     q_text = q_text.to(k.dtype.element_ty)
 
     # Sinks.
     if SINK_BLOCK > 0:
-        q_sink = load_turned(q_rows, q_inside, rotation, angles + 2 * HALF, dim, HEAD_DIM, HALF, START, PAIRED) * scale
+        q_sink = load_turned(q_rows, q_inside, rotation, angles + 2 * HALF, dim, HEAD_DIM, HALF, START, PAIRED)
         q_sink = q_sink.to(k.dtype.element_ty)
         sinks = tl.minimum(length + last + 1, sink_size).to(tl.int32)
         furthest = sink_size + window_size - 1  # where the sinks see the queries: there, or nearer
@@ -118,7 +118,7 @@ def _attend_kernel(
             visible = (slot < sinks)[None, :] & (key[None, :] <= query[:, None])
             distance = seen_from[:, None] - slot[None, :]
             top, total, acc = attend(
-                q_sink, k_block, v_block, visible, slopes, distance, top, total, acc, SOFTCAP, True)  # fmt: skip
+                q_sink, k_block, v_block, visible, slopes, distance, scale, top, total, acc, SOFTCAP, True)  # fmt: skip
 
     # The ring, back from the newest token.
     written = tl.maximum(length - sink_size, 0)  # tokens that ever went into it
@@ -131,7 +131,9 @@ def _attend_kernel(
         v_block = load_rows(v_cache, slot, age < seen, v_cache_slot, v_dim, V_DIM)
         distance = age[None, :] + query[:, None] + 1
         visible = (age < seen)[None, :] & (distance < reach)
-        top, total, acc = attend(q_text, k_block, v_block, visible, slopes, distance, top, total, acc, SOFTCAP, True)
+        top, total, acc = attend(
+            q_text, k_block, v_block, visible, slopes, distance, scale, top, total, acc, SOFTCAP, True
+        )
 
     # The chunk: keys [low, high), of which all queries of the block see [all_low, all_high), in whole blocks.
     low = tl.maximum(tl.maximum(sink_size - length, 0).to(tl.int32), first - reach + 1)
@@ -143,7 +145,7 @@ def _attend_kernel(
         k_block = load_rows(k, padding + key, None, k_token, dim, HEAD_DIM)
         v_block = load_rows(v, padding + key, None, v_token, v_dim, V_DIM)
         behind = query[:, None] - key[None, :]
-        top, total, acc = attend(q_text, k_block, v_block, None, slopes, behind, top, total, acc, SOFTCAP, True)
+        top, total, acc = attend(q_text, k_block, v_block, None, slopes, behind, scale, top, total, acc, SOFTCAP, True)
     left = tl.cdiv(tl.maximum(tl.minimum(all_low, high) - low, 0), BLOCK_N)
     right = tl.cdiv(tl.maximum(high - all_high, 0), BLOCK_N)
     for edge in tl.range(0, left + right, num_stages=STAGES):
@@ -152,7 +154,9 @@ def _attend_kernel(
         v_block = load_rows(v, padding + key, key < high, v_token, v_dim, V_DIM)
         behind = query[:, None] - key[None, :]
         visible = (behind >= 0) & (behind < reach)
-        top, total, acc = attend(q_text, k_block, v_block, visible, slopes, behind, top, total, acc, SOFTCAP, True)
+        top, total, acc = attend(
+            q_text, k_block, v_block, visible, slopes, behind, scale, top, total, acc, SOFTCAP, True
+        )
 
     acc = tl.where(q_inside, acc / total[:, None], 0.0)
     tl.store(out_rows, acc.to(out.dtype.element_ty), mask=out_inside)

@@ -1,7 +1,7 @@
 """What decode.py and prefill.py share: loading and turning a tile, and one step of the online softmax.
 
 Scores are kept in base 2, so that every exponential is one exp2. The factor that takes q . k there (`query_scale`)
-rides on the query: the loops over the keys multiply by nothing.
+joins in the subtraction of the maximum. It is not put on the query, which would be rounded once more.
 """
 
 import functools
@@ -15,7 +15,7 @@ LOWEST = tl.constexpr(-1e30)  # a maximum before the first score: finite, as -in
 
 
 def query_scale(scale: float, softcap: float) -> float:
-    """The factor of q that brings scores into base 2 or, under a softcap, into the unit that `capped` takes."""
+    """The factor that brings q . k into base 2 or, under a softcap, into the unit that `capped` takes."""
     return LOG2E.value * (2 * scale / softcap if softcap > 0 else scale)
 
 
@@ -98,7 +98,7 @@ def load_slopes(alibi_slopes, head, inside):
 
 
 @triton.jit
-def attend(q, k, v, visible, slopes, distance, top, total, acc, SOFTCAP: tl.constexpr, DOT: tl.constexpr):
+def attend(q, k, v, visible, slopes, distance, scale, top, total, acc, SOFTCAP: tl.constexpr, DOT: tl.constexpr):
     """Take a block of keys through the online softmax; returns new ``top`` (M,), ``total`` (M,), ``acc`` (M, BLOCK_V).
 
     q: (M, BLOCK_D), k: (N, BLOCK_D), v: (N, BLOCK_V). visible: (N,), or (M, N) with DOT, or None: all are.
@@ -112,7 +112,9 @@ def attend(q, k, v, visible, slopes, distance, top, total, acc, SOFTCAP: tl.cons
         scores = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee")
     else:
         scores = tl.sum(q * k.to(tl.float32), axis=1, keep_dims=True)
-    scores = capped(scores, SOFTCAP)
+    if SOFTCAP > 0 or slopes is not None:
+        scores = capped(scores * scale, SOFTCAP)
+        scale = 1.0
     if slopes is not None:
         if len(distance.shape) == 1:
             distance = tl.expand_dims(distance, 1 - KEYS)
@@ -121,9 +123,9 @@ def attend(q, k, v, visible, slopes, distance, top, total, acc, SOFTCAP: tl.cons
         if len(visible.shape) == 1:
             visible = tl.expand_dims(visible, 1 - KEYS)
         scores = tl.where(visible, scores, float("-inf"))
-    higher = tl.maximum(top, tl.max(scores, axis=KEYS))
+    higher = tl.maximum(top, tl.max(scores, axis=KEYS) * scale)
     fade = tl.exp2(top - higher)
-    weights = tl.exp2(scores - tl.expand_dims(higher, KEYS))
+    weights = tl.exp2(scores * scale - tl.expand_dims(higher, KEYS))
     total = total * fade + tl.sum(weights, axis=KEYS)
     acc = acc * fade[:, None]
     if DOT:

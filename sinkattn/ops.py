@@ -1,12 +1,12 @@
-"""The public ops: check arguments, choose a backend. `torch.ops.sinkattn.decode` and `.prefill` are what they call.
+"""The public ops: check arguments, choose a backend. `torch.ops.sinkattn.decode` and `.prefill` choose like "auto".
 
-| backend     | decode and prefill run                                             | tensors on                     |
-|-------------|--------------------------------------------------------------------|--------------------------------|
-| "auto"      | the fastest of those below that serves dtype and head_dim          | CPU, CUDA                      |
-| "triton"    | kernels/decode.py, kernels/prefill.py                              | CUDA, or CPU when interpreted  |
-| "cpu"       | csrc/cpu, compiled                                                 | CPU                            |
-| "cuda"      | nothing yet: CUDA C++ ops are to come, asking for them is an error | CUDA                           |
-| "reference" | reference.py                                                       | any                            |
+| backend     | decode                     | prefill                | tensors on                     |
+|-------------|----------------------------|------------------------|--------------------------------|
+| "auto"      | the first of those below that serves dtype, head_dim and group       | CPU, CUDA     |
+| "cuda"      | csrc/cuda, compiled        | as "triton"            | CUDA                           |
+| "triton"    | kernels/decode.py          | kernels/prefill.py     | CUDA, or CPU when interpreted  |
+| "cpu"       | csrc/cpu, compiled         | csrc/cpu, compiled     | CPU                            |
+| "reference" | reference.py               | reference.py           | any                            |
 """
 
 import importlib
@@ -21,6 +21,8 @@ from . import reference
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
+CUDA_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))  # of csrc/cuda
+CUDA_MAX_GROUP = 16
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? counts, "
@@ -28,24 +30,31 @@ _SCHEMA = (
     "float softcap=0., int rotary_start=0, bool interleaved=False{more}) -> Tensor"
 )
 torch.library.define("sinkattn::decode", _SCHEMA.format(more=""))
+torch.library.define("sinkattn::decode_cuda", _SCHEMA.format(more=", int splits=-1"))  # csrc/cuda/decode.h; -1: chosen
+torch.library.define("sinkattn::decode_triton", _SCHEMA.format(more=""))
 torch.library.define("sinkattn::prefill", _SCHEMA.format(more=", int dense_window=0"))
+torch.library.define("sinkattn::prefill_triton", _SCHEMA.format(more=", int dense_window=0"))
 
 
 @torch.library.register_fake("sinkattn::decode")
+@torch.library.register_fake("sinkattn::decode_cuda")
+@torch.library.register_fake("sinkattn::decode_triton")
 @torch.library.register_fake("sinkattn::prefill")
+@torch.library.register_fake("sinkattn::prefill_triton")
 def _fake(q, k, v, *args, **kwargs):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
-def _load_cpu_library() -> bool:
-    """Load the compiled CPU ops, which register themselves for CPU tensors. False where they were not built."""
-    library = Path(__file__).parent / "_C_cpu.so"
+def _load(name: str) -> bool:
+    """Load compiled ops, which register themselves. False where they were not built."""
+    library = Path(__file__).parent / name
     if library.exists():
         torch.ops.load_library(library)
     return library.exists()
 
 
-HAS_CPU_LIBRARY = _load_cpu_library()
+HAS_CPU_LIBRARY = _load("_C_cpu.so")
+HAS_CUDA_LIBRARY = torch.version.cuda is not None and _load("_C_cuda.so")
 if not HAS_CPU_LIBRARY:
     torch.library.impl("sinkattn::decode", "CPU", reference.attention)
     torch.library.impl("sinkattn::prefill", "CPU", reference.attention)
@@ -59,9 +68,20 @@ def _triton(op: str):
     return run
 
 
+def _auto(op: str):
+    def run(q, k, v, *args, **kwargs):
+        chosen = _chosen(op, "auto", q, v, *args[:2])
+        if chosen is None:
+            return reference.attention(q, k, v, *args, **kwargs)
+        return getattr(torch.ops.sinkattn, chosen)(q, k, v, *args, **kwargs)
+
+    return run
+
+
 _TRITON = {op: _triton(op) for op in ("decode", "prefill")}
 for _op, _launch in _TRITON.items():
-    torch.library.impl(f"sinkattn::{_op}", "CUDA", _launch)
+    torch.library.impl(f"sinkattn::{_op}_triton", "CUDA", _launch)
+    torch.library.impl(f"sinkattn::{_op}", "CUDA", _auto(_op))
 
 
 def missing_backend(backend: str, device_type: str) -> str | None:
@@ -74,7 +94,9 @@ def missing_backend(backend: str, device_type: str) -> str | None:
     if backend == "reference":
         return None
     if backend == "cuda":
-        return "this build has no CUDA C++ ops; use backend='triton' on a GPU"
+        if device_type != "cuda":
+            return f"the CUDA C++ ops need tensors on a GPU, not on {device_type!r}"
+        return None if HAS_CUDA_LIBRARY else "the CUDA C++ ops were not built; see `sinkattn info`"
     if backend == "cpu":
         if device_type != "cpu":
             return f"the compiled CPU ops need tensors on the CPU, not on {device_type!r}"
@@ -93,20 +115,9 @@ def missing_backend(backend: str, device_type: str) -> str | None:
 
 
 def _check(
-    q,
-    k,
-    v,
-    k_cache,
-    v_cache,
-    lengths,
-    counts,
-    rotation,
-    learned_logits,
-    alibi_slopes,
-    sink_size,
-    window_size,
-    rotary_start,
-):
+    q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes,
+    sink_size, window_size, scale, rotary_start,
+):  # fmt: skip
     """Raise ValueError (shapes, sizes, devices) or TypeError (dtypes) before anything is written."""
     for name, tensor in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor.dim() != 4:
@@ -137,6 +148,8 @@ def _check(
             f"sink_size={sink_size}, window_size={window_size} do not fit a cache of {slots} slots: "
             "sink_size >= 0, window_size >= 1, sink_size + window_size <= slots"
         )
+    if not scale > 0:
+        raise ValueError(f"scale={scale}: scores are multiplied by it, it needs a positive number")
     for name, tensor in (("lengths", lengths), ("counts", counts)):
         if tensor is not None and (tensor.shape != (batch,) or tensor.dtype != torch.int64):
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it needs int64 ({batch},)")
@@ -157,24 +170,59 @@ def _check(
             raise ValueError(f"tensors on {tensor.device} and {q.device}: all must be on one device")
 
 
+def _not_in_cuda(q: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
+    """Why csrc/cuda does not take a decode, or None if it does."""
+    head_dims, group = (q.shape[3], v.shape[3]), q.shape[1] // v.shape[1]
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"float16 and bfloat16, not {q.dtype}"
+    if head_dims not in CUDA_HEAD_DIMS:
+        return f"(head_dim, v_head_dim) one of {', '.join(map(str, CUDA_HEAD_DIMS))}, not {head_dims}"
+    if group > CUDA_MAX_GROUP:
+        return f"up to {CUDA_MAX_GROUP} query heads per key head, not {group}"
+    for cache in (k_cache, v_cache):
+        if any(stride % 8 for stride in cache.stride()[:3]):
+            return f"caches whose rows are aligned to 16 bytes, not strides {cache.stride()}"
+    return None
+
+
+def _chosen(op: str, backend: str, q: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
+    """The op of `torch.ops.sinkattn` that serves a call, None for `reference.attention`.
+
+    Raises ValueError if the backend was asked for by name and does not take the call.
+    """
+    if backend == "reference":
+        return None
+    named, head_dim = backend != "auto", max(q.shape[3], v.shape[3])
+    if q.dtype not in DTYPES or head_dim > MAX_HEAD_DIM:
+        if named:
+            raise ValueError(
+                f"backend {backend!r} takes float16, bfloat16 and float32 and head_dim up to {MAX_HEAD_DIM}, not "
+                f"{q.dtype} and {head_dim}; backend='reference' takes any"
+            )
+        return None
+    if q.device.type == "cpu":
+        return op
+    if op == "decode" and backend != "triton" and (named or HAS_CUDA_LIBRARY):
+        if not (reason := _not_in_cuda(q, v, k_cache, v_cache)):
+            return "decode_cuda"
+        if named:
+            raise ValueError(f"backend 'cuda' takes {reason}; backend='triton' takes more")
+    return f"{op}_triton"
+
+
 def _run(op: str, backend: str, tensors: tuple, sizes: tuple) -> Tensor:
     if reason := missing_backend(backend, tensors[0].device.type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
-    _check(*tensors, sizes[0], sizes[1], sizes[4])
-    q, head_dim = tensors[0], max(tensors[0].shape[3], tensors[2].shape[3])
-    served = q.dtype in DTYPES and head_dim <= MAX_HEAD_DIM
-    if backend == "reference" or (backend == "auto" and not served):
+    _check(*tensors, *sizes[:3], sizes[4])
+    q, _, v, k_cache, v_cache = tensors[:5]
+    chosen = _chosen(op, backend, q, v, k_cache, v_cache)
+    if chosen is None:
         return reference.attention(*tensors, *sizes)
-    if not served:
-        raise ValueError(
-            f"backend {backend!r} takes float16, bfloat16 and float32 and head_dim up to {MAX_HEAD_DIM}, not {q.dtype} "
-            f"and {head_dim}; backend='reference' takes any"
-        )
     if backend == "triton" and q.device.type == "cpu":
         if q.dtype == torch.bfloat16:
             raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; on the CPU take float32 or float16")
         return _TRITON[op](*tensors, *sizes)
-    return getattr(torch.ops.sinkattn, op)(*tensors, *sizes)
+    return getattr(torch.ops.sinkattn, chosen)(*tensors, *sizes)
 
 
 def decode(
@@ -221,7 +269,7 @@ def decode(
         alibi_slopes: (num_heads,) float32, ALiBi: ``slope * distance`` is taken from the capped scores, where the
             distance is ``t - j`` in the window and ``min(t, C - 1) - j`` for a sink (arXiv 2108.12409); None for none.
     Scalars:
-        sink_size, window_size: tokens. scale: factor of the scores. softcap: 0 for none.
+        sink_size, window_size: tokens. scale: factor of the scores, positive. softcap: 0 for none.
         rotary_start: first rotated dim. interleaved: pairs (2i, 2i + 1) instead of (i, i + r / 2).
         backend: see the table above; one asked for by name never falls back to another.
 
