@@ -1,4 +1,4 @@
-"""Train the small Llama that `sinkattn demo` runs, from the Python sources an installation has anyway.
+"""Train the small Llama that `sinkattn demo` runs, from the Python sources an installation has anyway, or its variants.
 
     python bench/train_model.py --output-dir sinkattn/demo_model                        # minutes on a large GPU
     python bench/train_model.py --output-dir /tmp/smoke --steps 20 --max-files 50 --batch-size 8 --eval-streams 1
@@ -6,6 +6,15 @@
 The second is a smoke run for a CPU. It writes a bfloat16 checkpoint with its tokenizer, at most 8 MB in all, and
 training.json: how it was made, which standard library files it has never seen, and its loss on them by position: dense,
 with a window, and with a window and sinks.
+
+The variants are those of the paper's study (arXiv 2309.17453, section 3.3), and gpt-oss's:
+
+    --sinks token     every sample begins with <s>, a sink that is learned: the shipped model
+    --sinks vanilla   samples are plain slices of text
+    --sinks zero      so they are, and the softmax has 1 added to its denominator
+    --sinks logits    so they are, and every head learns what is added (its logarithm)
+
+`--mix recall` makes half of every batch the lines and questions of recall.py.
 """
 
 from __future__ import annotations
@@ -29,19 +38,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 import typer
+from experiments import SinkLlama, causal_attention, open_model, plain_forward
+from recall import training_text
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 # Modules of the standard library kept for evaluation and for the demo. All are single files in Python 3.10 to 3.14.
 HELD_OUT = (
@@ -134,7 +138,7 @@ def read_corpus(max_files: int | None, seed: int) -> tuple[list[str], dict[str, 
 
 
 def train_tokenizer(texts: list[str], sample_chars: int = 20_000_000) -> Tokenizer:
-    """Byte-level BPE, from the first files (they are shuffled) up to sample_chars; it writes <s> before every text."""
+    """Byte-level BPE, from the first files (they are shuffled) up to sample_chars."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -150,9 +154,6 @@ def train_tokenizer(texts: list[str], sample_chars: int = 20_000_000) -> Tokeniz
             break
         sample.append(text)
     tokenizer.train_from_iterator(sample, trainer, length=len(sample))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
-    )
     tokenizer.encode_special_tokens = True  # a "</s>" that a file spells out is text
     return tokenizer
 
@@ -166,17 +167,32 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def prepared(directory: Path | None, max_files: int | None, seed: int, lap: Callable[[str], None]) -> tuple:
+    """Tokenizer, ids of the corpus, and what is known of it: read and tokenized, or kept in `directory` by others."""
+    if directory is not None and (directory / "corpus.json").exists():
+        about = json.loads((directory / "corpus.json").read_text("utf-8"))
+        return Tokenizer.from_file(str(directory / "tokenizer.json")), np.load(directory / "tokens.npy"), about
+    texts, held_out, left_out = read_corpus(max_files, seed)
+    lap("corpus")
+    tokenizer = train_tokenizer(texts)
+    lap("tokenizer")
+    tokens = encode(tokenizer, texts)
+    lap("tokenize")
+    size = sum(len(text.encode()) for text in texts)
+    about = {"files": len(texts), "bytes": size, "tokens": len(tokens), "files_left_out": left_out}
+    about = {"held_out": list(held_out), "corpus": about}
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(directory / "tokenizer.json"))
+        np.save(directory / "tokens.npy", tokens)
+        (directory / "corpus.json").write_text(json.dumps(about), "utf-8")  # last: it says that the rest is whole
+    return tokenizer, tokens, about
+
+
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def causal_attention(module, query, key, value, attention_mask, scaling=None, **_) -> tuple[Tensor, None]:
-    """Causal SDPA with no mask: transformers would build one inside torch.compile, and wait for the GPU outside it."""
-    query, key = query.to(value.dtype), key.to(value.dtype)  # the rotation left them in float32
-    output = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def build_model() -> LlamaForCausalLM:
+def build_model(sinks: str) -> LlamaForCausalLM:
     AttentionInterface.register("causal_sdpa", causal_attention)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -194,35 +210,44 @@ def build_model() -> LlamaForCausalLM:
         pad_token_id=PAD,
         attn_implementation="causal_sdpa",
     )
-    return LlamaForCausalLM(config)
+    if sinks in ("token", "vanilla"):
+        return LlamaForCausalLM(config)
+    config.learns_sinks = sinks == "logits"
+    return SinkLlama(config)
 
 
 def batches(stream: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """(batch_size, CONTEXT) slices of the token stream without end; each epoch cuts it elsewhere. Never syncs."""
-    count = (len(stream) - CONTEXT) // CONTEXT
+    """(batch_size, CONTEXT + 1) slices of the tokens without end; each epoch cuts them elsewhere. Never syncs."""
+    count = (len(stream) - CONTEXT - 1) // CONTEXT
     if count < batch_size:
         raise typer.BadParameter(f"{len(stream)} tokens make {count} samples, fewer than a batch of {batch_size}")
-    span = torch.arange(CONTEXT, device=stream.device)
+    span = torch.arange(CONTEXT + 1, device=stream.device)
     while True:
         starts = torch.randperm(count, device=stream.device) * CONTEXT + random.randrange(CONTEXT)
         for start in starts[: count - count % batch_size].split(batch_size):
             yield stream[start[:, None] + span].long()
 
 
-def sample_loss(model: LlamaForCausalLM, targets: Tensor) -> Tensor:
-    """Mean loss of predicting targets (batch, CONTEXT) from <s> and the targets before each."""
-    inputs = F.pad(targets[:, :-1], (1, 0), value=BOS)
-    with torch.autocast("cuda", torch.bfloat16, enabled=targets.is_cuda):
-        logits = model(input_ids=inputs, use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def samples(streams: list[Tensor], batch_size: int, sinks: str) -> Iterator[Tensor]:
+    """(batch_size, CONTEXT + 1) without end: equal shares of the streams; with sinks "token", <s> in front of each."""
+    for parts in zip(*(batches(stream, batch_size // len(streams)) for stream in streams), strict=True):
+        rows = torch.cat(parts)
+        yield F.pad(rows[:, :-1], (1, 0), value=BOS) if sinks == "token" else rows
 
 
-def compile_loss(model: LlamaForCausalLM, targets: Tensor) -> tuple[Callable[[LlamaForCausalLM, Tensor], Tensor], bool]:
+def sample_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
+    """Mean loss of predicting every token of rows (batch, CONTEXT + 1) but the first from those before it."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=rows.is_cuda):
+        logits = model(input_ids=rows[:, :-1], use_cache=False).logits
+    return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
+
+
+def compile_loss(model: LlamaForCausalLM, rows: Tensor) -> tuple[Callable[[LlamaForCausalLM, Tensor], Tensor], bool]:
     """sample_loss, compiled and warmed up on a GPU, eager on a CPU or where that fails; and whether it is compiled."""
-    if targets.is_cuda:
+    if rows.is_cuda:
         try:
             compiled = torch.compile(sample_loss)
-            compiled(model, targets).backward()
+            compiled(model, rows).backward()
             torch.cuda.synchronize()
             return compiled, True
         except Exception as error:
@@ -233,20 +258,19 @@ def compile_loss(model: LlamaForCausalLM, targets: Tensor) -> tuple[Callable[[Ll
     return sample_loss, False
 
 
-def train(model: LlamaForCausalLM, stream: Tensor, steps: int, minutes: float, batch_size: int) -> dict:
+def train(model: LlamaForCausalLM, data: Iterator[Tensor], steps: int, minutes: float, batch_size: int) -> dict:
     """Train in place until `steps` or `minutes` are over. The cosine follows the nearer of both: it always ends low."""
-    weights = list(model.parameters())
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
         {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": 0.1},
         {"params": [weight for weight in weights if weight.ndim == 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), fused=stream.is_cuda)
-    data = batches(stream, batch_size)
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), fused=model.device.type == "cuda")
     clock = time.perf_counter()
     loss_of, compiled = compile_loss(model, next(data))
     compile_seconds = time.perf_counter() - clock
 
-    curve, total, last, clock = [], torch.zeros((), device=stream.device), 0, time.perf_counter()
+    curve, total, last, clock = [], torch.zeros((), device=model.device), 0, time.perf_counter()
     bar = tqdm(range(1, steps + 1), "train", mininterval=2)
     for step in bar:
         share = max(step / steps, (time.perf_counter() - clock) / (60 * minutes))
@@ -281,76 +305,42 @@ def train(model: LlamaForCausalLM, stream: Tensor, steps: int, minutes: float, b
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float = 10000.0) -> Tensor:
-    """RoPE, half-split. x (..., T, head_dim), positions (T,)."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angles = positions[:, None] * frequencies
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
 @torch.no_grad()
 def streaming_loss(
-    model: LlamaForCausalLM, tokens: Tensor, sink_size: int, window_size: int, chunk: int = 256
+    model: LlamaForCausalLM, tokens: Tensor, sink_size: int, window_size: int
 ) -> tuple[Tensor, list[float]]:
-    """Loss per position, and per layer the attention on position 0 (mean over queries 256 to 511). tokens (B, T + 1).
+    """Loss per position; per layer the attention on position 0 (mean over queries 256 to 511). tokens: (B, T + 1)."""
+    on_first: dict[int, float] = {}
 
-    The query at t sees j < S at distance min(t, S + W - 1) - j and t - W < j <= t at distance t - j. Plain PyTorch on
-    the model's weights, each chunk of queries against the keys it can see: nothing shared with the package under test.
-    """
-    inputs, targets = tokens[:, :-1], tokens[:, 1:]
-    positions = torch.arange(inputs.shape[1], device=tokens.device)
-    starts = range(0, inputs.shape[1], chunk)
-    hidden, mass = model.model.embed_tokens(inputs), []
-    for layer in model.model.layers:
-        attention, states = layer.self_attn, layer.input_layernorm(hidden)
-        q, k, v = (
-            projection(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (rotate(k, positions), v))
-        q_window, q_sink = rotate(q, positions), rotate(q, positions.clamp(max=sink_size + window_size - 1))
-        outputs, on_first = [], []
-        for start in starts:
-            t = positions[start : start + chunk, None]
-            first = max(0, start - window_size + 1)
-            j = torch.cat([positions[: min(sink_size, first)], positions[first : start + chunk]])
-            rows, keys = slice(start, start + chunk), k[:, :, j].mT
-            scores = torch.where(j < sink_size, q_sink[:, :, rows] @ keys, q_window[:, :, rows] @ keys)
-            seen = (j <= t) & ((j < sink_size) | (j > t - window_size))
-            share = (scores * attention.head_dim**-0.5).masked_fill(~seen, -math.inf).softmax(-1)
-            outputs.append(share @ v[:, :, j])
-            if 256 <= start < 512:
-                on_first.append(share[..., 0].mean().item())
-        hidden = hidden + attention.o_proj(torch.cat(outputs, 2).transpose(1, 2).flatten(2))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        mass.append(round(sum(on_first) / max(len(on_first), 1), 4))
-    hidden = model.model.norm(hidden)
-    losses = [
-        F.cross_entropy(model.lm_head(hidden[:, s : s + chunk]).mT, targets[:, s : s + chunk], reduction="none")
-        for s in starts
-    ]
+    def watch(layer: int, start: int, share: Tensor, seen: Tensor) -> None:
+        if start == 256:
+            on_first[layer] = share[..., 0].mean().item()
+
+    hidden = plain_forward(model, tokens[:, :-1], sink_size, window_size, watch=watch)
+    parts = zip(hidden.split(256, dim=1), tokens[:, 1:].split(256, dim=1), strict=True)
+    losses = [F.cross_entropy(model.lm_head(states).mT, targets, reduction="none") for states, targets in parts]
+    mass = [round(on_first.get(layer, 0.0), 4) for layer in range(len(model.model.layers))]
     return torch.cat(losses, 1).mean(0), mass
 
 
 def held_out_streams(tokenizer: PreTrainedTokenizerFast, texts: dict[str, str], count: int | None) -> Tensor:
-    """(count, length + 1): <s>, then from each held-out file on, this file and those after it, round and round."""
+    """(count, length + 1): <s> if the model was trained with it, then from each held-out file on, round and round."""
     length = RANGES[-1][1]
     files = [tokenizer(text, add_special_tokens=False)["input_ids"] + [EOS] for text in texts.values()]
     starts = np.linspace(0, len(files), min(count or len(files), len(files)), endpoint=False).astype(int)
-    streams = [[BOS] + [token for file in files[start:] + files[:start] for token in file][:length] for start in starts]
+    front = tokenizer("")["input_ids"]
+    streams = [
+        (front + [token for file in files[start:] + files[:start] for token in file])[: length + 1] for start in starts
+    ]
     return torch.tensor(streams)
 
 
 def evaluate(directory: Path, held_out: dict[str, str], count: int | None, device: str) -> dict:
     """Load what was written and measure it in float32: loss by position for every policy."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(device).eval()
+    model, tokenizer, front = open_model(str(directory), device, "float32")
     for text in held_out.values():
         ids = tokenizer(text)["input_ids"]
-        assert ids[0] == BOS and BOS not in ids[1:], "the tokenizer must write <s> once, in front"
+        assert ids[:front] == [BOS] * front and BOS not in ids[front:], "the tokenizer must write <s> in front at most"
         assert tokenizer.decode(ids, skip_special_tokens=True) == text, "decoding must restore the text"
     streams = held_out_streams(tokenizer, held_out, count).to(device)
 
@@ -389,8 +379,13 @@ def show(results: dict) -> None:
 # ------------------------------------------------------------------------------------------------------------- output
 
 
-def save(model: LlamaForCausalLM, tokenizer: Tokenizer, directory: Path) -> None:
+def save(model: LlamaForCausalLM, tokenizer: Tokenizer, sinks: str, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
+    if sinks == "token":
+        front = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)])
+    else:
+        front = processors.ByteLevel(trim_offsets=False)
+    tokenizer.post_processor = front
     model.to(torch.bfloat16).save_pretrained(directory)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -419,16 +414,21 @@ def check_size(directory: Path) -> None:
 
 def main(
     output_dir: Annotated[Path, typer.Option(help="Where the checkpoint goes.")] = Path("sinkattn/demo_model"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 14_000,
+    steps: Annotated[int, typer.Option(help="Optimizer steps; 0 only prepares --corpus.")] = 14_000,
     minutes: Annotated[float, typer.Option(help="Training ends, annealed, after this long at the latest.")] = 30.0,
     batch_size: Annotated[int, typer.Option(help="Samples of 512 tokens in a step.")] = 64,
     max_files: Annotated[int | None, typer.Option(help="Train on so many files at most.")] = None,
     eval_streams: Annotated[int | None, typer.Option(help="Held-out texts to evaluate on; all by default.")] = None,
+    sinks: Annotated[str, typer.Option(help="token, vanilla, zero or logits, see above.")] = "token",
+    mix: Annotated[str | None, typer.Option(help='"recall": half of the samples are lines and questions.')] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Keep the tokenized corpus here, or take it from here.")] = None,
     seed: int = 0,
 ) -> None:
-    """Train the demo's model and evaluate it past its context."""
+    """Train the demo's model, or a variant of it, and evaluate it past its context."""
+    if sinks not in ("token", "vanilla", "zero", "logits") or mix not in (None, "recall"):
+        raise typer.BadParameter(f"--sinks {sinks}, --mix {mix}: choose token, vanilla, zero or logits, and recall")
     options = {"steps": steps, "minutes": minutes, "batch-size": batch_size, "max-files": max_files}
-    options |= {"eval-streams": eval_streams, "seed": seed}
+    options |= {"eval-streams": eval_streams, "sinks": sinks, "mix": mix, "seed": seed}
     given = [f"--{name} {value}" for name, value in options.items() if value is not None]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     random.seed(seed)
@@ -439,29 +439,29 @@ def main(
         seconds[name] = round(time.perf_counter() - begin - sum(seconds.values()), 1)
         console.print(f"{name}: {seconds[name]} s")
 
-    texts, held_out, left_out = read_corpus(max_files, seed)
-    lap("corpus")
-    tokenizer = train_tokenizer(texts)
-    lap("tokenizer")
-    tokens = encode(tokenizer, texts)
-    lap("tokenize")
-    corpus = {"files": len(texts), "bytes": sum(len(text.encode()) for text in texts), "tokens": len(tokens)}
-    console.print(corpus, "left out:", left_out)
-
-    model = build_model().to(device)
+    tokenizer, tokens, about = prepared(corpus, max_files, seed, lap)
+    console.print(about)
+    if steps == 0:
+        return
+    streams = [tokens]
+    if mix == "recall":
+        streams.append(encode(tokenizer, training_text(lines=max(500, 120 * min(steps, 5000)), seed=seed)))
+        lap("recall text")
+    # ids fit, and int16 can be indexed on every device
+    streams = [torch.from_numpy(stream.view(np.int16)).to(device) for stream in streams]
+    model = build_model(sinks).to(device)
     console.print(f"{model.num_parameters():,} parameters on {device}")
-    stream = torch.from_numpy(tokens.view(np.int16)).to(device)  # ids fit, and int16 can be indexed on every device
-    training = train(model, stream, steps, minutes, batch_size)
+    training = train(model, samples(streams, batch_size, sinks), steps, minutes, batch_size)
     lap("training")
-    save(model, tokenizer, output_dir)
+    save(model, tokenizer, sinks, output_dir)
+    held_out = {name: (stdlib() / name).read_text("utf-8") for name in about["held_out"]}
     evaluation = evaluate(output_dir, held_out, eval_streams, device)
     lap("evaluation")
     show(evaluation)
 
-    record = {
+    entry = {
         "command": " ".join(["python bench/train_model.py", *given]),
-        "held_out": list(held_out),
-        "corpus": corpus | {"files_left_out": left_out},
+        **about,
         "training": training,
         "evaluation": evaluation,
         "seconds": seconds,
@@ -473,7 +473,7 @@ def main(
             "tokenizers": tokenizers.__version__,
         },
     }
-    (output_dir / "training.json").write_text(json.dumps(record) + "\n", "utf-8")
+    (output_dir / "training.json").write_text(json.dumps(entry) + "\n", "utf-8")
     check_size(output_dir)
 
 

@@ -1,0 +1,214 @@
+"""Every experiment, at full size, with one command on one GPU: python bench/proof.py --output-dir proof --minutes 6
+
+It prepares the corpus, trains five small models side by side, and runs the tools of this folder on them and on the
+shipped model. Parts run as processes of their own as soon as what they need has ended, so that a part that fails or
+takes too long costs no other its results; those that come from a clock run before the trainings begin. With several
+GPUs the trainings spread over them. Everything is written as it goes: results and models in folders, what every part
+printed in logs/, and commands, seconds and exits in proof.json.
+
+`--tiny` runs the same on a CPU, in minutes, at sizes that show nothing but that all of it works.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+VARIANTS = ("token", "vanilla", "zero", "logits")
+console = Console(width=140)
+
+
+@dataclass
+class Part:
+    """A process: `command` is asked for its arguments once the parts in `needs` have ended; None skips it."""
+
+    needs: tuple[str, ...]
+    command: Callable[[], list[str] | None]
+    gpu: int = 0
+    process: subprocess.Popen | None = None
+    arguments: tuple[str, ...] = ()
+    begin: float = 0.0
+    seconds: float = 0.0
+    end: str = ""  # how it ended: "ok", "skipped", "failed (1)", "stopped"
+
+
+def plan(out: Path, tiny: bool, steps: int, left: Callable[[], float]) -> dict[str, Part]:
+    """All parts by name. left: seconds until the end of the budget."""
+    size = (lambda full, small: str(small)) if tiny else (lambda full, small: str(full))
+    corpus, models = out / "corpus", out / "models"
+    files = ["--max-files", size(14_000, 60)]
+
+    def train(name: str, *options: str) -> Callable[[], list[str] | None]:
+        def command() -> list[str] | None:
+            if not (corpus / "corpus.json").exists():
+                return None
+            minutes = max(left() - 150, 60) / 60  # what compiling, evaluating and the parts behind it take
+            return ["train_model.py", "--output-dir", f"{models / name}", "--corpus", f"{corpus}", "--steps",
+                    f"{steps}", "--batch-size", size(32, 4), "--minutes", f"{minutes:.2f}", "--eval-streams",
+                    size(6, 1), *options]  # fmt: skip
+
+        return command
+
+    def on(name: str, *command: str) -> Callable[[], list[str] | None]:
+        return lambda: [*command, "--model", f"{models / name}"] if (models / name / "training.json").exists() else None
+
+    def ablation() -> list[str]:
+        trained = [f"{models / name}" for name in VARIANTS if (models / name / "training.json").exists()]
+        command = ["ablation.py", "--output-dir", f"{out / 'ablation'}", "--tokens", size(8192, 1100),
+                   "--texts", size(8, 1), "--sizes", size("64,128,256,384,512,768,1024,2048", "64,512")]  # fmt: skip
+        return command + [word for name in ("demo", *trained) for word in ("--model", name)]
+
+    def recall(folder: str, *options: str) -> Part:
+        return Part(("train recall",), on("recall", "recall.py", "--output-dir", f"{out / folder}", *options), gpu=1)
+
+    loss = ["perplexity.py", "--tokens", size(8192, 700), "--texts", size(4, 1), "--dtype", "float32", "--batch", "64",
+            "--every", size(1, 64)]  # fmt: skip
+    long = ["long_run.py", "--output-dir", f"{out / 'long_run'}", "--tokens", size(4_000_000, 6000), "--block",
+            size(100_000, 2000), "--compared", size(10_000, 200)]  # fmt: skip
+    parts = {
+        "corpus": Part((), lambda: ["train_model.py", "--steps", "0", "--corpus", f"{corpus}", *files]),
+        "perplexity": Part((), lambda: [*loss, "--output-dir", f"{out / 'perplexity'}"]),
+        "long run": Part(("perplexity",), lambda: long),
+    }
+    for index, name in enumerate(VARIANTS):
+        parts[f"train {name}"] = Part(("corpus", "perplexity"), train(name, "--sinks", name), gpu=1 + index)
+    parts["train recall"] = Part(("corpus", "perplexity"), train("recall", "--mix", "recall"), gpu=0)
+    trained = tuple(f"train {name}" for name in VARIANTS)
+    tokens = ["--tokens", size(16_384, 1100)]
+    short = ["--tokens", size(8192, 1100), "--experiment", "sinks", "dense", "window"]
+    parts |= {
+        "ablation": Part((*trained, "long run"), ablation),
+        "perplexity vanilla": Part(
+            ("train vanilla",),
+            on("vanilla", *loss, "--chunk", "512", "--output-dir", f"{out / 'perplexity_vanilla'}"),
+            gpu=2,
+        ),
+        "recall": recall("recall", *tokens, "--texts", size(3, 1)),
+        "recall by distance": recall("recall_distance", *short, "--back", size("5,10,20,30,40,50,60,70", "5,20")),
+        "recall small window": recall(
+            "recall_small", *short, "--back", size("5,10,20,30", "5"), "--window-size", "124"
+        ),
+        "recall first line": recall("recall_first", *short, "--pinned"),
+        "recall first line pinned": recall(
+            "recall_pinned", *short, "--pinned", "--sink-size", "16", "--window-size", "496"
+        ),
+    }
+    for name in ("perplexity", "perplexity vanilla"):
+        folder = f"{out / name.replace(' ', '_')}"
+        for features in (["perplexity"], ["memory", "latency"], ["perplexity", "memory"]):
+            parts[f"plot of {name}: {' '.join(features)}"] = Part(
+                (name,), lambda f=features, d=folder: ["plot.py", "--output-dir", d, "--features", *f]
+            )
+    return parts
+
+
+def start(name: str, part: Part, out: Path, gpus: int) -> None:
+    command = part.command()
+    if command is None:
+        part.end = "skipped"
+        return
+    threads = max(os.cpu_count() - 4, 1) if name == "corpus" else 2
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1",
+                   "TORCHINDUCTOR_COMPILE_THREADS": "3"}  # fmt: skip
+    paths = (str(HERE.parent), os.environ.get("PYTHONPATH"))
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    if gpus > 1:
+        environment["CUDA_VISIBLE_DEVICES"] = str(part.gpu % gpus)
+    part.arguments, part.begin = tuple(command), time.perf_counter()
+    with (out / "logs" / f"{name.replace(' ', '_').replace(':', '')}.txt").open("w") as log:
+        part.process = subprocess.Popen(
+            [sys.executable, str(HERE / command[0]), *command[1:]],
+            stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+        )  # fmt: skip
+
+
+def stop(part: Part) -> None:
+    """End a part's process and those it started itself."""
+    for sign, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(part.process.pid, sign)
+            part.process.wait(patience)
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return
+
+
+def report(parts: dict[str, Part], out: Path, seconds: float) -> None:
+    entry = {
+        name: {"command": " ".join(part.arguments), "seconds": round(part.seconds, 1), "end": part.end}
+        for name, part in parts.items()
+    }
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    entry = {"seconds": round(seconds, 1), "device": device, "parts": entry}
+    (out / "proof.json").write_text(json.dumps(entry, indent=1) + "\n")
+
+
+def main(
+    output_dir: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("proof"),
+    minutes: Annotated[float, typer.Option(help="What still runs then is stopped.")] = 6.0,
+    steps: Annotated[int, typer.Option(help="Of each training.")] = 5000,
+    only: Annotated[list[str] | None, typer.Option(help="Parts whose names begin so; they must find models.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Sizes for a CPU.")] = False,
+) -> None:
+    """Run all parts."""
+    begin = time.perf_counter()
+    elapsed = lambda: time.perf_counter() - begin  # noqa: E731
+    (output_dir / "logs").mkdir(parents=True, exist_ok=True)
+    gpus = torch.cuda.device_count()
+    parts = plan(output_dir.resolve(), tiny, steps, lambda: 60 * minutes - elapsed())
+    if only:
+        parts = {name: part for name, part in parts.items() if name.startswith(tuple(only))}
+    at_a_time = len(parts) if gpus else 1
+    try:
+        while any(not part.end for part in parts.values()):
+            for name, part in parts.items():
+                running = sum(p.process is not None and not p.end for p in parts.values())
+                if part.process is None and not part.end:
+                    if running < at_a_time and all(parts[need].end for need in part.needs if need in parts):
+                        start(name, part, output_dir, gpus)
+                        console.print(f"{elapsed():6.1f} s  {part.end or 'begins'}: {name}")
+                elif not part.end and part.process.poll() is not None:
+                    part.seconds = time.perf_counter() - part.begin
+                    part.end = f"failed ({part.process.returncode})" if part.process.returncode else "ok"
+                    console.print(f"{elapsed():6.1f} s  {part.end}: {name}, {part.seconds:.1f} s")
+                    report(parts, output_dir, elapsed())
+            if elapsed() > 60 * minutes:
+                break
+            time.sleep(0.1)
+    finally:
+        for name, part in parts.items():
+            if part.process is not None and not part.end:
+                stop(part)
+                part.seconds, part.end = time.perf_counter() - part.begin, "stopped"
+                console.print(f"{elapsed():6.1f} s  stopped, out of time: {name}")
+            part.end = part.end or "not begun"
+        report(parts, output_dir, elapsed())
+        shutil.rmtree(output_dir / "corpus", ignore_errors=True)
+    table = Table("part", "end", "seconds", title=f"{elapsed():.0f} s in all")
+    for name, part in parts.items():
+        table.add_row(name, part.end, f"{part.seconds:.1f}")
+    console.print(table)
+    for name, part in parts.items():
+        if part.end.startswith(("failed", "stopped")):
+            log = output_dir / "logs" / f"{name.replace(' ', '_').replace(':', '')}.txt"
+            console.rule(f"{name}: the end of {log}")
+            console.print(log.read_text()[-1500:], markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
