@@ -80,7 +80,7 @@ def draw_maps(maps: dict[str, Tensor], path: Path) -> None:
     figure, grid = plt.subplots(len(maps), layers, **shape)
     for row, (name, of_layers) in zip(grid, maps.items(), strict=True):
         for layer, (axes, share) in enumerate(zip(row, of_layers, strict=True)):
-            image = axes.imshow(share.clamp_min(1e-3), norm=LogNorm(1e-3, 1), cmap="magma")
+            image = axes.imshow(share.clamp_min(1e-3).numpy(), norm=LogNorm(1e-3, 1), cmap="magma")
             axes.set(xticks=[], yticks=[])
             if axes in grid[0]:
                 axes.set_title(f"layer {layer}", fontsize=9)

@@ -213,11 +213,13 @@ def main(
                 except torch.OutOfMemoryError as error:
                     console.print(f"[yellow]{name} ends here, out of memory:[/] {error}", soft_wrap=True)
             console.print(f"{name}: {time.perf_counter() - begin:.1f} s, {path}")
-    finish(output_dir, tokens, sink_size + window_size, {**record(str(network.device)), **settings, "tokens": tokens})
+            about = {**record(str(network.device)), **settings, "tokens": tokens}
+            found = sum_up(output_dir, tokens, sink_size + window_size, about)
+    show(found, tokens, sink_size + window_size)
 
 
-def finish(output_dir: Path, tokens: int, first: int, about: dict) -> None:
-    """Sum up every CSV there is, into perplexity.json and a table."""
+def sum_up(output_dir: Path, tokens: int, first: int, about: dict) -> dict:
+    """`about`, and what every CSV there is says, also written to perplexity.json."""
     found = {
         name: summary(path, tokens, first) for name in EXPERIMENTS if (path := output_dir / f"{name}.csv").exists()
     }
@@ -225,9 +227,13 @@ def finish(output_dir: Path, tokens: int, first: int, about: dict) -> None:
     if "sinks" in found and "recompute" in found:
         about["sinks_over_recompute"] = against_recompute(output_dir, tokens, first)
     (output_dir / "perplexity.json").write_text(json.dumps(about, indent=1) + "\n")
+    return about
+
+
+def show(about: dict, tokens: int, first: int) -> None:
     spans = [f"{low}-{high}" for low, high in ranges(tokens, first)]
     table = Table("loss at", *spans, "ms a token at the end", "MiB at the end")
-    for name, by_range in found.items():
+    for name, by_range in about["experiments"].items():
         end = by_range[list(by_range)[-1]]
         cells = [f"{by_range[span]['loss']:.3f}" if span in by_range else "" for span in spans]
         seconds, held = end["seconds"], end["bytes"]

@@ -1,14 +1,15 @@
 """Every experiment, at full size, with one command on one GPU: python bench/proof.py --output-dir proof --minutes 6
 
-It prepares the corpus, trains five small models side by side, and runs the tools of this folder on them and on the
+It prepares the corpus, trains six small models side by side, and runs the tools of this folder on them and on the
 shipped model. Parts run as processes of their own as soon as what they need has ended, so that a part that fails or
-takes too long costs no other its results; those that come from a clock run before the trainings begin. With several
-GPUs the trainings spread over them. Everything is written as it goes: results and models in folders, what every part
-printed in logs/, and commands, seconds and exits in proof.json.
+takes too long costs no other its results. Those that watch a clock run before the trainings begin, or beside them on a GPU of
+their own: with several GPUs the rest spreads over the others. Everything is written as it goes: results and models in
+folders, what every part printed in logs/, and commands, seconds and exits in proof.json.
 
 `--tiny` runs the same on a CPU, in minutes, at sizes that show nothing but that all of it works.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from rich.table import Table
 
 HERE = Path(__file__).parent
 VARIANTS = ("token", "vanilla", "zero", "logits")
+AFTER = 130  # seconds that a training leaves for compiling, its evaluation, and the parts that need it
 console = Console(width=140)
 
 
@@ -45,22 +47,31 @@ class Part:
     end: str = ""  # how it ended: "ok", "skipped", "failed (1)", "stopped"
 
 
-def plan(out: Path, tiny: bool, steps: int, left: Callable[[], float]) -> dict[str, Part]:
+def plan(out: Path, tiny: bool, steps: int, gpus: int, left: Callable[[], float]) -> dict[str, Part]:
     """All parts by name. left: seconds until the end of the budget."""
     size = (lambda full, small: str(small)) if tiny else (lambda full, small: str(full))
     corpus, models = out / "corpus", out / "models"
     files = ["--max-files", size(14_000, 60)]
+    beside = itertools.cycle(range(1, gpus) if gpus > 1 else [0])  # GPUs for what no clock watches
+    ready = ("corpus",) if gpus > 1 else ("corpus", "perplexity", "long run")
 
     def train(name: str, *options: str) -> Callable[[], list[str] | None]:
         def command() -> list[str] | None:
             if not (corpus / "corpus.json").exists():
                 return None
-            minutes = max(left() - 150, 60) / 60  # what compiling, evaluating and the parts behind it take
+            minutes = max(left() - AFTER, 60) / 60
             return ["train_model.py", "--output-dir", f"{models / name}", "--corpus", f"{corpus}", "--steps",
                     f"{steps}", "--batch-size", size(32, 4), "--minutes", f"{minutes:.2f}", "--eval-streams",
                     size(6, 1), *options]  # fmt: skip
 
         return command
+
+    def both_ways() -> list[str] | None:
+        if not (corpus / "corpus.json").exists():
+            return None
+        return ["both_ways.py", "--output-dir", f"{out / 'both_ways'}", "--corpus", f"{corpus}", "--steps", f"{steps}",
+                "--minutes", f"{max(left() - AFTER, 60) / 60:.2f}", "--batch-size", size(32, 4), "--tokens",
+                size(4096, 1100), "--texts", size(8, 1)]  # fmt: skip
 
     def on(name: str, *command: str) -> Callable[[], list[str] | None]:
         return lambda: [*command, "--model", f"{models / name}"] if (models / name / "training.json").exists() else None
@@ -72,9 +83,10 @@ def plan(out: Path, tiny: bool, steps: int, left: Callable[[], float]) -> dict[s
         return command + [word for name in ("demo", *trained) for word in ("--model", name)]
 
     def recall(folder: str, *options: str) -> Part:
-        return Part(("train recall",), on("recall", "recall.py", "--output-dir", f"{out / folder}", *options), gpu=1)
+        command = on("recall", "recall.py", "--output-dir", f"{out / folder}", *options)
+        return Part(("train recall",), command, next(beside))
 
-    loss = ["perplexity.py", "--tokens", size(8192, 700), "--texts", size(4, 1), "--dtype", "float32", "--batch", "64",
+    loss = ["perplexity.py", "--tokens", size(8192, 700), "--texts", size(3, 1), "--dtype", "float32", "--batch", "64",
             "--every", size(1, 64)]  # fmt: skip
     long = ["long_run.py", "--output-dir", f"{out / 'long_run'}", "--tokens", size(4_000_000, 6000), "--block",
             size(100_000, 2000), "--compared", size(10_000, 200)]  # fmt: skip
@@ -83,18 +95,19 @@ def plan(out: Path, tiny: bool, steps: int, left: Callable[[], float]) -> dict[s
         "perplexity": Part((), lambda: [*loss, "--output-dir", f"{out / 'perplexity'}"]),
         "long run": Part(("perplexity",), lambda: long),
     }
-    for index, name in enumerate(VARIANTS):
-        parts[f"train {name}"] = Part(("corpus", "perplexity"), train(name, "--sinks", name), gpu=1 + index)
-    parts["train recall"] = Part(("corpus", "perplexity"), train("recall", "--mix", "recall"), gpu=0)
+    parts["train recall"] = Part(ready, train("recall", "--mix", "recall"), next(beside))
+    for name in VARIANTS:
+        parts[f"train {name}"] = Part(ready, train(name, "--sinks", name), next(beside))
+    parts["both ways"] = Part(ready, both_ways, next(beside))
     trained = tuple(f"train {name}" for name in VARIANTS)
     tokens = ["--tokens", size(16_384, 1100)]
     short = ["--tokens", size(8192, 1100), "--experiment", "sinks", "dense", "window"]
     parts |= {
-        "ablation": Part((*trained, "long run"), ablation),
+        "ablation": Part(trained, ablation, next(beside)),
         "perplexity vanilla": Part(
             ("train vanilla",),
             on("vanilla", *loss, "--chunk", "512", "--output-dir", f"{out / 'perplexity_vanilla'}"),
-            gpu=2,
+            next(beside),
         ),
         "recall": recall("recall", *tokens, "--texts", size(3, 1)),
         "recall by distance": recall("recall_distance", *short, "--back", size("5,10,20,30,40,50,60,70", "5,20")),
@@ -126,7 +139,7 @@ def start(name: str, part: Part, out: Path, gpus: int) -> None:
     paths = (str(HERE.parent), os.environ.get("PYTHONPATH"))
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     if gpus > 1:
-        environment["CUDA_VISIBLE_DEVICES"] = str(part.gpu % gpus)
+        environment["CUDA_VISIBLE_DEVICES"] = str(part.gpu)
     part.arguments, part.begin = tuple(command), time.perf_counter()
     with (out / "logs" / f"{name.replace(' ', '_').replace(':', '')}.txt").open("w") as log:
         part.process = subprocess.Popen(
@@ -161,7 +174,7 @@ def report(parts: dict[str, Part], out: Path, seconds: float) -> None:
 def main(
     output_dir: Annotated[Path, typer.Option(help="Where everything goes.")] = Path("proof"),
     minutes: Annotated[float, typer.Option(help="What still runs then is stopped.")] = 6.0,
-    steps: Annotated[int, typer.Option(help="Of each training.")] = 5000,
+    steps: Annotated[int, typer.Option(help="Of each training.")] = 4000,
     only: Annotated[list[str] | None, typer.Option(help="Parts whose names begin so; they must find models.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Sizes for a CPU.")] = False,
 ) -> None:
@@ -170,7 +183,7 @@ def main(
     elapsed = lambda: time.perf_counter() - begin  # noqa: E731
     (output_dir / "logs").mkdir(parents=True, exist_ok=True)
     gpus = torch.cuda.device_count()
-    parts = plan(output_dir.resolve(), tiny, steps, lambda: 60 * minutes - elapsed())
+    parts = plan(output_dir.resolve(), tiny, steps, gpus, lambda: 60 * minutes - elapsed())
     if only:
         parts = {name: part for name, part in parts.items() if name.startswith(tuple(only))}
     at_a_time = len(parts) if gpus else 1

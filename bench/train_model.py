@@ -242,11 +242,11 @@ def sample_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
 
 
-def compile_loss(model: LlamaForCausalLM, rows: Tensor) -> tuple[Callable[[LlamaForCausalLM, Tensor], Tensor], bool]:
-    """sample_loss, compiled and warmed up on a GPU, eager on a CPU or where that fails; and whether it is compiled."""
+def compile_loss(function: Callable, model: LlamaForCausalLM, rows: Tensor) -> tuple[Callable, bool]:
+    """A loss, compiled and warmed up on a GPU, eager on a CPU or where that fails; and whether it is compiled."""
     if rows.is_cuda:
         try:
-            compiled = torch.compile(sample_loss)
+            compiled = torch.compile(function)
             compiled(model, rows).backward()
             torch.cuda.synchronize()
             return compiled, True
@@ -255,10 +255,17 @@ def compile_loss(model: LlamaForCausalLM, rows: Tensor) -> tuple[Callable[[Llama
             console.print(str(error)[:2000], markup=False)
         finally:
             model.zero_grad()
-    return sample_loss, False
+    return function, False
 
 
-def train(model: LlamaForCausalLM, data: Iterator[Tensor], steps: int, minutes: float, batch_size: int) -> dict:
+def train(
+    model: LlamaForCausalLM,
+    data: Iterator[Tensor],
+    steps: int,
+    minutes: float,
+    batch_size: int,
+    function: Callable[[LlamaForCausalLM, Tensor], Tensor] = sample_loss,
+) -> dict:
     """Train in place until `steps` or `minutes` are over. The cosine follows the nearer of both: it always ends low."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
@@ -267,7 +274,7 @@ def train(model: LlamaForCausalLM, data: Iterator[Tensor], steps: int, minutes: 
     ]
     optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), fused=model.device.type == "cuda")
     clock = time.perf_counter()
-    loss_of, compiled = compile_loss(model, next(data))
+    loss_of, compiled = compile_loss(function, model, next(data))
     compile_seconds = time.perf_counter() - clock
 
     curve, total, last, clock = [], torch.zeros((), device=model.device), 0, time.perf_counter()

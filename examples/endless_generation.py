@@ -1,0 +1,71 @@
+"""Text without end, at constant memory, from any model that transformers loads.
+
+    python examples/endless_generation.py --model meta-llama/Llama-2-7b-hf
+    python examples/endless_generation.py --model demo --text "import os" --max-new-tokens 2000   # offline, on a CPU
+
+It is the model's own generate() with a TextStreamer, for as many tokens as `--max-new-tokens` says. `--endless` takes a
+Stream instead, which keeps nothing that grows and goes on until Ctrl-C. The settings are those of attention_sinks'
+README, but for its contrastive search, which left transformers: tokens are sampled among the `--top-k` likeliest.
+"""
+
+import contextlib
+from typing import Annotated
+
+import torch
+import typer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer, set_seed
+
+import sinkattn
+from sinkattn import demo
+
+
+def main(
+    model: Annotated[str, typer.Option(help='Hub name or local path; "demo" is the model that ships.')] = "demo",
+    text: Annotated[
+        str, typer.Option(help="What to go on from.")
+    ] = "Vaswani et al. (2017) introduced the Transformers",
+    sink_size: int = 4,
+    window_size: int = 252,
+    min_new_tokens: int = 100_000,
+    max_new_tokens: int = 1_000_000,
+    top_k: int = 5,
+    endless: Annotated[bool, typer.Option("--endless", help="A Stream, until Ctrl-C, instead of generate().")] = False,
+    dtype: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Generate."""
+    path = demo.MODEL if model == "demo" else model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    sinkattn.patch(network, sink_size, window_size)
+
+    inputs = tokenizer(text, return_tensors="pt").to(device)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        if endless:
+            stream = sinkattn.Stream(network)
+            stream.append(inputs.input_ids)
+            streamer.put(inputs.input_ids.cpu())
+            # eos_token_id=[]: no token ends the text
+            for token_ids in stream.generate(None, do_sample=True, top_k=top_k, eos_token_id=[], seed=seed):
+                streamer.put(token_ids.cpu())
+        set_seed(seed)
+        network.generate(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            generation_config=GenerationConfig(
+                min_new_tokens=min(min_new_tokens, max_new_tokens),
+                max_new_tokens=max_new_tokens,
+                do_sample=True,
+                top_k=top_k,
+                pad_token_id=tokenizer.eos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+            ),
+            streamer=streamer,
+        )
+    streamer.end()
+
+
+if __name__ == "__main__":
+    typer.run(main)
