@@ -199,7 +199,7 @@ def main(
     }  # fmt: skip
     columns = TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
-        for name in chosen:
+        for number, name in enumerate(chosen):
             path, step = output_dir / f"{name}.csv", every if name == "recompute" else 1
             last = resume(path, COLUMNS, {**settings, "every": step}, overwrite)
             if last is not None:
@@ -214,15 +214,16 @@ def main(
                     console.print(f"[yellow]{name} ends here, out of memory:[/] {error}", soft_wrap=True)
             console.print(f"{name}: {time.perf_counter() - begin:.1f} s, {path}")
             about = {**record(str(network.device)), **settings, "tokens": tokens}
-            found = sum_up(output_dir, tokens, sink_size + window_size, about)
+            known = [
+                other for other in EXPERIMENTS if other not in chosen[number + 1 :]
+            ]  # the others are not whole yet
+            found = sum_up(known, output_dir, tokens, sink_size + window_size, about)
     show(found, tokens, sink_size + window_size)
 
 
-def sum_up(output_dir: Path, tokens: int, first: int, about: dict) -> dict:
-    """`about`, and what every CSV there is says, also written to perplexity.json."""
-    found = {
-        name: summary(path, tokens, first) for name in EXPERIMENTS if (path := output_dir / f"{name}.csv").exists()
-    }
+def sum_up(names: list[str], output_dir: Path, tokens: int, first: int, about: dict) -> dict:
+    """`about`, and what the CSVs of these experiments say, also written to perplexity.json."""
+    found = {name: summary(path, tokens, first) for name in names if (path := output_dir / f"{name}.csv").exists()}
     about["experiments"] = found
     if "sinks" in found and "recompute" in found:
         about["sinks_over_recompute"] = against_recompute(output_dir, tokens, first)

@@ -2,9 +2,9 @@
 
 It prepares the corpus, trains six small models side by side, and runs the tools of this folder on them and on the
 shipped model. Parts run as processes of their own as soon as what they need has ended, so that a part that fails or
-takes too long costs no other its results. Those that watch a clock run before the trainings begin, or beside them on a GPU of
-their own: with several GPUs the rest spreads over the others. Everything is written as it goes: results and models in
-folders, what every part printed in logs/, and commands, seconds and exits in proof.json.
+takes too long costs no other its results. Those that watch a clock run before the trainings begin, or beside them on a
+GPU of their own: with several GPUs the rest spreads over the others. Everything is written as it goes: results and
+models in folders, what every part printed in logs/, and commands, seconds and exits in proof.json.
 
 `--tiny` runs the same on a CPU, in minutes, at sizes that show nothing but that all of it works.
 """
@@ -55,13 +55,13 @@ def plan(out: Path, tiny: bool, steps: int, gpus: int, left: Callable[[], float]
     beside = itertools.cycle(range(1, gpus) if gpus > 1 else [0])  # GPUs for what no clock watches
     ready = ("corpus",) if gpus > 1 else ("corpus", "perplexity", "long run")
 
-    def train(name: str, *options: str) -> Callable[[], list[str] | None]:
+    def train(name: str, count: int, *options: str) -> Callable[[], list[str] | None]:
         def command() -> list[str] | None:
             if not (corpus / "corpus.json").exists():
                 return None
             minutes = max(left() - AFTER, 60) / 60
             return ["train_model.py", "--output-dir", f"{models / name}", "--corpus", f"{corpus}", "--steps",
-                    f"{steps}", "--batch-size", size(32, 4), "--minutes", f"{minutes:.2f}", "--eval-streams",
+                    f"{count}", "--batch-size", size(32, 4), "--minutes", f"{minutes:.2f}", "--eval-streams",
                     size(6, 1), *options]  # fmt: skip
 
         return command
@@ -95,9 +95,9 @@ def plan(out: Path, tiny: bool, steps: int, gpus: int, left: Callable[[], float]
         "perplexity": Part((), lambda: [*loss, "--output-dir", f"{out / 'perplexity'}"]),
         "long run": Part(("perplexity",), lambda: long),
     }
-    parts["train recall"] = Part(ready, train("recall", "--mix", "recall"), next(beside))
+    parts["train recall"] = Part(ready, train("recall", 3 * steps // 2, "--mix", "recall"), next(beside))
     for name in VARIANTS:
-        parts[f"train {name}"] = Part(ready, train(name, "--sinks", name), next(beside))
+        parts[f"train {name}"] = Part(ready, train(name, steps, "--sinks", name), next(beside))
     parts["both ways"] = Part(ready, both_ways, next(beside))
     trained = tuple(f"train {name}" for name in VARIANTS)
     tokens = ["--tokens", size(16_384, 1100)]
