@@ -183,7 +183,7 @@ def main(
     elapsed = lambda: time.perf_counter() - begin  # noqa: E731
     (output_dir / "logs").mkdir(parents=True, exist_ok=True)
     gpus = torch.cuda.device_count()
-    parts = plan(output_dir.resolve(), tiny, steps, gpus, lambda: 60 * minutes - elapsed())
+    parts = plan(output_dir, tiny, steps, gpus, lambda: 60 * minutes - elapsed())
     if only:
         parts = {name: part for name, part in parts.items() if name.startswith(tuple(only))}
     at_a_time = len(parts) if gpus else 1
