@@ -288,6 +288,17 @@ def test_recall_asks_what_it_says_and_scores_exactly(tmp_path):
     assert found["share"] == 1 - 1 / len(rows) and found["most"] == 1 and found["least"] < 1
 
 
+def test_recall_scores_what_greedy_generation_would_write():
+    model, ids = tiny("llama"), random_ids(1, 30)
+    with patch(model, 4, 10):
+        written = model.generate(ids, max_new_tokens=3, do_sample=False)
+    changed = written.clone()
+    changed[0, 31] = (changed[0, 31] + 1) % 97
+    for text, right in ((written, True), (changed, False)):
+        with Reader(model, "sinks", 4, 10, 1) as reader:
+            assert recall.score(reader, text, [[(30, 33)]], chunk=7) == [[right]]
+
+
 def test_recall_command(tmp_path):
     """The shipped model was never shown how: it must get none right, and every file is written."""
     run(recall.main, "--model", "demo", "--tokens", 600, "--texts", 1, "--output-dir", tmp_path, "--device", "cpu")
