@@ -9,6 +9,7 @@
 | "reference" | reference.py               | reference.py           | any                            |
 """
 
+import ctypes
 import importlib
 import os
 from pathlib import Path
@@ -46,11 +47,12 @@ def _fake(q, k, v, *args, **kwargs):
 
 
 def _load(name: str) -> bool:
-    """Load compiled ops, which register themselves. False where they were not built."""
+    """Load compiled ops, which register themselves. False where they were not built, or the driver is too old."""
     library = Path(__file__).parent / name
-    if library.exists():
-        torch.ops.load_library(library)
-    return library.exists()
+    if not library.exists():
+        return False
+    torch.ops.load_library(library)
+    return name == "_C_cpu.so" or bool(ctypes.CDLL(library).sinkattn_cuda_runs())
 
 
 HAS_CPU_LIBRARY = _load("_C_cpu.so")
@@ -96,7 +98,7 @@ def missing_backend(backend: str, device_type: str) -> str | None:
     if backend == "cuda":
         if device_type != "cuda":
             return f"the CUDA C++ ops need tensors on a GPU, not on {device_type!r}"
-        return None if HAS_CUDA_LIBRARY else "the CUDA C++ ops were not built; see `sinkattn info`"
+        return None if HAS_CUDA_LIBRARY else "the CUDA C++ ops were not built, or the driver is too old for them"
     if backend == "cpu":
         if device_type != "cpu":
             return f"the compiled CPU ops need tensors on the CPU, not on {device_type!r}"

@@ -237,6 +237,9 @@ template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool CLUSTER>
 __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
     decode_kernel(const __grid_constant__ Params p, const __grid_constant__ Maps maps, int splits,
                   int share) {  // tiles of a block
+#if __CUDA_ARCH__ < 900
+  if constexpr (CLUSTER) return;  // never launched
+#endif
   using S = Shape<HEAD_DIM, V_DIM, CLUSTER>;
   constexpr int WARPS = S::WARPS, THREADS = S::THREADS;
   constexpr int ROWS = WIDE ? 2 : 1;  // softmax rows per lane: heads g and g + 8

@@ -139,4 +139,10 @@ Tensor decode_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(sinkattn, CUDA, m) { m.impl("decode_cuda", TORCH_BOX(&decode_op)); }
 
+// Whether the driver runs what this CUDA compiled. For ctypes.
+extern "C" __attribute__((visibility("default"))) int sinkattn_cuda_runs() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess && version / 1000 >= CUDART_VERSION / 1000;
+}
+
 }  // namespace sinkattn::cuda
