@@ -5,11 +5,13 @@ rotation of q and k, append, sinks at their cache distance, attention, combinati
 are rotated and stored already, and do nothing else:
 
     sdpa_cudnn, sdpa_flash    torch scaled_dot_product_attention, that backend forced
+    flex                      FlexAttention, compiled, block mask of sinks and window; in the rows of the tables only
     flashinfer_none           BatchDecodeWithPagedKVCacheWrapper, page 16, best of tensor cores on and off
     flashinfer_rope           the same with pos_encoding_mode="ROPE_LLAMA", StreamingLLM's rotation on the fly
 
 Times are medians of CUDA graph replays, each graph a round through enough caches to exceed the L2 four times. The
 floor is the bytes of K and V, 2 * batch * num_kv_heads * C * head_dim * 2, over the read bandwidth of the same run.
+Without --tables-only there are more batch sizes, capacities, head dims and float16. decode.png shows it all.
 """
 
 import csv
@@ -18,11 +20,13 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import matplotlib.pyplot as plt
 import torch
 import triton
 import triton.language as tl
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -31,7 +35,8 @@ from sinkattn import ops
 
 SINKS = 4
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-PROVIDERS = ("sinkattn", "sdpa_cudnn", "sdpa_flash", "flashinfer_none", "flashinfer_rope")
+PROVIDERS = ("sinkattn", "sdpa_cudnn", "sdpa_flash", "flex", "flashinfer_none", "flashinfer_rope")
+LARGEST = 9e9  # bytes of one layer's cache; larger ones are left out
 COLUMNS = ("num_heads", "num_kv_heads", "head_dim", "batch", "capacity", "dtype", "provider", "us", "floor_us")
 console = Console(width=160)
 
@@ -76,14 +81,13 @@ def read_bandwidth() -> float:
 
 
 def caches(batch, heads, capacity, head_dim, dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Enough (k, v), each (batch, heads, capacity, head_dim), to exceed the L2 four times over; at least 8 pairs."""
+    """Enough (k, v), each (batch, heads, capacity, head_dim), to exceed the L2 four times over, in turn; at least 8."""
     size = 2 * batch * heads * capacity * head_dim * dtype.itemsize
     wanted = 4 * torch.cuda.get_device_properties(0).L2_cache_size
     shape = (batch, heads, capacity, head_dim)
-    return [
-        tuple(torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2))
-        for _ in range(max(8, -(-wanted // size)))
-    ]
+    count = max(2, -(-wanted // size))
+    pairs = [tuple(torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2)) for _ in range(count)]
+    return [pairs[i % count] for i in range(max(8, count))]
 
 
 def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype, op=ops.decode) -> float:
@@ -101,6 +105,14 @@ def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype,
         backend = SDPBackend.CUDNN_ATTENTION if provider == "sdpa_cudnn" else SDPBackend.FLASH_ATTENTION
         with sdpa_kernel(backend):
             return graph_us([lambda kv=kv: scaled_dot_product_attention(q, *kv, enable_gqa=True) for kv in pairs])
+    if provider == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        def visible(b, h, t, j):
+            return (j < SINKS) | (j >= SINKS)  # the cache is full: all of it
+
+        mask, flex = create_block_mask(visible, None, None, 1, capacity, device="cuda"), torch.compile(flex_attention)
+        return graph_us([lambda kv=kv: flex(q, *kv, block_mask=mask, enable_gqa=True) for kv in pairs])
     return min(flashinfer_us(provider, q, pairs, tensor_cores) for tensor_cores in (False, True))
 
 
@@ -136,49 +148,86 @@ def flashinfer_us(provider, q, pairs, tensor_cores) -> float:
     return graph_us([lambda pair=pair: wrapper.run(rows, pair) for pair in paged])
 
 
+def cases(tables_only: bool) -> list[tuple[str, int, int, int, int]]:
+    """(dtype, head_dim, num_kv_heads, batch, capacity), the rows of the two tables first."""
+    rows = [("bfloat16", 128, kv, batch, size) for kv in (32, 8) for batch in (1, 8, 64) for size in (1024, 4096)]
+    if not tables_only:
+        more = itertools.product(("bfloat16",), (128,), (32, 8), (1, 8, 16, 64, 128, 256), (256, 1024, 4096, 16384))
+        others = itertools.product(("bfloat16",), (64, 256), (32, 8), (1, 8, 64), (1024, 4096))
+        halves = itertools.product(("float16",), (128,), (32, 8), (1, 8, 64), (1024, 4096))
+        rows += [row for row in (*more, *others, *halves) if row not in rows]
+    return rows
+
+
+def plot(rows: list[tuple], path: Path) -> None:
+    """Share of the floor over size, a line per peer; heads of 128 in bfloat16."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axis, num_kv_heads in zip(axes, (32, 8), strict=True):
+        for provider in PROVIDERS:
+            points = sorted(
+                (floor, floor / us)
+                for _, kv, dim, _, _, dtype, name, us, floor in rows
+                if (name, kv, dim, dtype) == (provider, num_kv_heads, 128, "bfloat16")
+            )
+            if points:
+                style = {"linewidth": 2.5, "zorder": 3} if provider == "sinkattn" else {"alpha": 0.8}
+                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=provider, **style)
+        axis.set(xscale="log", xlabel="bytes of the cache over read bandwidth (us)", title=f"32 / {num_kv_heads} heads")
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="share of the floor reached", ylim=(0, 1.05))
+    axes[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Where decode.csv goes.")] = Path("bench/results"),
-    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,64",
-    capacities: Annotated[str, typer.Option(help="Tokens in the cache, sinks included.")] = "1024,4096",
-    head_dims: Annotated[str, typer.Option(help="Sizes of a head.")] = "128",
-    dtypes: Annotated[str, typer.Option(help="bfloat16, float16.")] = "bfloat16",
+    output_dir: Annotated[Path, typer.Option(help="Where decode.csv and decode.png go.")] = Path("bench/results"),
+    tables_only: Annotated[bool, typer.Option(help="Batch 1, 8, 64, C 1024, 4096, bfloat16, heads of 128.")] = False,
 ) -> None:
-    """Time sinkattn's decode beside its peers; print the table, write decode.csv."""
+    """Time sinkattn's decode beside its peers; print the table, write decode.csv, plot it."""
+    providers = list(PROVIDERS)
     try:
         import flashinfer  # noqa: F401
-
-        providers = PROVIDERS
     except ImportError as error:
-        providers = PROVIDERS[:3]
+        providers = [name for name in providers if not name.startswith("flashinfer")]
         console.print(f"[yellow]missing peers:[/yellow] flashinfer_none, flashinfer_rope ({error})")
     bandwidth = read_bandwidth()
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     title = f"us a layer and step; {torch.cuda.get_device_name()}, {versions}, reads {bandwidth / 1e12:.2f} TB/s"
     table = Table("heads/kv", "dim", "dtype", "batch", "C", "floor", *providers, "share of floor", title=title)
     rows = []
-    split = lambda text: [int(x) for x in text.split(",")]  # noqa: E731
-    cases = itertools.product(dtypes.split(","), split(head_dims), (32, 8), split(batches), split(capacities))
-    for dtype, head_dim, num_kv_heads, batch, capacity in cases:
-        floor = 4 * batch * num_kv_heads * capacity * head_dim / bandwidth * 1e6
+    in_tables = cases(tables_only=True)
+    for case in track(cases(tables_only), "measuring", console=console):
+        dtype, head_dim, num_kv_heads, batch, capacity = case
+        size = 4 * batch * num_kv_heads * capacity * head_dim
+        if size > LARGEST:
+            console.print(f"[yellow]left out:[/yellow] {case}, a cache of {size / 1e9:.0f} GB")
+            continue
         times = {}
         for provider in providers:
+            if provider == "flex" and case not in in_tables:
+                continue
             try:
                 times[provider] = measure(provider, 32, num_kv_heads, head_dim, batch, capacity, DTYPES[dtype])
             except RuntimeError as error:
-                console.print(f"[yellow]{provider} cannot do this row:[/yellow] {str(error)[:120]}")
+                console.print(f"[yellow]{provider} cannot do[/yellow] {case}: {str(error)[:120]}")
                 continue
-            rows.append((32, num_kv_heads, head_dim, batch, capacity, dtype, provider, times[provider], floor))
+            key = (32, num_kv_heads, head_dim, batch, capacity, dtype, provider)
+            rows.append((*key, times[provider], size / bandwidth * 1e6))
+        floor = size / bandwidth * 1e6
         cells = [f"{times[provider]:.1f}" if provider in times else "-" for provider in providers]
         share = f"{floor / times['sinkattn']:.0%}"
         table.add_row(
             f"32/{num_kv_heads}", str(head_dim), dtype, str(batch), str(capacity), f"{floor:.1f}", *cells, share
         )
+        torch.cuda.empty_cache()
     console.print(table)
     output_dir.mkdir(parents=True, exist_ok=True)
     with (output_dir / "decode.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows((*row[:-2], f"{row[-2]:.2f}", f"{row[-1]:.2f}") for row in rows)
+    plot(rows, output_dir / "decode.png")
 
 
 if __name__ == "__main__":
