@@ -768,7 +768,7 @@ bool serves(const Params& p, int splits, const Device& device) {
 int splits_of(const Params& p, const Device& device) {
   const int64_t pairs = int64_t(p.batch) * p.num_kv_heads, tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
   if (pairs > device.multiprocessors) return 0;
-  for (int splits = MAX_SPLITS; splits > 0; --splits)
+  for (int splits = MAX_SPLITS; splits > 0; splits -= splits > 2 ? 2 : 1)  // multiprocessors come in twos
     if (tiles > 8 * (splits - 1) && serves(p, splits, device) && pairs <= clusters_at_a_time(p, splits)) return splits;
   return 0;
 }
