@@ -207,6 +207,7 @@ SHAPES = {
     "interleaved, partial, offset": {"interleaved": True, "rotary": 6, "start": 3},
     "no sinks": {"sink": 0},
     "many sinks": {"sink": 37, "lengths": (0, 36, 37, 60)},
+    "128 sinks, a smaller window": {"sink": 128, "window": 40, "heads": 4, "lengths": (100, 127, 130, 5000)},
     "window 1": {"window": 1, "lengths": (0, 3, 4, 5, 40)},
     "slack slots": {"ring": 17, "lengths": (4, 16, 20, 21, 22, 33, 34, 1000)},
     "learned logits": {"learned": True, "heads": 6},
