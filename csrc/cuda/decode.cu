@@ -11,7 +11,6 @@
 // * Products have 16 rows. A group of up to 8 query heads fills the first 8; the others take what rounding leaves of
 //   queries and weights, so that both are as good as float32 at no cost. Larger groups fill all 16 and round.
 // * The warps of a block meet in shared memory, the blocks of a key head in that of the cluster's first block.
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -24,13 +23,12 @@ namespace sinkattn::cuda {
 namespace {
 
 constexpr float LOG2E = 1.4426950408889634f;
-constexpr int ALIGNMENT = 1024;   // of a tile, for the copy engine
 constexpr float LOWEST = -1e30f;  // a maximum before the first score: finite, as -inf - -inf is NaN
 
 // A tile is 16 rows of keys and 16 of values, in pieces of 16 bytes. Its columns are 8 pieces wide, and their rows are
-// swizzled as the copy engine does it. Which row is number n in a product is free: with g = lane / 4 and c = lane % 4, a
-// lane takes pieces 4 s + c of key number g (and g + 8), and pieces 8 j + g of values number 2 c, 2 c + 1 (and 8 more), and
-// `row_of` is such that 8 lanes, which read at a time, meet 32 different banks.
+// swizzled. Which row is number n in a product is free: with g = lane / 4 and c = lane % 4, a lane takes pieces 4 s + c of
+// key number g (and g + 8), and pieces 8 j + g of values number 2 c, 2 c + 1 (and 8 more), and `row_of` is such that 8
+// lanes, which read at a time, meet 32 different banks.
 __device__ int row_of(int n) { return (n & 8) | ((n >> 2 ^ n) & 1) << 2 | (n & 2) | (n >> 2 & 1); }
 
 template <int DIM>
@@ -46,7 +44,7 @@ struct Shape {
   static constexpr int WARPS = CLUSTER ? 8 : 4, THREADS = WARPS * 32;
   static constexpr int K_STEPS = (HEAD_DIM + 31) / 32, V_STEPS = (V_DIM + 63) / 64;
   static constexpr int TILE = Rows<HEAD_DIM>::SIZE + Rows<V_DIM>::SIZE;  // pieces, as all that follows
-  // Tiles in flight per warp.
+  // Tiles in flight per warp. With more, asking for them takes longer than they do.
   static constexpr int STAGES = CLUSTER ? (TILE <= 256 ? 4 : TILE <= 768 ? 2 : 1) : TILE <= 256 ? 6 : 3;
   static constexpr int WARP = STAGES * TILE, BLOCK = WARPS * WARP;
   static constexpr int QUERIES = K_STEPS * 64;  // of one angle: step, lane, (head g | its remainder or head g + 8)
@@ -57,12 +55,16 @@ template <int HEAD_DIM, int V_DIM, bool CLUSTER>
 int shared_bytes(int splits, int group) {
   using S = Shape<HEAD_DIM, V_DIM, CLUSTER>;
   const int handed = CLUSTER ? splits * group * (V_DIM + 2) * int(sizeof(float)) : 0;
-  return ALIGNMENT + (S::BLOCK + 2 * S::QUERIES) * 16 + (HEAD_DIM + V_DIM) * 2 + handed;
+  return (S::BLOCK + 2 * S::QUERIES) * 16 + (HEAD_DIM + V_DIM) * 2 + handed;
 }
 
 __device__ void copy_async(void* shared, const void* global) {
   const unsigned place = __cvta_generic_to_shared(shared);
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(place), "l"(global) : "memory");
+  uint64_t once;  // it is read once a step, and need not stay in the L2
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(place), "l"(global),
+               "l"(once)
+               : "memory");
 }
 
 template <int PENDING>
@@ -124,36 +126,20 @@ __device__ void cluster_wait() {
 #endif
 }
 
-// Barriers that count the bytes which copies and stores bring.
-__device__ void open_barrier(uint64_t* barrier) {
+// A barrier that the bytes of such stores open.
+__device__ void expect_bytes(uint64_t* barrier, int bytes) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
-__device__ void expect_bytes(uint64_t* barrier, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-#endif
-}
-__device__ void wait_for_bytes(uint64_t* barrier, int phase) {
+__device__ void wait_for_bytes(uint64_t* barrier) {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(
-          shared_address(barrier)),
-      "r"(phase)
-      : "memory");
-#endif
-}
-// One column of 16 rows from `slot` on, by the copy engine. Rows and dims that are not there become zero.
-__device__ void copy_column(void* shared, const CUtensorMap& map, int dim, int slot, int head, int row,
-                            uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::
-          "r"(shared_address(shared)),
-      "l"(&map), "r"(dim), "r"(slot), "r"(head), "r"(row), "r"(shared_address(barrier))
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra again;\n}" ::"r"(
+          shared_address(barrier))
       : "memory");
 #endif
 }
@@ -229,24 +215,22 @@ __device__ Combined combine(int count, const float* values, int apart, const flo
   return x;
 }
 
-struct Maps {
-  CUtensorMap keys, values;
-};
-
 template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool CLUSTER>
 __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
-    decode_kernel(const __grid_constant__ Params p, const __grid_constant__ Maps maps, int splits,
-                  int share) {  // tiles of a block
+    decode_kernel(const __grid_constant__ Params p, int splits, int share) {  // share: tiles of a block
 #if __CUDA_ARCH__ < 900
   if constexpr (CLUSTER) return;  // never launched
 #endif
   using S = Shape<HEAD_DIM, V_DIM, CLUSTER>;
   constexpr int WARPS = S::WARPS, THREADS = S::THREADS;
   constexpr int ROWS = WIDE ? 2 : 1;  // softmax rows per lane: heads g and g + 8
-  extern __shared__ uint4 unaligned[];
-  uint4* shared = unaligned + (ALIGNMENT - shared_address(unaligned) % ALIGNMENT) % ALIGNMENT / 16;
+  extern __shared__ uint4 shared[];
   __shared__ __align__(8) float softmax[WARPS][MAX_GROUP][2];  // maximum and sum
-  __shared__ uint64_t arrived, copied[WARPS][S::STAGES];
+  __shared__ uint64_t arrived;
+  if constexpr (CLUSTER) {
+    if (blockIdx.x == 0 && threadIdx.x == 0) expect_bytes(&arrived, splits * p.group * (V_DIM + 2) * 4);
+    cluster_arrive();
+  }
   const int rank = CLUSTER ? blockIdx.x : 0, head = blockIdx.y;
   const int64_t row = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
@@ -260,67 +244,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
   T* new_value = new_key + HEAD_DIM;
   float* handed = reinterpret_cast<float*>(new_value + V_DIM);  // (splits, group, V_DIM), (splits, group, 2)
 
-  // The first tiles are asked for at once, whatever the length of the row is. The copy engine does so in no time; by hand it
-  // takes a while, and what is small goes first.
-  T* keys = static_cast<T*>(p.k_cache) + row * p.k_cache_row + head * p.k_cache_head;
-  T* values = static_cast<T*>(p.v_cache) + row * p.v_cache_row + head * p.v_cache_head;
-  auto copy_rows = [&](auto rows, const T* x, int64_t stride, int first, uint4* place) {
-    using R = decltype(rows);
-    if (first + KEYS <= slots) {
-      x += (first + lane / R::PIECES) * stride + lane % R::PIECES * 8;
-#pragma unroll
-      for (int i = 0; i < KEYS * R::PIECES / 32; ++i) {
-        const int before = i * 32 / R::PIECES, r = (lane + i * 32) / R::PIECES, piece = (lane + i * 32) % R::PIECES;
-        if (32 % R::PIECES == 0)  // the same piece of rows further down
-          copy_async(place + R::place(r, piece), x + before * stride);
-        else
-          copy_async(place + R::place(r, piece), x + (r - lane / R::PIECES) * stride + (piece - lane % R::PIECES) * 8);
-      }
-    } else {
-#pragma unroll 1
-      for (int i = lane; i < KEYS * R::PIECES; i += 32) {
-        const int r = i / R::PIECES, piece = i % R::PIECES;
-        if (first + r < slots) copy_async(place + R::place(r, piece), x + (first + r) * stride + piece * 8);
-      }
-    }
-  };
-  auto fetch = [&](int tile, int stage) {
-    uint4 *key_rows = staged + stage * S::TILE, *value_rows = key_rows + Rows<HEAD_DIM>::SIZE;
-    if constexpr (CLUSTER) {
-      if (lane > 0 || tile >= end) return;
-      uint64_t* barrier = &copied[warp][stage];
-      expect_bytes(barrier, S::TILE * 16);
-#pragma unroll
-      for (int i = 0; i < Rows<HEAD_DIM>::COLUMNS; ++i)
-        copy_column(key_rows + i * Rows<HEAD_DIM>::COLUMN, maps.keys, i * 64, tile * KEYS, head, row, barrier);
-#pragma unroll
-      for (int i = 0; i < Rows<V_DIM>::COLUMNS; ++i)
-        copy_column(value_rows + i * Rows<V_DIM>::COLUMN, maps.values, i * 64, tile * KEYS, head, row, barrier);
-    } else {
-      if (tile < end) {
-        copy_rows(Rows<HEAD_DIM>(), keys, p.k_cache_slot, tile * KEYS, key_rows);
-        copy_rows(Rows<V_DIM>(), values, p.v_cache_slot, tile * KEYS, value_rows);
-      }
-      asm volatile("cp.async.commit_group;" ::: "memory");
-    }
-  };
-  auto fetch_first = [&] {
-#pragma unroll 1
-    for (int stage = 0; stage < S::STAGES; ++stage) fetch(begin + warp + stage * WARPS, stage);
-  };
-  if constexpr (CLUSTER) {
-    if (lane == 0)
-      for (int stage = 0; stage < S::STAGES; ++stage) open_barrier(&copied[warp][stage]);
-    fetch_first();
-    if (rank == 0 && threadIdx.x == 0) {
-      open_barrier(&arrived);
-      expect_bytes(&arrived, splits * p.group * (V_DIM + 2) * 4);
-    }
-    __syncwarp();
-    cluster_arrive();
-  }
-
-  // What is small, all at once: the row's state, its angles, query, new key and value.
+  // What is small is asked for first, all at once: the row's state, its angles, query, new key and value.
   const int64_t t = p.lengths[row];
   const int64_t count = p.counts ? p.counts[row] : 1;
   // A thread takes a dim (or two) of every SPREAD-th head.
@@ -348,7 +272,39 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
     }
   }
 
-  if constexpr (!CLUSTER) fetch_first();
+  // Then the first tiles, whatever the length of the row is.
+  T* keys = static_cast<T*>(p.k_cache) + row * p.k_cache_row + head * p.k_cache_head;
+  T* values = static_cast<T*>(p.v_cache) + row * p.v_cache_row + head * p.v_cache_head;
+  auto copy_rows = [&](auto rows, const T* x, int64_t stride, int first, uint4* place) {
+    using R = decltype(rows);
+    if (first + KEYS <= slots) {
+      x += (first + lane / R::PIECES) * stride + lane % R::PIECES * 8;
+#pragma unroll
+      for (int i = 0; i < KEYS * R::PIECES / 32; ++i) {
+        const int before = i * 32 / R::PIECES, r = (lane + i * 32) / R::PIECES, piece = (lane + i * 32) % R::PIECES;
+        if (32 % R::PIECES == 0)  // the same piece of rows further down
+          copy_async(place + R::place(r, piece), x + before * stride);
+        else
+          copy_async(place + R::place(r, piece), x + (r - lane / R::PIECES) * stride + (piece - lane % R::PIECES) * 8);
+      }
+    } else {
+#pragma unroll 1
+      for (int i = lane; i < KEYS * R::PIECES; i += 32) {
+        const int r = i / R::PIECES, piece = i % R::PIECES;
+        if (first + r < slots) copy_async(place + R::place(r, piece), x + (first + r) * stride + piece * 8);
+      }
+    }
+  };
+  auto fetch = [&](int tile, int stage) {
+    if (tile < end) {
+      uint4 *key_rows = staged + stage * S::TILE, *value_rows = key_rows + Rows<HEAD_DIM>::SIZE;
+      copy_rows(Rows<HEAD_DIM>(), keys, p.k_cache_slot, tile * KEYS, key_rows);
+      copy_rows(Rows<V_DIM>(), values, p.v_cache_slot, tile * KEYS, value_rows);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+#pragma unroll 1
+  for (int stage = 0; stage < S::STAGES; ++stage) fetch(begin + warp + stage * WARPS, stage);
 
   // The queries as fragments: piece (step * 32 + lane) * 2 + half holds 8 dims of a row of the products.
   if (first_head < SPREAD) {
@@ -380,13 +336,8 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
   if (count == 0) {  // for all of the cluster
     if (rank == 0)
       for (int i = threadIdx.x; i < p.group * V_DIM; i += THREADS) out[i] = from_float<T>(0);
-    if constexpr (CLUSTER) {
-      for (int stage = 0; stage < S::STAGES; ++stage)
-        if (begin + warp + stage * WARPS < end) wait_for_bytes(&copied[warp][stage], 0);
-      cluster_wait();
-    } else {
-      wait_for_copies<0>();
-    }
+    wait_for_copies<0>();
+    if (CLUSTER) cluster_wait();
     return;
   }
   __syncthreads();
@@ -399,7 +350,6 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
   const int reach = in_ring ? int(min(int64_t(p.window_size), written + 1)) : -slots;  // ages seen of the ring
   const int sinks = int(min(int64_t(p.sink_size), t + 1));
   const int seen_from = int(min(t, int64_t(p.sink_size + p.window_size - 1)));  // where the sinks see the query
-  const int asked = min(end, begin + warp + S::STAGES * WARPS);  // the first tiles from here on were not
   if (t < slots) end = min(end, int(t) / KEYS + 1);  // further tiles are empty
   const bool is_full = reach == p.ring_size;  // then all is visible
 
@@ -437,14 +387,10 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
   const int value_at[2] = {Rows<V_DIM>::place(row_of(2 * c), g), Rows<V_DIM>::place(row_of(2 * c + 1), g)};
   const bool is_plain = !(p.softcap > 0) && !p.alibi_slopes;
 
-  int stage = 0, phase = 0;
-  int tile = begin + warp;
+  int stage = 0;
 #pragma unroll 1
-  for (; tile < end; tile += WARPS) {
-    if constexpr (CLUSTER)
-      wait_for_bytes(&copied[warp][stage], phase);
-    else
-      wait_for_copies<S::STAGES - 1>();
+  for (int tile = begin + warp; tile < end; tile += WARPS) {
+    wait_for_copies<S::STAGES - 1>();
     uint4 *key_rows = staged + stage * S::TILE, *value_rows = key_rows + Rows<HEAD_DIM>::SIZE;
     const int first = tile * KEYS;
 
@@ -461,9 +407,6 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
         value_rows[Rows<V_DIM>::place(new_slot - first, i)] = piece;
         *reinterpret_cast<uint4*>(values + new_slot * p.v_cache_slot + i * 8) = piece;
       }
-#if __CUDA_ARCH__ >= 900
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // before the copy engine writes there again
-#endif
     }
     __syncwarp();
 
@@ -586,14 +529,9 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
     }
     __syncwarp();  // all have read
     fetch(tile + S::STAGES * WARPS, stage);
-    if (++stage == S::STAGES) stage = 0, phase ^= 1;
+    stage = stage + 1 == S::STAGES ? 0 : stage + 1;
   }
-  // What was asked for and is not needed has to arrive all the same, before the tiles' place is used for something else.
-  if constexpr (CLUSTER) {
-    for (; tile < asked; tile += WARPS) wait_for_bytes(&copied[warp][(tile - begin - warp) / WARPS], 0);
-  } else {
-    wait_for_copies<0>();
-  }
+  wait_for_copies<0>();
 
   // What the warp found, (group, V_DIM), where its tiles were.
   float* found = reinterpret_cast<float*>(staged);
@@ -654,31 +592,10 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
   }
   if constexpr (CLUSTER) {
     if (rank > 0) return;
-    wait_for_bytes(&arrived, 0);
+    wait_for_bytes(&arrived);
     for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4)
       finish(i, combine<MAX_SPLITS>(splits, handed + i, columns, handed_softmax + i / V_DIM * 2, p.group * 2));
   }
-}
-
-// How the copy engine reads a cache: columns of 64 dims and 16 slots.
-template <typename T>
-bool map_of(CUtensorMap& map, void* cache, const Params& p, int dim, int64_t row, int64_t head, int64_t slot) {
-  static const auto encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  }();
-  const cuuint64_t sizes[4] = {cuuint64_t(dim), cuuint64_t(p.sink_size + p.ring_size), cuuint64_t(p.num_kv_heads),
-                               cuuint64_t(p.batch)};
-  // Strides of dims of size 1 may be anything.
-  const cuuint64_t strides[3] = {cuuint64_t(slot) * 2, cuuint64_t(p.num_kv_heads > 1 ? head : 8) * 2,
-                                 cuuint64_t(p.batch > 1 ? row : 8) * 2};
-  const cuuint32_t box[4] = {64, KEYS, 1, 1}, steps[4] = {1, 1, 1, 1};
-  const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode && !encode(&map, type, 4, cache, sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
 // Launches with splits > 0, for which it is the size of a cluster, and with splits 0. `clusters` asked for: launches
@@ -700,12 +617,8 @@ cudaError_t launch(const Params& p, int splits, cudaStream_t stream, int* cluste
   config.attrs = &cluster;
   config.numAttrs = CLUSTER ? 1 : 0;
   if (clusters) return cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
-  Maps maps;
-  if (CLUSTER && !(map_of<T>(maps.keys, p.k_cache, p, HEAD_DIM, p.k_cache_row, p.k_cache_head, p.k_cache_slot) &&
-                   map_of<T>(maps.values, p.v_cache, p, V_DIM, p.v_cache_row, p.v_cache_head, p.v_cache_slot)))
-    return cudaErrorInvalidValue;
   const int tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
-  return cudaLaunchKernelEx(&config, kernel, p, maps, splits, (tiles + blocks - 1) / blocks);
+  return cudaLaunchKernelEx(&config, kernel, p, splits, (tiles + blocks - 1) / blocks);
 }
 
 // f(shape) for the head dims of the call; returns what it returns, or `otherwise` for dims that are not served.
@@ -768,7 +681,7 @@ bool serves(const Params& p, int splits, const Device& device) {
 int splits_of(const Params& p, const Device& device) {
   const int64_t pairs = int64_t(p.batch) * p.num_kv_heads, tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
   if (pairs > device.multiprocessors) return 0;
-  for (int splits = MAX_SPLITS; splits > 0; splits -= splits > 2 ? 2 : 1)  // multiprocessors come in twos
+  for (int splits = MAX_SPLITS; splits > 0; --splits)
     if (tiles > 8 * (splits - 1) && serves(p, splits, device) && pairs <= clusters_at_a_time(p, splits)) return splits;
   return 0;
 }
