@@ -28,6 +28,7 @@ class Plan:
     prefill: str
     backend: str
     layers: tuple[ProbedLayer, ...]
+    route: str = "interface"
 
     def __deepcopy__(self, memo) -> "Plan":
         return self  # immutable; copies of a cache go on with the same model

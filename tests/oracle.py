@@ -3,41 +3,56 @@
 For every token the model runs over as many tokens as a cache of S + W would hold, at positions 0, 1, 2, ..., with its
 own masks and rotations. A hook hands every attention module what it was given when those tokens were current: the
 stored inputs of the first S and the last W tokens. The last row of the logits is the answer. (arXiv 2309.17453, section
-3.2.)
+3.2.) Layers with a state of their own (state space, linear attention, convolutions) are handed their whole history.
 """
+
+import inspect
+import re
 
 import torch
 
+STATEFUL = re.compile("Mamba|DeltaNet|ShortConv|Lightning|LinearAttention|DeltaAttention|RecurrentBlock")
 
-def attention_modules(model) -> list:
-    """The attention module of every layer, in order: the modules that know their layer and project to an output."""
-    found = {}
+
+def mixing_modules(model) -> list[tuple[torch.nn.Module, bool]]:
+    """Every module that mixes tokens, and whether it attends: they know their layer, and others hold none of them."""
+    found = []
     for module in model.modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and "Attention" in type(module).__name__ and index not in found:
-            found[index] = module
-    return [found[index] for index in sorted(found)]
+        name = type(module).__name__
+        attends = "Attention" in name and not STATEFUL.search(name)
+        if isinstance(getattr(module, "layer_idx", None), int) and (attends or STATEFUL.search(name)):
+            found.append((module, attends))
+    inner = {id(part) for module, _ in found for part in module.modules() if part is not module}
+    return [(module, attends) for module, attends in found if id(module) not in inner and "Layer" not in type(module).__name__]
 
 
 @torch.no_grad()
 def streaming_logits(model, ids, sink_size: int, window_size: int):
     """Logits of an unpatched model for ids (1, n), token by token: (1, n, vocabulary)."""
-    modules = attention_modules(model)
-    history = [[] for _ in modules]
+    hooks, length = [], 0
 
-    def remember(layer):
-        def hook(module, args, kwargs):
-            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-            history[layer].append(hidden[:, -1:].clone())
-            kept = history[layer][:sink_size] + history[layer][sink_size:][-window_size:]
+    def remember(module, attends):
+        history, first = [], next(iter(inspect.signature(module.forward).parameters))
+
+        def before(_, args, kwargs):
+            hidden = kwargs[first] if first in kwargs else args[0]
+            history.append(hidden[:, -1:].clone())
+            kept = history[:sink_size] + history[sink_size:][-window_size:] if attends else history
             hidden = torch.cat(kept, dim=1)
-            if "hidden_states" in kwargs:
-                return args, {**kwargs, "hidden_states": hidden}
-            return (hidden, *args[1:]), kwargs
+            if not attends:
+                kwargs = {name: None if "mask" in name else value for name, value in kwargs.items()}
+            return (args, {**kwargs, first: hidden}) if first in kwargs else ((hidden, *args[1:]), kwargs)
 
-        return hook
+        def after(_, __, output):
+            if attends:
+                return output
+            return (output[0][:, -length:], *output[1:]) if isinstance(output, tuple) else output[:, -length:]
 
-    hooks = [m.register_forward_pre_hook(remember(i), with_kwargs=True) for i, m in enumerate(modules)]
+        hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(module.register_forward_hook(after))
+
+    for module, attends in mixing_modules(model):
+        remember(module, attends)
     try:
         rows = []
         for t in range(ids.shape[1]):

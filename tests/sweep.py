@@ -1,0 +1,299 @@
+"""Every causal-LM type that the installed transformers has: built tiny, patched, compared with the oracle.
+
+    python tests/sweep.py                 # all types, two at a time, minutes; writes docs/models.md
+    python tests/sweep.py llama mpt       # these, printed only
+
+A type takes no code here: its config is made small by the names of its fields. Where that is not enough, there is one
+row for it in `SETTINGS`.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import io
+import json
+import multiprocessing
+import os
+import re
+import sys
+import traceback
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import Progress
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from oracle import mixing_modules, relative_error, streaming_logits
+
+import sinkattn
+
+S, W = 2, 7
+C = S + W
+TOLERANCE = 2e-5  # float32, of the spread of the logits
+FULL, SLIDING, LINEAR, HYBRID = "full_attention", "sliding_attention", "linear_attention", "hybrid"
+
+SMALL = dict(  # by field name, for every config that has it; a sliding window below W
+    vocab_size=97, bos_token_id=1, eos_token_id=None, pad_token_id=0, attn_implementation="eager", sliding_window=5,
+    hidden_size=64, d_model=64, n_embd=64, intermediate_size=96, n_inner=96, ffn_dim=96, dim_model=64, dim_ff=96,
+    num_hidden_layers=4, n_layer=4, n_layers=4, decoder_layers=4, encoder_layers=2,
+    num_attention_heads=4, n_head=4, n_heads=4, decoder_attention_heads=4, encoder_attention_heads=4,
+    num_key_value_heads=2, head_dim=16, rotary_dim=8, encoder_ffn_dim=96, decoder_ffn_dim=96, dim_head=16,
+    max_position_embeddings=64, n_positions=64, max_seq_len=64, position_bias_num_buckets=64, dff=96,
+    moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=4, num_local_experts=4,
+    n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, num_shared_experts=1, first_k_dense_replace=1,
+    n_group=2, topk_group=1, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=12,
+    mamba_d_state=8, mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=2, mamba_d_conv=4, mamba_expand=2,
+    mamba_dt_rank=4, mamba_num_heads=8, mamba_head_dim=16, ssm_state_size=8, use_mamba_kernels=False,
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
+    linear_conv_kernel_dim=4,
+)  # fmt: skip
+SETTINGS = {  # what a type needs besides
+    "bamba": dict(attn_layer_indices=[1, 3]),
+    "cohere_compass_text": dict(rope_parameters={FULL: {"rope_type": "default", "rope_theta": 1e4}}),
+    "dots3_note_text": dict(num_key_value_heads=4),
+    "falcon_h1": dict(mamba_d_ssm=128),
+    "gemma3n_text": dict(
+        num_kv_shared_layers=2, layer_types=[SLIDING, FULL] * 2, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=97, laurel_rank=8,
+    ),
+    "gemma4_text": dict(
+        num_kv_shared_layers=2, layer_types=[SLIDING, FULL] * 2, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=97, global_head_dim=16,
+    ),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"] * 2),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "lfm2": dict(layer_types=["conv", FULL] * 2),
+    "lfm2_moe": dict(layer_types=["conv", FULL] * 2, num_dense_layers=1),
+    "longcat_flash": dict(
+        num_layers=2, zero_expert_num=2, ffn_hidden_size=64, expert_ffn_hidden_size=32, n_routed_experts=4, moe_topk=2
+    ),
+    "mamba2": dict(num_heads=8, head_dim=16),
+    "qwen4_exp_text": dict(
+        indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=64, indexer_compress_ratio=4,
+        layer_types=[LINEAR, FULL] * 2,
+    ),
+    "reformer": dict(is_decoder=True),
+    "zamba": dict(layers_block_type=[LINEAR, HYBRID] * 2, n_mamba_heads=2),
+    "zamba2": dict(layers_block_type=[LINEAR, HYBRID] * 2, use_mem_rope=True, mamba_ngroups=2),
+    "zaya": dict(num_experts_per_tok=1, router_hidden_size=16),
+}  # fmt: skip
+VARIANTS = {  # the same type in another form
+    "falcon (ALiBi)": ("falcon", dict(alibi=True)),
+    "falcon (new decoder)": ("falcon", dict(new_decoder_architecture=True, num_kv_heads=2)),
+}
+SAMPLE = """llama mistral qwen2 qwen3_moe gemma2 gemma3 gemma3n gpt_oss gpt_neox gpt_neox_japanese gptj codegen falcon mpt
+    bloom stablelm phi cohere2 deepseek_v3 jamba falcon_h1 qwen3_next llama4_text gpt2 mamba""".split()
+
+
+def small_config(model_type: str, **settings):
+    """A config with every known field small; sub-configs are small configs themselves."""
+    config_class = CONFIG_MAPPING[model_type]
+    known = set(inspect.signature(config_class.__init__).parameters)
+    if dataclasses.is_dataclass(config_class):
+        known |= {field.name for field in dataclasses.fields(config_class)}
+    values = {name: value for name, value in SMALL.items() if name in known}
+    for name, sub in getattr(config_class, "sub_configs", {}).items():
+        sub_type = getattr(sub, "model_type", "")
+        if "text" in name or name == "decoder":
+            values[name] = small_config(sub_type if sub_type in CONFIG_MAPPING else "llama")
+        elif sub_type in CONFIG_MAPPING and name in known:
+            values[name] = small_config(sub_type)
+    return config_class(**{**values, **SETTINGS.get(model_type, {}), **settings})
+
+
+def build(name: str):
+    """A random float32 model with spread weights, so that attention has something to choose from."""
+    model_type, settings = VARIANTS.get(name, (name, {}))
+    torch.manual_seed(0)
+    config = small_config(model_type, **settings)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    if sum(p.numel() for p in model.parameters()) > 20_000_000:
+        raise RuntimeError("its config does not get small: it needs a row in SETTINGS")
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+        elif parameter.dim() == 1:
+            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def positions(model) -> str:
+    """How the type tells distances, by its source: rotary, ALiBi or other."""
+    source = Path(inspect.getfile(type(model))).read_text()
+    return "rotary" if re.search("rotary|inv_freq", source) else "ALiBi" if "alibi" in source.lower() else "other"
+
+
+@dataclasses.dataclass
+class Result:
+    name: str
+    positions: str = "?"
+    route: str = ""
+    status: str = ""  # exact, refused, wrong, not built
+    reason: str = ""
+    modes: dict = dataclasses.field(default_factory=dict)  # mode -> error, or why the type itself does not have it
+
+
+def snapshot(model):
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    keys = {name: (set(vars(m)), id(vars(m).get("config"))) for name, m in model.named_modules()}
+    return state, keys, str(model.config)
+
+
+def unchanged(model, before) -> bool:
+    state, keys, config = snapshot(model)
+    same = all(torch.equal(state[k], before[0][k]) for k in before[0])  # NaN would not be small
+    return same and keys == before[1] and config == before[2]
+
+
+@torch.no_grad()
+def fed(model, cache, ids, size, mask=None):
+    pieces, length = [], ids.shape[1]
+    for begin in range(0, length, size):
+        end = min(begin + size, length)
+        more = {} if mask is None else dict(attention_mask=mask[:, :end])
+        pieces.append(model(ids[:, begin:end], past_key_values=cache, use_cache=True, **more).logits)
+    return torch.cat(pieces, dim=1)
+
+
+def itself(model, ids, mask, whole) -> dict:
+    """Where an unpatched model disagrees with itself on a short text: mode -> why."""
+    found = {}
+
+    def note(mode, call):
+        try:
+            error = call()
+        except Exception as raised:  # reported in the table, not hidden
+            found[mode] = f"unpatched raises {type(raised).__name__}: {raised}".splitlines()[0][:120]
+            return
+        if not error < TOLERANCE:
+            found[mode] = f"unpatched differs from itself by {error:.0e}"
+
+    def padded():
+        together = model(ids, attention_mask=mask, use_cache=False).logits
+        return max(
+            relative_error(together[row : row + 1, m.bool()], model(ids[row : row + 1, m.bool()], use_cache=False).logits)
+            for row, m in enumerate(mask)
+        )
+
+    short, config = ids[:1, :C], model.config
+    note("tokens", lambda: relative_error(fed(model, DynamicCache(config=config), short, 1), whole))
+    note("chunks", lambda: relative_error(fed(model, DynamicCache(config=config), short, 4), whole))
+    note("padding", padded)
+    note("beam", lambda: beam_error(model, ids[:1, :4], lambda text: model(text, use_cache=False).logits, 4))
+    return found
+
+
+def beam_error(model, ids, logits_of, new: int) -> float:
+    """Difference between the score that beam search reports and that of the same text under the model."""
+    ids = torch.cat((ids, ids + 1))
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+        length_penalty=0.0, return_dict_in_generate=True, output_scores=True,
+    )  # fmt: skip
+    logprobs = logits_of(out.sequences[1:]).log_softmax(-1)
+    score = logprobs[0, -new - 1 : -1].gather(1, out.sequences[1, -new:, None]).sum()
+    return (out.sequences_scores[1] - score).abs().item() / score.abs().item()
+
+
+def check(name: str) -> Result:
+    """Build, patch and compare one type; every outcome is a `Result`."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    result = Result(name)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            model = build(name)
+    except Exception as error:
+        result.status, result.reason = "not built", f"{type(error).__name__}: {error}".splitlines()[0]
+        return result
+    result.positions = positions(model)
+    before = snapshot(model)
+    try:
+        sinkattn.patch(model, S, W).remove()
+    except sinkattn.UnsupportedModelError as refusal:
+        same = unchanged(model, before)
+        result.status, result.reason = ("refused", str(refusal)) if same else ("wrong", f"refused, but changed: {refusal}")
+        return result
+    except Exception as error:
+        result.status, result.reason = "wrong", f"patch raised {error!r}\n{traceback.format_exc()}"
+        return result
+    try:
+        compare(model, result, before)
+    except Exception as error:
+        result.status, result.reason = "wrong", f"{error!r}\n{traceback.format_exc()[-1500:]}"
+    return result
+
+
+@torch.no_grad()
+def compare(model, result: Result, before) -> None:
+    torch.manual_seed(1)
+    ids = torch.randint(3, 90, (3, 3 * C + 2))
+    mask = torch.ones_like(ids)
+    mask[1, : C + 2], mask[2, :2] = 0, 0
+    ids[mask == 0] = 0
+    whole = model(ids[:1, :C], use_cache=False).logits
+    short_mask = mask.clone()[:, -C:].contiguous()
+    short_mask[:] = 1
+    short_mask[1, :4], short_mask[2, :2] = 0, 0
+    own = itself(model, ids[:, :C].where(short_mask > 0, 0), short_mask, whole)
+    expected = streaming_logits(model, ids[:1], S, W)
+    twin = copy.deepcopy(model)
+
+    def note(mode, call):
+        try:
+            error = call()
+        except Exception as raised:
+            error = f"raises {type(raised).__name__}: {raised} {traceback.format_exc()[-700:]}"
+        bad = isinstance(error, str) or not error < TOLERANCE
+        result.modes[mode] = own[mode] if bad and mode in own else error
+
+    def padded(size):
+        cache = sinkattn.SinkCache(model)
+        together = fed(model, cache, ids, size, mask)
+        alone = [model(ids[row : row + 1, m.bool()]).logits for row, m in enumerate(mask)]
+        return max(relative_error(together[r : r + 1, m.bool()], alone[r]) for r, m in enumerate(mask))
+
+    with sinkattn.patch(model, S, W) as handle:
+        result.route = handle.plan.route
+        note("dense", lambda: relative_error(model(ids[:1, :C]).logits, whole))
+        note("prefill", lambda: relative_error(model(ids[:1]).logits, expected))
+        note("tokens", lambda: relative_error(fed(model, sinkattn.SinkCache(model), ids[:1], 1), expected))
+        note("chunks", lambda: relative_error(fed(model, sinkattn.SinkCache(model), ids[:1], 5), expected))
+        note("padding", lambda: max(padded(ids.shape[1]), padded(1), padded(6)))
+        note("beam", lambda: beam_error(model, ids[:1, :C], lambda text: streaming_logits(twin, text, S, W), 8))
+    note("remove", lambda: 0.0 if unchanged(model, before) and torch.equal(model(ids[:1, :C], use_cache=False).logits, whole) else 1.0)
+    bad = [mode for mode, error in result.modes.items() if not isinstance(error, str) and not error < TOLERANCE]
+    bad += [mode for mode, error in result.modes.items() if isinstance(error, str) and error.startswith("raises")]
+    result.status = "wrong" if bad else "exact"
+    result.reason = "; ".join(f"{mode}: {error}" for mode, error in result.modes.items() if isinstance(error, str) or mode in bad)
+
+
+def main(names: list[str]) -> None:
+    everything = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]
+    results, console = {}, Console()
+    context = multiprocessing.get_context("spawn")
+    with Progress(console=console) as progress, ProcessPoolExecutor(2, mp_context=context) as pool:
+        task = progress.add_task("types", total=len(names or everything))
+        futures = {pool.submit(check, name): name for name in (names or everything)}
+        for future in as_completed(futures):
+            result = results[futures[future]] = future.result()
+            progress.advance(task)
+            color = {"exact": "green", "refused": "yellow", "wrong": "red"}.get(result.status, "magenta")
+            line = f"{result.name:28} {result.positions:7} [{color}]{result.status}[/] {result.route}"
+            progress.console.print(line, highlight=False)
+            if result.reason:
+                progress.console.print("    " + result.reason, markup=False, highlight=False)
+    Path("/tmp/w/sweep.json").write_text(json.dumps([dataclasses.asdict(r) for r in results.values()]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
