@@ -9,26 +9,34 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from . import ops
 from .reference import append, held_positions, rotate
 from .rope import ProbedLayer, Rope
+from .watch import Watch
 
 RECENT = 32  # ids remembered per row, to tell a re-sent history from new text
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a patched model attends: the keywords of `patch`, and what was probed of its layers."""
+    """How a patched model attends: the keywords of `patch`, and what was found out about it.
+
+    config: of the model. continues: whether layers with a state of their own go on exactly with several tokens at once;
+    otherwise all input but the first is fed token by token. layers: every attention of a step, by (layer index, how often that layer attended before).
+    route: how the attention is reached, a row of `patch.ROUTES`.
+    """
 
     sink_size: int
     window_size: int
     prefill: str
     backend: str
-    layers: tuple[ProbedLayer, ...]
-    route: str = "interface"
+    config: PreTrainedConfig
+    continues: bool
+    layers: dict[tuple[int, int], ProbedLayer]
+    route: str
 
     def __deepcopy__(self, memo) -> "Plan":
         return self  # immutable; copies of a cache go on with the same model
@@ -39,20 +47,21 @@ class Plan:
 
 
 class SinkLayer(CacheLayerMixin):
-    """Keys and values of one layer: (batch, num_kv_heads, S + R, head_dim) each, slots as in `reference.slot_of`.
+    """Keys and values of one attention: (batch, num_kv_heads, S + R, head_dim) each, slots as in `reference.slot_of`.
 
     A layer whose own sliding window is smaller than W keeps that window: the same ring with no sinks.
     """
 
+    is_compileable = False  # so that `generate` makes no masks of its own
+
     def __init__(self, probed: ProbedLayer, plan: Plan):
         super().__init__()
-        self.rope, own = probed.rope, probed.own_window
+        self.probed, self.rope, own = probed, probed.rope, probed.own_window
         self.sink_size = plan.sink_size if own is None else 0
         self.window_size = plan.window_size if own is None else own
         self.is_dense = plan.prefill == "dense" and own is None
-        self.seen = 0  # tokens fed, padding included: what generate slices re-sent ids with
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+    def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
         slots = self.sink_size + self.window_size
         with torch.inference_mode(False):  # so that the buffers can be written in and out of it
             self.keys, self.values = (
@@ -60,6 +69,8 @@ class SinkLayer(CacheLayerMixin):
                 for x in (key_states, value_states)
             )
         self.is_initialized = True
+
+    lazy_initialization = allocate
 
     def check(self, key_states: Tensor) -> None:
         """Raise ValueError if new keys do not fit the buffers of an earlier call."""
@@ -72,10 +83,10 @@ class SinkLayer(CacheLayerMixin):
         return key_states, value_states  # handed through: `SinkCache.attend` appends
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen + query_length, 0
+        return query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.seen
+        return 0  # what a step shows to the model: an empty cache
 
     def get_max_length(self) -> int:
         return -1
@@ -83,17 +94,55 @@ class SinkLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # its name before transformers 5.2x
 
     def reset(self) -> None:
-        self.seen = 0
+        pass  # what is seen follows from the lengths
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take other rows, in place if there are as many of them."""
         if self.is_initialized:
-            index = beam_idx.to(self.keys.device)
-            self.keys.copy_(self.keys.index_select(0, index))
-            self.values.copy_(self.values.index_select(0, index))
+            picked = [x.index_select(0, beam_idx.to(x.device)) for x in (self.keys, self.values)]
+            if len(beam_idx) == len(self.keys):
+                self.keys.copy_(picked[0])
+                self.values.copy_(picked[1])
+            else:
+                self.keys, self.values = picked
 
-    def select_rows(self, index: Tensor) -> None:
-        if self.is_initialized:
-            self.keys, self.values = (x.index_select(0, index.to(x.device)) for x in (self.keys, self.values))
+
+class StatefulSinkLayer(LinearAttentionLayer, SinkLayer):
+    """A layer that attends and has a state besides (Falcon-H1, Zamba): transformers' own holds the state."""
+
+    is_compileable = False
+
+    def __init__(self, probed: ProbedLayer, plan: Plan, own: LinearAttentionLayer):
+        SinkLayer.__init__(self, probed, plan)
+        states = {"number_of_states": own.number_of_states} if hasattr(own, "number_of_states") else {}
+        LinearAttentionLayer.__init__(self, **states)
+
+    def reset(self) -> None:
+        LinearAttentionLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        SinkLayer.reorder_cache(self, beam_idx)
+
+
+def _states(layer) -> list[Tensor]:
+    """The tensors, batch first, that a layer of transformers' keeps as its state."""
+    held = (getattr(layer, name, None) for name in ("conv_states", "recurrent_states"))
+    return [x for h in held for x in (h.values() if isinstance(h, dict) else [h]) if isinstance(x, Tensor)]
+
+
+class _Step(Watch):
+    """Watched attention of a step: what the model computes over the step alone is dropped for an op over the cache."""
+
+    def __init__(self, cache: "SinkCache", layer_idx: int, key: Tensor, value: Tensor):
+        super().__init__(layer_idx, key, value)
+        self.cache = cache
+
+    def output(self, found):
+        out = self.cache.attend(
+            self.layer_idx, self.query.to(self.key.dtype), self.key, self.value, None, 1.0, 0.0, None
+        )
+        return out.transpose(1, 2).reshape(found.shape).to(found.dtype)
 
 
 class SinkCache(Cache):
@@ -115,14 +164,27 @@ class SinkCache(Cache):
         if handle is None:
             raise ValueError(f"SinkCache needs a patched model; call sinkattn.patch({type(model).__name__}) first")
         self.plan: Plan = handle.plan
-        super().__init__(layers=[SinkLayer(layer, self.plan) for layer in self.plan.layers])
+        super().__init__(layers=[])
+        self._make_layers()
         self.lengths: Tensor | None = None
+        self.seen = 0
+        self._open = False  # whether a step is under way
         self._recent: Tensor | None = None  # (batch, <= RECENT) ids last fed, None if unknown
         self._broken = False
 
-    @property
-    def seen(self) -> int:
-        return self.layers[0].seen
+    def _make_layers(self) -> None:
+        """Rings for everything that attends, and transformers' own layers where there is a state and no ring."""
+        made = DynamicCache(config=self.plan.config).layers
+        self.rings: dict[tuple[int, int], SinkLayer] = {}
+        for (index, call), probed in sorted(self.plan.layers.items()):
+            own = made[index] if index < len(made) else None
+            stateful = call == 0 and isinstance(own, LinearAttentionCacheLayerMixin)
+            ring = StatefulSinkLayer(probed, self.plan, own) if stateful else SinkLayer(probed, self.plan)
+            self.rings[index, call] = ring
+            if call == 0:
+                made[index : index + 1] = [ring]
+        self.layers = made
+        self.has_state = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in made)
 
     @property
     def batch_size(self) -> int:
@@ -130,7 +192,7 @@ class SinkCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for layer in self.layers if layer.is_initialized for x in (layer.keys, layer.values))
+        return sum(x.nbytes for ring in self.rings.values() if ring.is_initialized for x in (ring.keys, ring.values))
 
     # One step: begin, then attend once a layer, then advance.
 
@@ -154,20 +216,23 @@ class SinkCache(Cache):
         if self.lengths is None or len(self.lengths) != batch or self.lengths.device != device:
             with torch.inference_mode(False):
                 self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-            for layer in self.layers:
-                layer.is_initialized = False
+            self._make_layers()
         self._tokens = tokens
         self._counts = None if mask is None else mask.sum(1)
         first = self.lengths if mask is None else self.lengths - (tokens - self._counts)
         self._positions = first[:, None] + torch.arange(tokens, device=device)
         self._rotations: dict = {}
-        self._written = False
+        self._calls: dict[int, int] = {}  # how often each layer has attended in this step
+        self._updated: int | None = None
+        self._written, self._open = False, True
 
     def advance(self, ids: Tensor | None) -> None:
         """End the step: its tokens now belong to the rows. ids: (batch, tokens), None if only embeddings are known."""
         self.lengths += self._tokens if self._counts is None else self._counts
-        for layer in self.layers:
-            layer.seen += self._tokens
+        if self.has_state and self._counts is not None:
+            self._forget_padding()
+        self.seen += self._tokens
+        self._open = False
         known = ids is not None and (self._recent is not None or self.seen == self._tokens)
         if not known:
             self._recent = None
@@ -176,17 +241,48 @@ class SinkCache(Cache):
         else:
             self._recent = torch.cat((self._recent, ids), dim=1)[:, -RECENT:]
 
-    def abort(self, torn: bool) -> None:
-        """End a step that raised. A lone token is simply written again; a torn prompt cannot be mended."""
-        self._broken = torn or (self._written and self._tokens > 1)
+    def _forget_padding(self) -> None:
+        """Rows that have seen nothing but padding start from an empty state."""
+        for layer in self.layers:
+            if isinstance(layer, LinearAttentionCacheLayerMixin):
+                for state in _states(layer):
+                    empty = (self.lengths == 0).to(state.device)
+                    state.masked_fill_(empty.view(-1, *[1] * (state.dim() - 1)), 0)
 
-    def attend(self, module, query, key, value, mask, scale, softcap, learned_logits) -> Tensor:
-        """Append the step's keys and values to the layer of `module` and attend; shapes as in `ops.prefill`."""
-        layer: SinkLayer = self.layers[module.layer_idx]
+    def abort(self, torn: bool) -> None:
+        """End a step that raised. A lone token is simply written again; a prompt or a state cannot be mended."""
+        self._broken = torn or self.has_state or (self._written and self._tokens > 1)
+        self._open = False
+
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        """What the model's layers call: hands the step's keys and values through, `attend` appends them."""
+        if self.plan.route == "watch":
+            return _Step(self, layer_idx, key_states, value_states).handed_out()
+        self._updated = layer_idx
+        return key_states, value_states
+
+    def attend(self, layer_idx: int, query, key, value, mask, scale, softcap, learned_logits) -> Tensor:
+        """Append the step's keys and values to a layer and attend; shapes as in `ops.prefill`.
+
+        layer_idx: of the module that attends; where it has called `update` before, what it said there counts.
+        """
+        layer_idx, self._updated = layer_idx if self._updated is None else self._updated, None
+        call = self._calls[layer_idx] = self._calls.get(layer_idx, -1) + 1
+        if (layer_idx, call) not in self.rings:
+            raise ValueError(f"layer {layer_idx} attends, which it did not for text alone: sinkattn serves text")
+        layer = self.rings[layer_idx, call]
         if layer.is_initialized:
             layer.check(key)
         else:
-            layer.lazy_initialization(key, value)
+            layer.allocate(key, value)
+        probed, asked = layer.probed, query.shape[2]
+        if asked < self._tokens:  # Gemma-3n, Gemma-4: layers that share keys look at the last tokens alone
+            query = torch.nn.functional.pad(query, (0, 0, self._tokens - asked, 0))
+        if probed.query_scales is not None:
+            place = self._positions.to(query.device).clamp(0, self.plan.capacity - 1)
+            query = query * probed.query_scales.to(query.device)[place][:, None, :, None].to(query.dtype)
+        slopes = None if probed.alibi_slopes is None else probed.alibi_slopes.to(query.device)
+        scale = scale if probed.scale is None else probed.scale
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         if learned_logits is not None:
             learned_logits = learned_logits.reshape(-1)
@@ -198,13 +294,14 @@ class SinkCache(Cache):
         if self._tokens > 1 and layer.is_dense:
             sizes["dense_window"] = 1 << 40
         if rope is not None and rope.varies:
-            out = self._attend_varying(layer, query, key, value, lengths, counts, learned_logits, sizes)
+            out = self._attend_varying(layer, query, key, value, lengths, counts, learned_logits, slopes, sizes)
         else:
             rotation = None if rope is None else self._rotation(rope, query.device)
             run = ops.decode if self._tokens == 1 else ops.prefill
-            out = run(query, key, value, layer.keys, layer.values, lengths, counts, rotation, learned_logits, **sizes)
+            given = (query, key, value, layer.keys, layer.values, lengths, counts, rotation, learned_logits, slopes)
+            out = run(*given, **sizes)
         self._written = True  # not before: arguments that an op refuses leave the cache as it was
-        return out
+        return out[:, -asked:]
 
     def _rotation(self, rope: Rope, device: torch.device) -> Tensor:
         """``[text | sink][cos | sin]`` of the step's tokens, once per step and rope: (batch, tokens, 2, 2, r / 2)."""
@@ -222,7 +319,7 @@ class SinkCache(Cache):
             return start.clamp(max=self.plan.capacity - 1) + (text - start)
         return text.clamp(max=self.plan.capacity - 1)
 
-    def _attend_varying(self, layer, query, key, value, lengths, counts, learned_logits, sizes) -> Tensor:
+    def _attend_varying(self, layer, query, key, value, lengths, counts, learned_logits, slopes, sizes) -> Tensor:
         """Attention where frequencies depend on the row's length n = min(t + 1, C): all keys turn when n changes them.
 
         So the ring keeps its keys unturned, and every run of tokens with the same frequencies gets a turned copy.
@@ -242,8 +339,8 @@ class SinkCache(Cache):
             turned = rotate(layer.keys, cos, sin, rope.start, rope.interleaved).to(layer.keys.dtype)
             rotation = rope.table(torch.stack((text, self._sink_positions(text)), dim=-1), row[..., None])
             q, k, v = (x[:, :, begin:end] for x in (query, key, value))
-            out = ops.prefill(q, k, v, turned, layer.values, done, after - done, rotation, learned_logits, **sizes)
-            pieces.append(out)
+            given = (q, k, v, turned, layer.values, done, after - done, rotation, learned_logits, slopes)
+            pieces.append(ops.prefill(*given, **sizes))
             append(layer.keys, k, text, done, after, layer.sink_size)
         return torch.cat(pieces, dim=1)
 
@@ -257,28 +354,36 @@ class SinkCache(Cache):
             return True
         return torch.equal(ids[:, self.seen - self._recent.shape[1] : self.seen].to(self._recent), self._recent)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens fed, padding included: what `generate` slices re-sent ids with. In a step the model sees none."""
+        return 0 if self._open else self.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+    def _each_layer(self) -> set:
+        return {*self.layers, *self.rings.values()}
+
     def reset(self) -> None:
         """Forget the text and keep the memory."""
-        super().reset()
-        self._recent, self._broken = None, False
+        for layer in self._each_layer():
+            layer.reset()
+        self.seen, self._recent, self._broken = 0, None, False
         if self.lengths is not None:
             self.lengths.zero_()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.lengths.copy_(self.lengths.index_select(0, beam_idx.to(self.lengths.device)))
+        """Take other rows: row i becomes what row ``beam_idx[i]`` was. Any number of them."""
+        for layer in self._each_layer():
+            layer.reorder_cache(beam_idx)
+        self.lengths = self.lengths.index_select(0, beam_idx.to(self.lengths.device))
         if self._recent is not None:
             self._recent = self._recent.index_select(0, beam_idx.to(self._recent.device))
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        for layer in self.layers:
-            layer.select_rows(indices)
-        self.lengths = self.lengths.index_select(0, indices.to(self.lengths.device))
-        if self._recent is not None:
-            self._recent = self._recent.index_select(0, indices.to(self._recent.device))
+    batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.batch_select_indices(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(repeats))
+        self.reorder_cache(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(repeats))
 
     def crop(self, *args, **kwargs) -> None:
         raise NotImplementedError("a SinkCache cannot take tokens back yet, so assisted generation is not supported")

@@ -8,7 +8,9 @@ attention layer reaches `_attention` through transformers' attention interface, 
 import contextlib
 import copy
 import inspect
+import itertools
 import threading
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,9 +18,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from . import ops
 from .cache import Plan, SinkCache
-from .rope import Recorder, UnsupportedModelError, probe
+from .rope import Recorder, UnsupportedModelError, probe, takes_positions, untouched
 
 IMPLEMENTATION = "sinkattn"  # name in transformers' attention registries
+ROUTES = {  # how attention is reached: the implementation that the config names meanwhile, None for the model's own
+    "interface": IMPLEMENTATION,  # `_attention` below, through transformers' attention interface
+    "watch": None,  # whatever the model does with what `Cache.update` returns, see watch.py
+}
+HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}  # tensors that attention may be given
 CHUNK = 2048  # tokens of a prompt that go through the model at a time
 
 
@@ -39,7 +46,7 @@ class _Current(threading.local):
 _current = _Current()
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **_):
+def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, softcap=None, s_aux=None, **more):
     """transformers' attention function: q, k, v (batch, heads, tokens, dim), new tokens only, not rotated."""
     if _current.step is None:
         raise RuntimeError(
@@ -47,8 +54,12 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         )
     if dropout:
         raise RuntimeError("attention dropout is on: sinkattn runs inference only, call model.eval()")
+    if isinstance(_current.step, Recorder):
+        if unknown := [name for name, x in more.items() if isinstance(x, Tensor) and name not in HARMLESS]:
+            raise UnsupportedModelError(f"{_current.step.where(module.layer_idx)}: its attention takes {unknown[0]!r}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return _current.step.attend(module, query, key, value, attention_mask, scale, softcap or 0.0, s_aux), None
+    layer_idx = getattr(module, "layer_idx", None)
+    return _current.step.attend(layer_idx, query, key, value, attention_mask, scale, softcap or 0.0, s_aux), None
 
 
 def _mask(*args, mask_function=None, device=None, **kwargs):
@@ -95,33 +106,103 @@ class Handle:
             if isinstance(vars(module).get("config"), PreTrainedConfig)
         ]
         self._forward, self._generate = model.forward, getattr(model, "generate", None)
+        self._takes_positions = takes_positions(model.forward)
         self._parameters = tuple(inspect.signature(model.forward).parameters)
         self._replaced: dict[str, object] = {}
         self._had: dict[str, object] = {}
-        memo: dict = {}
-        copies = {id(config): copy.deepcopy(config, memo) for _, config in self._configs}
-        copies[id(model.config)].get_text_config(decoder=True)._attn_implementation = IMPLEMENTATION
-        try:
-            for module, config in self._configs:  # other models may share the config object
-                module.config = copies[id(config)]
-            recorder = Recorder(window_size)
-            with _current.of(recorder):
-                layers = probe(model, recorder, sink_size + window_size)
-            self.plan = Plan(sink_size, window_size, prefill, backend, tuple(layers))
-        except BaseException:
+        capacity = sink_size + window_size
+        ids = torch.arange(3, 3 + min(capacity, 8), device=model.device)[None]
+        with untouched(model), torch.no_grad():
+            route, layers = self._reach(capacity, window_size)
             self._restore_configs()
-            raise
+            ids = ids % model.get_input_embeddings().num_embeddings
+            expected = model(input_ids=ids, use_cache=False)[0]
+        self._name_implementation(ROUTES[route])
+        config = next(config for module, config in self._configs if module is model)
+        self.plan = Plan(sink_size, window_size, prefill, backend, config, True, layers, route)
         self._replace("forward", self.forward)
         if hasattr(model, "generate"):
             self._replace("generate", self.generate)
             self._replace("_prepare_cache_for_generation", self.prepare_cache)
         model._sinkattn = self
+        try:
+            with untouched(model):
+                self._verify(ids, expected)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _reach(self, capacity: int, window_size: int) -> tuple[str, dict]:
+        """The first route that leads to the model's attention, and what was probed over it."""
+        for route, implementation in ROUTES.items():
+            self._name_implementation(implementation)
+            recorder = Recorder(self.model, capacity, window_size, watches=route == "watch")
+            try:
+                with _current.of(recorder):
+                    return route, probe(self.model, recorder, capacity)
+            except UnsupportedModelError as error:
+                refusal = error
+                if recorder.reached:  # but not served
+                    break
+        raise refusal
+
+    @torch.no_grad()
+    def _verify(self, ids: Tensor, expected: Tensor) -> None:
+        """Compare a short text with the unpatched model: whatever the probe cannot know of shows here.
+
+        Differences are root mean squares relative to the spread. Half precision needs room where experts are chosen.
+        """
+        allowed = 1e-2 if expected.dtype == torch.float32 else 0.3
+
+        def difference(pieces: list[int]) -> float:
+            cache = SinkCache(self.model)
+            found = [self.model(piece, past_key_values=cache)[0] for piece in ids.split(pieces, dim=1)]
+            error = torch.cat(found, dim=1).double() - expected.double()
+            return (error.square().mean().sqrt() / expected.double().std()).item()
+
+        tokens = ids.shape[1]
+        if not (error := difference([tokens])) < allowed:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__}: a short text gives other outputs than unpatched (by {error:.1e} of their "
+                "spread): something else than its attention looks at positions, masks or the cache"
+            )
+        if SinkCache(self.model).has_state and tokens > 2:
+            if not (error := difference([2] + [1] * (tokens - 2))) < allowed:
+                raise UnsupportedModelError(
+                    f"{type(self.model).__name__}: its layers with a state of their own do not go on where they stopped: "
+                    f"token by token the outputs differ by {error:.1e} of their spread"
+                )
+            self.plan = replace(self.plan, continues=difference([tokens // 2, tokens - tokens // 2]) < allowed)
 
     def _replace(self, name: str, call) -> None:
         if name in vars(self.model):  # accelerate's hooks put their own forward there
             self._had[name] = vars(self.model)[name]
         self._replaced[name] = _Replaced(call, getattr(self.model, name))
         setattr(self.model, name, self._replaced[name])
+
+    def _reach(self, capacity: int, window_size: int) -> tuple[str, dict]:
+        """The first route that leads to the model's attention, and what was probed over it."""
+        for route, implementation in ROUTES.items():
+            self._name_implementation(implementation)
+            recorder = Recorder(self.model, capacity, window_size, watches=route == "watch")
+            try:
+                with _current.of(recorder):
+                    return route, probe(self.model, recorder, capacity)
+            except UnsupportedModelError as error:
+                refusal = error
+                if recorder.reached:  # but not served
+                    break
+        raise refusal
+
+    def _name_implementation(self, implementation: str | None) -> None:
+        """Give the model copies of its configs that name an attention implementation; others may share the originals."""
+        self._restore_configs()
+        memo: dict = {}
+        copies = {id(config): copy.deepcopy(config, memo) for _, config in self._configs}
+        if implementation is not None:
+            copies[id(self.model.config)].get_text_config(decoder=True)._attn_implementation = implementation
+        for module, config in self._configs:
+            module.config = copies[id(config)]
 
     def _restore_configs(self) -> None:
         for module, config in self._configs:
@@ -235,10 +316,10 @@ class Handle:
         as_tuple = kwargs.pop("return_dict", None) is False
         labels, keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
         last = keep if isinstance(keep, int) and keep > 0 else tokens  # tokens at the end whose logits are asked for
-        chunk = tokens if self.plan.prefill == "dense" else CHUNK
+        ends = self._ends(tokens, cache, mask)
+        whole = len(ends) == 1
         pieces = []
-        for begin in range(0, tokens, chunk):
-            end = min(begin + chunk, tokens)
+        for begin, end in itertools.pairwise([0, *ends]):
             part = {**kwargs, "past_key_values": cache, "use_cache": True, "return_dict": True}
             for name in ("input_ids", "inputs_embeds", "token_type_ids"):
                 if kwargs.get(name) is not None:
@@ -246,7 +327,7 @@ class Handle:
             if mask is not None:
                 part["attention_mask"] = mask[:, begin:end]
             wanted = min(max(last - (tokens - end), 0), end - begin)
-            if tokens > chunk:
+            if not whole:
                 part.pop("labels", None)  # the loss is taken of all chunks together
                 if "logits_to_keep" in kwargs:
                     part["logits_to_keep"] = max(wanted, 1)
@@ -254,7 +335,7 @@ class Handle:
             if wanted == 0:
                 pieces[-1]["logits"] = pieces[-1]["logits"][:, :0]
         output = pieces[0] if len(pieces) == 1 else _joined(pieces)
-        if tokens > chunk:
+        if not whole:
             if isinstance(keep, Tensor):
                 output["logits"] = output["logits"][:, keep]
             if labels is not None:
@@ -271,11 +352,30 @@ class Handle:
                         output[name] = _NoGradient.apply(output[name], parameter)
         return output.to_tuple() if as_tuple else output
 
+    def _ends(self, tokens: int, cache: SinkCache, mask: Tensor | None) -> list[int]:
+        """Where the pieces of an input end.
+
+        Layers with a state of their own mind the padding of the first piece only: later ones hold none, or nothing else.
+        """
+        begin = CHUNK if self.plan.prefill == "streaming" else tokens
+        if not cache.has_state:
+            return [*range(begin, tokens, begin), tokens]
+        if not self.plan.continues:
+            first = 1 if cache.seen else tokens
+            return [*range(first, tokens, 1), tokens]
+        first = 0 if cache.seen else min(begin, tokens)
+        ends = {*range(first or begin, tokens, begin), tokens}
+        if mask is not None:
+            widths = (~mask).sum(1).tolist()
+            ends |= {width for width in widths if first < width < tokens}
+        return sorted(ends)
+
     def _step(self, part: dict, cache: SinkCache, batch: int, tokens: int, torn: bool):
         """One chunk through the model's own forward, every position 0, with its attention led to the cache."""
         ids = part.get("input_ids")
         device = (part["inputs_embeds"] if ids is None else ids).device
-        part["position_ids"] = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+        if self._takes_positions:
+            part["position_ids"] = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
         cache.begin(tokens, part.get("attention_mask"), batch, device)
         try:
             with _current.of(cache), torch.no_grad():
@@ -376,10 +476,6 @@ def patch(
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; sinkattn serves decoders")
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: its forward takes no position_ids, so it has no rotary positions"
-        )
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
     return Handle(model, sink_size, window_size, prefill, backend)

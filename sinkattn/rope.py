@@ -9,14 +9,20 @@ alone, so every layer sees the same hidden states whatever the position is, and 
 is the rotation. It must agree with one of the model's own frequency tables, in one of the layouts below, or be nothing.
 """
 
+import contextlib
 import copy
-from dataclasses import dataclass, field
+import inspect
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 from .reference import rotate
+from .watch import Watch
 
 
 class UnsupportedModelError(ValueError):
@@ -67,110 +73,301 @@ class Rope:
         return torch.stack((angles.cos(), angles.sin()), dim=-2).float()
 
 
-@dataclass
+@dataclass(frozen=True)
 class ProbedLayer:
-    """What one attention layer does: its rotation (None: no positions) and its own sliding window (None: none)."""
+    """What one attention does.
+
+    rope: its rotation, None for none. own_window: tokens its own sliding window shows, None for all.
+    scale, alibi_slopes: factor of the scores, and (num_heads,) float32 or None: of attention that is watched; the
+        attention interface brings its scale with each call. query_scales: (C,) float32, factor of the query at position
+        ``min(t, C - 1)``, or None where it is 1.
+    """
 
     rope: Rope | None
-    own_window: int | None
+    own_window: int | None = None
+    scale: float | None = None
+    alibi_slopes: Tensor | None = None
+    query_scales: Tensor | None = None
+
+
+@dataclass
+class Seen:
+    """One attention in the probe: query, key and value (rows, heads, T, dim) and what its mask said."""
+
+    where: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    window: int | None  # see `Recorder.mask`; None for a mask of its own
+    logits: Tensor | None = None
 
 
 class Recorder(DynamicCache):
-    """Stands in for cache and attention during the probe: hands keys through, notes q, k, v, and returns v."""
+    """Stands in for cache and attention during the probe: hands keys through, notes q, k, v, and returns v.
 
-    def __init__(self, window_size: int):
-        super().__init__()
-        self.window_size, self.seen, self.updated = window_size, {}, set()
+    Attributes: seen, what every attention did, by (layer index, how often that layer attended before in the step);
+    reached, whether any did.
+    """
+
+    def __init__(self, model: PreTrainedModel, capacity: int, window_size: int, watches: bool):
+        super().__init__(config=model.config)  # for layers with a state of their own
+        self.modules = {getattr(m, "layer_idx", None): type(m).__name__ for m in reversed(list(model.modules()))}
+        self.capacity, self.window_size, self.watches = capacity, window_size, watches
+        self.forget()
+
+    def forget(self) -> None:
+        self.seen: dict[tuple[int, int], Seen] = {}
+        self.reached = False
+        self.updated: int | None = None
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        self.updated.add(layer_idx)
+        if self.updated is not None:
+            raise UnsupportedModelError(f"{self.where(self.updated)}: its keys go by the attention interface")
+        if self.watches:
+            return _Recording(self, layer_idx, key_states, value_states).handed_out()
+        self.updated = layer_idx
         return key_states, value_states
 
-    def attend(self, module, query, key, value, mask, *_):
-        layer_idx = getattr(module, "layer_idx", None)
-        if layer_idx is None or layer_idx in self.seen:
-            raise UnsupportedModelError(f"{type(module).__name__} (layer {layer_idx}) attends more than once a token")
-        self.seen[layer_idx] = (module, query.detach(), key.detach(), value.detach(), mask)
+    def update_indexer(self, *args, **kwargs):
+        self.reached = True
+        raise UnsupportedModelError("an indexer chooses what its attention sees (sparse attention, DSA)")
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return query_length, 0
+
+    def where(self, layer_idx: int) -> str:
+        return f"{self.modules.get(layer_idx, 'attention')}, layer {layer_idx}"
+
+    def note(self, layer_idx: int, query, key, value, window: int | None) -> Seen:
+        if query.dim() != 4 or key.dim() != 4 or query.shape[2] != key.shape[2]:
+            raise UnsupportedModelError(
+                f"{self.where(layer_idx)}: it attends to something else than the text before it"
+            )
+        self.reached = True
+        call = sum(index == layer_idx for index, _ in self.seen)
+        seen = Seen(self.where(layer_idx), *(x.detach() for x in (query, key, value)), window)
+        return self.seen.setdefault((layer_idx, call), seen)
+
+    def attend(self, layer_idx, query, key, value, mask, *_):
+        layer_idx, self.updated = layer_idx if self.updated is None else self.updated, None
+        if layer_idx is None:
+            raise UnsupportedModelError("an attention module without a layer_idx: whose keys it sees cannot be told")
+        own = mask is None or mask.numel() != 1
+        self.note(layer_idx, query, key, value, None if own else int(mask.item()))
         group = query.shape[1] // value.shape[1]
         return value.repeat_interleave(group, dim=1).transpose(1, 2).contiguous()
 
     def mask(self, mask_function, device) -> Tensor:
         """What the layer's mask lets through: its window as a one-element tensor, 0 for all, -1 for another pattern.
 
-        Only windows below `window_size` matter, so visibility is asked for that many distances, from two far queries.
+        A query in the cache never stands further than C - 1 from the start, so that is where the mask is asked.
         """
         zero = torch.zeros((), dtype=torch.int64, device=device)
-        distance = torch.arange(-1, self.window_size, device=device)
-        windows = set()
-        for query in (1 << 20, (1 << 20) + 7):
+        windows = {}
+        for query in {self.capacity - 1, max(self.capacity - 2, 0)}:
+            distance = torch.arange(-1, query + 1, device=device)
             visible = mask_function(zero, zero, zero + query, query - distance)
             visible = torch.as_tensor(visible, device=device).expand(distance.shape).tolist()
-            window = sum(visible)
-            windows.add(window if not visible[0] and visible[1 : window + 1] == [True] * window else -1)
-        window = windows.pop() if len(windows) == 1 else -1
-        return torch.tensor([[[[0 if window == self.window_size else window]]]], device=device)
+            causal = not visible[0] and visible[1:] == sorted(visible[1:], reverse=True)
+            windows[query] = sum(visible) if causal else -1
+        window = max(windows.values())
+        if any(shown != min(window, query + 1) for query, shown in windows.items()):
+            window = -1
+        return torch.tensor([[[[0 if window >= min(self.window_size, self.capacity) else window]]]], device=device)
 
 
-def probe(model: PreTrainedModel, recorder: Recorder, capacity: int) -> list[ProbedLayer]:
-    """Find what every layer of `model` rotates, by feeding the same token at several positions.
+class _Recording(Watch):
+    """Watched attention in the probe: one token a row gives v; several are computed in float64, and looked at."""
 
-    model: its attention must already reach `recorder`. capacity: C, tokens. Returns one `ProbedLayer` per cache layer.
-    Raises UnsupportedModelError with layer and reason.
+    def __init__(self, recorder: Recorder, layer_idx: int, key: Tensor, value: Tensor):
+        super().__init__(layer_idx, key, value)
+        self.recorder, self.found = recorder, None
+
+    def scores(self, product, args, kwargs):
+        wide = lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x  # noqa: E731
+        return product(*map(wide, args), **{name: wide(x) for name, x in kwargs.items()})
+
+    def logits(self, logits):
+        self.found = logits.detach().double().reshape(*self.query.shape[:3], -1)
+
+    def output(self, found):
+        seen = self.recorder.note(self.layer_idx, self.query, self.key, self.value, 0)
+        if self.found is None:
+            self.refuse("has no softmax")
+        seen.logits = self.found
+        group = self.query.shape[1] // self.value.shape[1]
+        expected = self.found.softmax(-1) @ self.value.double().repeat_interleave(group, 1)
+        if expected.numel() != found.numel():
+            self.refuse("changes its shape")
+        error = (expected.reshape(found.shape) - found).abs().max() / expected.abs().max()
+        if not error < 1e-4 + 8 * torch.finfo(found.dtype).eps:
+            self.refuse("does more than softmax(scores) times values")
+        return found
+
+    def refuse(self, what):
+        raise UnsupportedModelError(
+            f"{self.recorder.where(self.layer_idx)}: between cache and output, attention {what}"
+        )
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module):
+    """Run the model in evaluation mode (dropout would look like a position), and leave it as it was."""
+    states = [(module, _state(module)) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, state in states:
+            _restore(module, state)
+
+
+def takes_positions(forward) -> bool:
+    """Whether a model's forward takes ``position_ids``, by name or among its ``**kwargs``."""
+    parameters = inspect.signature(forward).parameters.values()
+    return any(x.name == "position_ids" or x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters)
+
+
+def probe(model: PreTrainedModel, recorder: Recorder, capacity: int) -> dict[tuple[int, int], ProbedLayer]:
+    """Find what every attention of `model` does, by feeding the same token at several positions.
+
+    model: in evaluation mode; its attention must already reach `recorder`. capacity: C, tokens. Returns a `ProbedLayer` for each attention
+    of a step, by (layer index, how often that layer attended before). Raises UnsupportedModelError with layer and
+    reason.
     """
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     last = max(min(capacity, getattr(config, "max_position_embeddings", None) or capacity) - 1, 1)
     positions = sorted(p for p in {0, 1, 2, 3, 5, 7, last // 2, last} if p <= last)
-    ids = torch.ones(len(positions), 1, dtype=torch.int64, device=model.device)
-    position_ids = torch.tensor(positions, device=model.device)[:, None]
     tables = _frequency_tables(model, capacity)
-    states = [(module, _state(module)) for module in model.modules() if _frequency_buffers(module)]
-    training = [module for module in model.modules() if module.training]
-    model.eval()  # dropout would look like a position
+    ran: set[nn.Module] = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda module, _: ran.add(module))
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int)
+    ]
+
+    def run(ids: Tensor, positions: list[int] | None) -> Tensor:
+        recorder.forget()
+        recorder.reset()
+        more = {}
+        if positions is not None and takes_positions(model.forward):
+            more["position_ids"] = torch.tensor(positions, device=ids.device)[:, None]
+        try:
+            return model(input_ids=ids, past_key_values=recorder, use_cache=True, **more)[0]
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # a model that cannot even run the probe cannot be patched: say why
+            raise UnsupportedModelError(f"{name}: its forward failed in the probe, over a cache: {error!r}") from error
+
     try:
         with torch.no_grad():
-            model(input_ids=ids, position_ids=position_ids, past_key_values=recorder, use_cache=True)
-            used = [getattr(module, buffer).double().clone() for module, buffer, *_ in tables]
-    except UnsupportedModelError:
-        raise
-    except Exception as error:  # a model that cannot even run the probe cannot be patched: say why, never swallow
-        raise UnsupportedModelError(
-            f"{name}: its forward failed on one-token rows with position_ids and a cache: {error!r}"
-        ) from error
+            output = run(torch.ones(len(positions), 1, dtype=torch.int64, device=model.device), positions)
+            rows = recorder.seen
+            if not rows:
+                raise UnsupportedModelError(
+                    f"{name}: no layer attends over keys from a cache; there is no place for sinks"
+                )
+            if not tables:
+                tables = _standard_tables(config, {seen.key.shape[-1] for seen in rows.values()}, capacity)
+            used = [table.in_use() for table in tables]
+            scaled = {key: _scales_query(seen) for key, seen in rows.items()}
+            if any(scaled.values()):
+                pieces = []
+                for piece in torch.arange(capacity).split(256):
+                    run(torch.ones(len(piece), 1, dtype=torch.int64, device=model.device), piece.tolist())
+                    pieces.append({key: _length(seen.query) for key, seen in recorder.seen.items()})
+                norms = {key: torch.cat([piece[key] for piece in pieces]) for key in rows}
+            if recorder.watches:
+                run(torch.arange(1, 1 + min(capacity, 16), device=model.device)[None], None)
+                text = recorder.seen
     finally:
-        for module, state in states:
-            _restore(module, state)
-        for module in training:
-            module.training = True
+        for hook in hooks:
+            hook.remove()
 
-    if missing := sorted(set(range(config.num_hidden_layers)) - (recorder.seen.keys() & recorder.updated)):
-        raise UnsupportedModelError(
-            f"{name}, layer {missing[0]}: its attention does not go through transformers' attention interface with "
-            "keys of its own (it bypasses the interface, shares another layer's keys, or is no attention)"
-        )
-    ropes: dict[tuple | None, Rope] = {}  # layers with one rotation share its tables
-    layers = []
-    for layer_idx in range(config.num_hidden_layers):
-        module, query, key, value, mask = recorder.seen[layer_idx]
-        where = f"{type(module).__name__}, layer {layer_idx}"
-        if getattr(module, "is_causal", True) is False or mask is None or mask.item() < 0:
+    keeps_state = [isinstance(layer, LinearAttentionCacheLayerMixin) for layer in recorder.layers]
+    attends = {index for index, _ in rows}
+    for index in sorted({module.layer_idx for module in ran if "Attention" in type(module).__name__} - attends):
+        if index >= len(keeps_state) or not keeps_state[index]:
             raise UnsupportedModelError(
-                f"{where}: its mask is neither causal nor a causal sliding window (encoders look both ways, chunked "
-                "attention has borders)"
+                f"{recorder.where(index)}: it goes neither through transformers' attention interface, nor over keys from "
+                "a cache"
             )
-        found = _match(where, positions, query, key, value, used)
+    ropes: dict[tuple | None, Rope] = {}  # layers with one rotation share its tables
+    layers = {}
+    for key, seen in rows.items():
+        if seen.window is None or seen.window < 0:
+            raise UnsupportedModelError(
+                f"{seen.where}: its mask is neither causal nor a causal sliding window (encoders look both ways, chunked "
+                "attention has borders, some models choose their keys)"
+            )
+        if scaled[key]:
+            seen.query = seen.query / (norms[key][positions] / norms[key][0])[:, None, None, None].to(seen.query)
+        found = _match(seen.where, positions, seen.query, seen.key, seen.value, used)
         if found is not None and found not in ropes:
-            index, start, interleaved = found
-            ropes[found] = Rope(start, interleaved, *tables[index][2:])
-        layers.append(ProbedLayer(ropes.get(found), mask.item() or None))
-    if all(layer.rope is None for layer in layers):
+            index, start, interleaved, sign = found
+            ropes[found] = Rope(start, interleaved, sign * tables[index].frequencies, tables[index].set_of_length)
+        layers[key] = ProbedLayer(ropes.get(found), seen.window or None)
+        if scaled[key]:
+            layers[key] = replace(layers[key], query_scales=(norms[key] / norms[key][0]).float())
+        if recorder.watches:
+            scale, slopes = _linear_bias(text[key], config, capacity)
+            layers[key] = replace(layers[key], scale=scale, alibi_slopes=slopes)
+    output = output.double().flatten(1)
+    if (output - output[:1]).abs().max() > (1e-3 + 4 * torch.finfo(seen.key.dtype).eps) * output.abs().max():
+        raise UnsupportedModelError(f"{name}: its output changes with the position, other than by its attention")
+    if not any(keeps_state) and all(x.rope is None and x.alibi_slopes is None for x in layers.values()):
         raise UnsupportedModelError(f"{name}: no rotation found in any layer, and nothing else that tells distances")
     return layers
 
 
-def _match(where, positions, query, key, value, used) -> tuple[int, int, bool] | None:
+def _length(x: Tensor) -> Tensor:
+    return x.double().flatten(1).norm(dim=1)
+
+
+def _scales_query(seen: Seen) -> bool:
+    """Whether the query's length depends on the position (Llama-4, Ministral-3), while the key's does not."""
+    query, key = (_length(x) for x in (seen.query, seen.key))
+    noise = 1e-5 + 4 * torch.finfo(seen.key.dtype).eps
+    return bool((query / query[0] - 1).abs().max() > noise >= (key / key[0] - 1).abs().max())
+
+
+def _linear_bias(seen: Seen, config, capacity: int) -> tuple[float, Tensor | None]:
+    """Scale and ALiBi slopes of watched attention, from the logits (1, heads, T, T) of a short text.
+
+    They must be ``scale * q.k - slope * (i - j)``, up to what is the same for all keys of a query, and causal.
+    """
+    if (getattr(config, "sliding_window", None) or capacity) < capacity:
+        raise UnsupportedModelError(f"{seen.where}: a sliding window outside transformers' attention interface")
+    logits, heads, tokens = seen.logits[0], seen.query.shape[1], seen.query.shape[2]
+    keys = seen.key[0].double().repeat_interleave(heads // seen.key.shape[1], 0)
+    product = seen.query[0].double() @ keys.mT
+    i, j = torch.tril_indices(tokens, tokens, device=logits.device)
+    visible = torch.ones(tokens, tokens, dtype=torch.bool, device=logits.device).tril()
+    depth = logits - logits.amax(-1, keepdim=True)
+    if bool((depth[:, ~visible] > -1e3).any()) or bool((depth[:, visible] < -1e3).any()):
+        raise UnsupportedModelError(f"{seen.where}: its mask is not causal")
+    drop, gain = (x[:, i, j] - x[:, i, i] for x in (logits, product))
+    distance = (i - j).double().expand_as(gain)
+    fit = torch.linalg.lstsq(torch.stack((gain, -distance), dim=-1), drop[..., None]).solution[..., 0]  # (heads, 2)
+    scale, slopes = fit[:, 0].median().item(), fit[:, 1]
+    error = (scale * gain - slopes[:, None] * distance - drop).abs().max() / drop.abs().max()
+    if not error < 1e-4 + 2 * torch.finfo(seen.value.dtype).eps:
+        raise UnsupportedModelError(
+            f"{seen.where}: its scores are not scale * q.k with an optional linear bias (ALiBi), off by {error:.1e}"
+        )
+    if slopes.abs().max() < 1e-4 * drop.abs().max():
+        return scale, None
+    return scale, slopes.float()
+
+
+def _match(where, positions, query, key, value, used) -> tuple[int, int, bool, int] | None:
     """The rotation that explains how q and k of one layer change with the position, or None if they do not change.
 
-    used: the frequency tables as the model had them in the probe. Returns (which of them, first dim, interleaved).
+    used: the frequency tables as the model had them in the probe. Returns (which of them, first dim, interleaved, 1
+    or -1 for the sense).
     """
     noise = 1e-5 + 4 * torch.finfo(key.dtype).eps
     tolerance = 1e-3 + noise + 2e-7 * positions[-1]  # float32 angles are off by 6e-8 of the position
@@ -194,14 +391,14 @@ def _match(where, positions, query, key, value, used) -> tuple[int, int, bool] |
             continue
         angles = (position[:, None] * frequency.to(key.device))[:, None]  # (P, 1, r / 2)
         for start in sorted({0, key.shape[-1] - rotated}):  # MLA turns the last dims
-            for interleaved in (False, True):
+            for interleaved, sign in itertools.product((False, True), (1, -1)):
                 error = max(
-                    residual(x, rotate(x[:1].expand_as(x), angles.cos(), angles.sin(), start, interleaved))
+                    residual(x, rotate(x[:1].expand_as(x), angles.cos(), sign * angles.sin(), start, interleaved))
                     for x in (query, key)
                 )
                 best = min(best, error)
                 if error < tolerance:
-                    return index, start, interleaved
+                    return index, start, interleaved, sign
     raise UnsupportedModelError(
         f"{where}: query and key change with the position, but not by a plain rotation with the model's frequencies "
         f"(best residual {best:.1e}, allowed {tolerance:.1e}): something acts after the rotation, or scales by position"
@@ -214,8 +411,17 @@ def _frequency_buffers(module: nn.Module) -> list[str]:
     return [name for name in names if name.endswith("inv_freq") and "original" not in name and "long" not in name]
 
 
-def _frequency_tables(model: nn.Module, capacity: int) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-    """Every frequency buffer of the model: (module, buffer, frequencies, set_of_length), the last two as in `Rope`.
+@dataclass
+class _Table:
+    """Frequencies a model may rotate by, (sets, r / 2) and set_of_length as in `Rope`, and the row now in use."""
+
+    frequencies: Tensor
+    set_of_length: Tensor
+    in_use: Callable[[], Tensor]
+
+
+def _frequency_tables(model: nn.Module, capacity: int) -> list[_Table]:
+    """Every frequency buffer of the model.
 
     Models that pick frequencies by sequence length are asked for every length up to the capacity, through a copy.
     """
@@ -235,21 +441,41 @@ def _frequency_tables(model: nn.Module, capacity: int) -> list[tuple[nn.Module, 
                     rotary(like, torch.tensor([[length - 1]], device=like.device), **more)
                     rows.append(getattr(rotary, name).clone())
             frequencies, sets = torch.stack(rows).double().cpu().unique_consecutive(dim=0, return_inverse=True)
-            tables.append((module, name, frequencies, sets[torch.arange(-1, capacity).clamp(0, len(rows) - 1)]))
+            set_of_length = sets[torch.arange(-1, capacity).clamp(0, len(rows) - 1)]
+            tables.append(_Table(frequencies, set_of_length, lambda m=module, n=name: getattr(m, n).double().clone()))
     return tables
 
 
+def _standard_tables(config, head_dims: set[int], capacity: int) -> list[_Table]:
+    """``base ** (-2 i / r)`` for every r, of models that keep angles and no frequencies (GPT-J, CodeGen)."""
+    names = ("rope_theta", "rotary_emb_base", "rotary_base")
+    bases = {10000.0} | {float(getattr(config, name)) for name in names if getattr(config, name, None)}
+    made = []
+    for base, rotated in itertools.product(sorted(bases), range(max(head_dims), 0, -2)):
+        frequencies = (
+            1.0 / base ** (torch.arange(0, rotated, 2) / rotated)
+        ).double()  # float32, as models compute them
+        made.append(_Table(frequencies[None], torch.zeros(capacity + 1, dtype=torch.int64), lambda f=frequencies: f))
+    return made
+
+
 def _state(module: nn.Module) -> tuple:
-    buffers = {name: (buffer, buffer.clone()) for name, buffer in module._buffers.items() if buffer is not None}
-    return {k: v for k, v in vars(module).items() if k != "_buffers"}, dict(module._buffers), buffers
+    """What a forward may change of one module: its attributes and, where it has frequencies, its buffers' content."""
+    attributes = {k: dict(v) if k in ("_buffers", "_modules") else v for k, v in vars(module).items()}
+    contents = {k: b.clone() for k, b in module._buffers.items() if b is not None and _frequency_buffers(module)}
+    return attributes, contents
 
 
 def _restore(module: nn.Module, state: tuple) -> None:
-    attributes, names, buffers = state
-    for name in vars(module).keys() - attributes.keys() - {"_buffers"}:
+    attributes, contents = state
+    for name in vars(module).keys() - attributes.keys():
         delattr(module, name)
-    vars(module).update(attributes)
-    module._buffers.clear()
-    module._buffers.update(names)
-    for buffer, content in buffers.values():
-        buffer.copy_(content)
+    for name, value in attributes.items():
+        if name in ("_buffers", "_modules"):
+            held = vars(module)[name]
+            held.clear()
+            held.update(value)
+        else:
+            vars(module)[name] = value
+    for name, content in contents.items():
+        module._buffers[name].copy_(content)

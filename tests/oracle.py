@@ -11,34 +11,44 @@ import re
 
 import torch
 
-STATEFUL = re.compile("Mamba|DeltaNet|ShortConv|Lightning|LinearAttention|DeltaAttention|RecurrentBlock")
+STATEFUL = re.compile(
+    "Mamba|Mixer|DeltaNet|ShortConv|Lightning|(?<!Kimi)LinearAttention|DeltaAttention|RecurrentBlock|CCAProj"
+)
 
 
 def mixing_modules(model) -> list[tuple[torch.nn.Module, bool]]:
-    """Every module that mixes tokens, and whether it attends: they know their layer, and others hold none of them."""
+    """Every module that mixes tokens, and whether it attends; they know their layer. State may lie inside attention."""
     found = []
     for module in model.modules():
         name = type(module).__name__
-        attends = "Attention" in name and not STATEFUL.search(name)
-        if isinstance(getattr(module, "layer_idx", None), int) and (attends or STATEFUL.search(name)):
-            found.append((module, attends))
-    inner = {id(part) for module, _ in found for part in module.modules() if part is not module}
-    return [(module, attends) for module, attends in found if id(module) not in inner and "Layer" not in type(module).__name__]
+        keeps_state = bool(STATEFUL.search(name))
+        if isinstance(getattr(module, "layer_idx", None), int) and (keeps_state or re.search("Attention|MLA", name)):
+            inside = any(other is module for outer, held in found if held != keeps_state for other in outer.modules())
+            if "DecoderLayer" not in name and (keeps_state or not inside):
+                found.append((module, keeps_state))
+    return [(module, not keeps_state) for module, keeps_state in found]
 
 
 @torch.no_grad()
 def streaming_logits(model, ids, sink_size: int, window_size: int):
     """Logits of an unpatched model for ids (1, n), token by token: (1, n, vocabulary)."""
-    hooks, length = [], 0
+    hooks, calls = [], {}
+
+    def cut(x, dim=1):
+        if x.shape[dim] <= sink_size + window_size:
+            return x
+        return torch.cat((x.narrow(dim, 0, sink_size), x.narrow(dim, x.shape[dim] - window_size, window_size)), dim)
 
     def remember(module, attends):
-        history, first = [], next(iter(inspect.signature(module.forward).parameters))
+        histories, first = [], next(iter(inspect.signature(module.forward).parameters))
 
         def before(_, args, kwargs):
             hidden = kwargs[first] if first in kwargs else args[0]
-            history.append(hidden[:, -1:].clone())
-            kept = history[:sink_size] + history[sink_size:][-window_size:] if attends else history
-            hidden = torch.cat(kept, dim=1)
+            call = calls[module] = calls.get(module, -1) + 1  # looped models run a module several times
+            if call == len(histories):
+                histories.append(hidden[:, :0])
+            histories[call] = torch.cat((histories[call], hidden[:, -1:]), dim=1)
+            hidden = cut(histories[call]) if attends else histories[call]
             if not attends:
                 kwargs = {name: None if "mask" in name else value for name, value in kwargs.items()}
             return (args, {**kwargs, first: hidden}) if first in kwargs else ((hidden, *args[1:]), kwargs)
@@ -46,7 +56,9 @@ def streaming_logits(model, ids, sink_size: int, window_size: int):
         def after(_, __, output):
             if attends:
                 return output
-            return (output[0][:, -length:], *output[1:]) if isinstance(output, tuple) else output[:, -length:]
+            if isinstance(output, tuple):
+                return tuple(cut(x) if isinstance(x, torch.Tensor) and x.dim() > 2 else x for x in output)
+            return cut(output)
 
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(module.register_forward_hook(after))
@@ -56,6 +68,7 @@ def streaming_logits(model, ids, sink_size: int, window_size: int):
     try:
         rows = []
         for t in range(ids.shape[1]):
+            calls.clear()
             length = min(t + 1, sink_size + window_size)
             rows.append(model(input_ids=ids[:, t - length + 1 : t + 1], use_cache=False).logits[:, -1:])
         return torch.cat(rows, dim=1)
