@@ -24,8 +24,10 @@ RECENT = 32  # ids remembered per row, to tell a re-sent history from new text
 class Plan:
     """How a patched model attends: the keywords of `patch`, and what was found out about it.
 
-    config: of the model. continues: whether layers with a state of their own go on exactly with several tokens at once;
-    otherwise all input but the first is fed token by token. layers: every attention of a step, by (layer index, how often that layer attended before).
+    config: of the model.
+    continues: whether layers with a state of their own go on exactly with several tokens at once; if not, all input but
+        the first is fed token by token.
+    layers: every attention of a step, by (layer index, how often that layer attended before in the step).
     route: how the attention is reached, a row of `patch.ROUTES`.
     """
 
@@ -225,6 +227,15 @@ class SinkCache(Cache):
         self._calls: dict[int, int] = {}  # how often each layer has attended in this step
         self._updated: int | None = None
         self._written, self._open = False, True
+
+    def check_mask(self, mask_function, device) -> None:
+        """Raise ValueError if a transformers mask function shows any token of the step what comes after it."""
+        query = torch.arange(self._tokens - 1, device=device)[None]
+        rows = torch.arange(len(self.lengths), device=device)[:, None]
+        if self._tokens > 1 and bool(torch.as_tensor(mask_function(rows, rows[:1] * 0, query, query + 1)).any()):
+            raise ValueError(
+                "the mask lets tokens see those after them (images do so in some models): sinkattn is causal"
+            )
 
     def advance(self, ids: Tensor | None) -> None:
         """End the step: its tokens now belong to the rows. ids: (batch, tokens), None if only embeddings are known."""

@@ -54,18 +54,21 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         )
     if dropout:
         raise RuntimeError("attention dropout is on: sinkattn runs inference only, call model.eval()")
-    if isinstance(_current.step, Recorder):
-        if unknown := [name for name, x in more.items() if isinstance(x, Tensor) and name not in HARMLESS]:
-            raise UnsupportedModelError(f"{_current.step.where(module.layer_idx)}: its attention takes {unknown[0]!r}")
+    unknown = [name for name, x in more.items() if isinstance(x, Tensor) and name not in HARMLESS]
+    if unknown and isinstance(_current.step, Recorder):
+        _current.step.reached = True
+        raise UnsupportedModelError(f"{_current.step.where(module.layer_idx)}: its attention takes {unknown[0]!r}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer_idx = getattr(module, "layer_idx", None)
     return _current.step.attend(layer_idx, query, key, value, attention_mask, scale, softcap or 0.0, s_aux), None
 
 
-def _mask(*args, mask_function=None, device=None, **kwargs):
+def _mask(*args, mask_function=None, local_size=None, device=None, **kwargs):
     """transformers' mask function: the ops know what is visible, only the probe asks what the model shows."""
     step = _current.step
-    return step.mask(mask_function, device) if isinstance(step, Recorder) else None
+    if isinstance(step, SinkCache) and mask_function is not None:
+        step.check_mask(mask_function, device)
+    return step.mask(mask_function, local_size, device) if isinstance(step, Recorder) else None
 
 
 class _Replaced:
@@ -136,7 +139,11 @@ class Handle:
         """The first route that leads to the model's attention, and what was probed over it."""
         for route, implementation in ROUTES.items():
             self._name_implementation(implementation)
-            recorder = Recorder(self.model, capacity, window_size, watches=route == "watch")
+            try:
+                recorder = Recorder(self.model, capacity, window_size, watches=route == "watch")
+            except (AttributeError, KeyError, ValueError) as error:
+                name = type(self.model).__name__
+                raise UnsupportedModelError(f"{name}: transformers makes no cache for its config: {error!r}") from error
             try:
                 with _current.of(recorder):
                     return route, probe(self.model, recorder, capacity)
@@ -158,19 +165,19 @@ class Handle:
             cache = SinkCache(self.model)
             found = [self.model(piece, past_key_values=cache)[0] for piece in ids.split(pieces, dim=1)]
             error = torch.cat(found, dim=1).double() - expected.double()
-            return (error.square().mean().sqrt() / expected.double().std()).item()
+            return (error.square().mean().sqrt() / expected.double().std().clamp_min(1e-30)).item()
 
         tokens = ids.shape[1]
         if not (error := difference([tokens])) < allowed:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__}: a short text gives other outputs than unpatched (by {error:.1e} of their "
-                "spread): something else than its attention looks at positions, masks or the cache"
+                f"{type(self.model).__name__}: a short text gives other outputs than unpatched, by {error:.1e} of "
+                "their spread: something else than its attention looks at positions, masks or the cache"
             )
         if SinkCache(self.model).has_state and tokens > 2:
             if not (error := difference([2] + [1] * (tokens - 2))) < allowed:
                 raise UnsupportedModelError(
-                    f"{type(self.model).__name__}: its layers with a state of their own do not go on where they stopped: "
-                    f"token by token the outputs differ by {error:.1e} of their spread"
+                    f"{type(self.model).__name__}: its layers with a state of their own do not go on where they "
+                    f"stopped; token by token outputs differ by {error:.1e} of their spread"
                 )
             self.plan = replace(self.plan, continues=difference([tokens // 2, tokens - tokens // 2]) < allowed)
 
@@ -184,7 +191,11 @@ class Handle:
         """The first route that leads to the model's attention, and what was probed over it."""
         for route, implementation in ROUTES.items():
             self._name_implementation(implementation)
-            recorder = Recorder(self.model, capacity, window_size, watches=route == "watch")
+            try:
+                recorder = Recorder(self.model, capacity, window_size, watches=route == "watch")
+            except (AttributeError, KeyError, ValueError) as error:
+                name = type(self.model).__name__
+                raise UnsupportedModelError(f"{name}: transformers makes no cache for its config: {error!r}") from error
             try:
                 with _current.of(recorder):
                     return route, probe(self.model, recorder, capacity)
@@ -195,7 +206,7 @@ class Handle:
         raise refusal
 
     def _name_implementation(self, implementation: str | None) -> None:
-        """Give the model copies of its configs that name an attention implementation; others may share the originals."""
+        """Give the model copies of its configs that name an attention implementation: the originals may be shared."""
         self._restore_configs()
         memo: dict = {}
         copies = {id(config): copy.deepcopy(config, memo) for _, config in self._configs}
@@ -355,7 +366,8 @@ class Handle:
     def _ends(self, tokens: int, cache: SinkCache, mask: Tensor | None) -> list[int]:
         """Where the pieces of an input end.
 
-        Layers with a state of their own mind the padding of the first piece only: later ones hold none, or nothing else.
+        Layers with a state of their own mind the padding of the first piece only: in later ones a row has none, or
+        nothing else.
         """
         begin = CHUNK if self.plan.prefill == "streaming" else tokens
         if not cache.has_state:

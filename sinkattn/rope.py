@@ -111,7 +111,9 @@ class Recorder(DynamicCache):
 
     def __init__(self, model: PreTrainedModel, capacity: int, window_size: int, watches: bool):
         super().__init__(config=model.config)  # for layers with a state of their own
-        self.modules = {getattr(m, "layer_idx", None): type(m).__name__ for m in reversed(list(model.modules()))}
+        knowing = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
+        knowing.sort(key=lambda m: "Attention" in type(m).__name__)  # the layer itself may know its index too
+        self.modules = {m.layer_idx: type(m).__name__ for m in knowing}
         self.capacity, self.window_size, self.watches = capacity, window_size, watches
         self.forget()
 
@@ -160,7 +162,7 @@ class Recorder(DynamicCache):
         group = query.shape[1] // value.shape[1]
         return value.repeat_interleave(group, dim=1).transpose(1, 2).contiguous()
 
-    def mask(self, mask_function, device) -> Tensor:
+    def mask(self, mask_function, local_size: int | None, device) -> Tensor:
         """What the layer's mask lets through: its window as a one-element tensor, 0 for all, -1 for another pattern.
 
         A query in the cache never stands further than C - 1 from the start, so that is where the mask is asked.
@@ -169,7 +171,10 @@ class Recorder(DynamicCache):
         windows = {}
         for query in {self.capacity - 1, max(self.capacity - 2, 0)}:
             distance = torch.arange(-1, query + 1, device=device)
-            visible = mask_function(zero, zero, zero + query, query - distance)
+            try:
+                visible = mask_function(zero, zero, zero + query, query - distance)
+            except IndexError:  # it looks at what the tokens are (images), and knows these few alone
+                visible = (distance >= 0) & (distance < (local_size or len(distance)))
             visible = torch.as_tensor(visible, device=device).expand(distance.shape).tolist()
             causal = not visible[0] and visible[1:] == sorted(visible[1:], reverse=True)
             windows[query] = sum(visible) if causal else -1
@@ -234,9 +239,9 @@ def takes_positions(forward) -> bool:
 def probe(model: PreTrainedModel, recorder: Recorder, capacity: int) -> dict[tuple[int, int], ProbedLayer]:
     """Find what every attention of `model` does, by feeding the same token at several positions.
 
-    model: in evaluation mode; its attention must already reach `recorder`. capacity: C, tokens. Returns a `ProbedLayer` for each attention
-    of a step, by (layer index, how often that layer attended before). Raises UnsupportedModelError with layer and
-    reason.
+    model: in evaluation mode; its attention must already reach `recorder`. capacity: C, tokens. Returns a `ProbedLayer`
+    for each attention of a step, by (layer index, how often that layer attended before). Raises UnsupportedModelError
+    with layer and reason.
     """
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     last = max(min(capacity, getattr(config, "max_position_embeddings", None) or capacity) - 1, 1)
@@ -292,16 +297,16 @@ def probe(model: PreTrainedModel, recorder: Recorder, capacity: int) -> dict[tup
     for index in sorted({module.layer_idx for module in ran if "Attention" in type(module).__name__} - attends):
         if index >= len(keeps_state) or not keeps_state[index]:
             raise UnsupportedModelError(
-                f"{recorder.where(index)}: it goes neither through transformers' attention interface, nor over keys from "
-                "a cache"
+                f"{recorder.where(index)}: it goes neither through transformers' attention interface, nor over keys "
+                "from a cache"
             )
     ropes: dict[tuple | None, Rope] = {}  # layers with one rotation share its tables
     layers = {}
     for key, seen in rows.items():
         if seen.window is None or seen.window < 0:
             raise UnsupportedModelError(
-                f"{seen.where}: its mask is neither causal nor a causal sliding window (encoders look both ways, chunked "
-                "attention has borders, some models choose their keys)"
+                f"{seen.where}: its mask is neither causal nor a causal sliding window (encoders look both ways, "
+                "chunks below S + W have borders, some models choose their keys)"
             )
         if scaled[key]:
             seen.query = seen.query / (norms[key][positions] / norms[key][0])[:, None, None, None].to(seen.query)

@@ -22,7 +22,11 @@ def mixing_modules(model) -> list[tuple[torch.nn.Module, bool]]:
     for module in model.modules():
         name = type(module).__name__
         keeps_state = bool(STATEFUL.search(name))
-        if isinstance(getattr(module, "layer_idx", None), int) and (keeps_state or re.search("Attention|MLA", name)):
+        knows = (
+            isinstance(getattr(module, "layer_idx", None), int)
+            or "layer_idx" in inspect.signature(module.forward).parameters
+        )
+        if knows and (keeps_state or re.search("Attention|MLA", name)):
             inside = any(other is module for outer, held in found if held != keeps_state for other in outer.modules())
             if "DecoderLayer" not in name and (keeps_state or not inside):
                 found.append((module, keeps_state))

@@ -1,10 +1,11 @@
 """Every causal-LM type that the installed transformers has: built tiny, patched, compared with the oracle.
 
-    python tests/sweep.py                 # all types, two at a time, minutes; writes docs/models.md
+    python tests/sweep.py                 # all types, two at a time, two minutes; writes docs/models.md
     python tests/sweep.py llama mpt       # these, printed only
 
 A type takes no code here: its config is made small by the names of its fields. Where that is not enough, there is one
-row for it in `SETTINGS`.
+row for it in `SETTINGS`. The results of every version of transformers that was swept lie in bench/results/models;
+docs/models.md shows them side by side.
 """
 
 import contextlib
@@ -31,9 +32,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from oracle import mixing_modules, relative_error, streaming_logits
-
-import sinkattn
+import sinkattn  # noqa: E402
+from oracle import mixing_modules, relative_error, streaming_logits  # noqa: E402
 
 S, W = 2, 7
 C = S + W
@@ -65,6 +65,10 @@ SETTINGS = {  # what a type needs besides
         ffn_config=dict(ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2, hidden_size=64),
     ),
     "kimi_linear": dict(MLA, layer_types=[LINEAR, FULL] * 2, linear_head_dim=16, linear_num_heads=4),
+    "blt": dict(encoder_hash_byte_group_vocab=50),
+    "gemma4_assistant": dict(text_config=dict(hidden_size_per_layer_input=0, num_kv_shared_layers=4)),
+    "gemma4_unified_assistant": dict(text_config=dict(num_kv_shared_layers=4)),
+    "xlm": dict(emb_dim=64, n_words=97),
     "bamba": dict(attn_layer_indices=[1, 3]),
     "cohere_compass_text": dict(rope_parameters={FULL: {"rope_type": "default", "rope_theta": 1e4}}),
     "dots3_note_text": dict(num_key_value_heads=4),
@@ -82,14 +86,15 @@ SETTINGS = {  # what a type needs besides
     "lfm2": dict(layer_types=["conv", FULL] * 2),
     "lfm2_moe": dict(layer_types=["conv", FULL] * 2, num_dense_layers=1),
     "longcat_flash": dict(
-        MLA, head_dim=8, num_layers=2, zero_expert_num=2, ffn_hidden_size=64, expert_ffn_hidden_size=32, n_routed_experts=4, moe_topk=2
+        MLA, head_dim=8, num_layers=2, zero_expert_num=2, ffn_hidden_size=64, expert_ffn_hidden_size=32, moe_topk=2,
+        n_routed_experts=4,
     ),
     "mamba2": dict(num_heads=8, head_dim=16),
     "qwen4_exp_text": dict(
         indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=64, indexer_compress_ratio=4,
         layer_types=[LINEAR, FULL] * 2,
     ),
-    "reformer": dict(is_decoder=True),
+    "reformer": dict(is_decoder=True, axial_pos_embds=False),
     "zamba": dict(layers_block_type=[LINEAR, HYBRID] * 2, n_mamba_heads=2),
     "zamba2": dict(layers_block_type=[LINEAR, HYBRID] * 2, use_mem_rope=True, mamba_ngroups=2),
     "zaya": dict(num_experts_per_tok=1, router_hidden_size=16),
@@ -99,8 +104,13 @@ VARIANTS = {  # the same type in another form
     "falcon (ALiBi)": ("falcon", dict(alibi=True)),
     "falcon (new decoder)": ("falcon", dict(new_decoder_architecture=True, num_kv_heads=2)),
 }
-SAMPLE = """llama mistral qwen2 qwen3_moe gemma2 gemma3 gemma3n gpt_oss gpt_neox gpt_neox_japanese gptj codegen falcon mpt
-    bloom stablelm phi cohere2 deepseek_v3 jamba falcon_h1 qwen3_next llama4_text gpt2 mamba""".split()
+SAMPLE = [  # what CI checks
+    *("llama", "mistral", "qwen2", "qwen3_moe", "gemma2", "gemma3_text", "gemma3n_text", "gpt_oss", "gpt_neox", "mpt"),
+    *("gpt_neox_japanese", "gptj", "codegen", "falcon", "falcon (ALiBi)", "bloom", "stablelm", "phi", "cohere2"),
+    *("deepseek_v3", "jamba", "falcon_h1", "qwen3_next", "llama4_text", "gpt2"),
+]
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results" / "models"
 
 
 def small_config(model_type: str, **settings):
@@ -110,14 +120,15 @@ def small_config(model_type: str, **settings):
     if dataclasses.is_dataclass(config_class):
         known |= {field.name for field in dataclasses.fields(config_class)}
     values = {name: value for name, value in SMALL.items() if name in known}
+    settings = {**SETTINGS.get(model_type, {}), **settings}
     for name, sub in getattr(config_class, "sub_configs", {}).items():
         sub_type = getattr(sub, "model_type", "")
         if "text" in name or name == "decoder":
             text_type = sub_type if sub_type in CONFIG_MAPPING else TEXTS.get(model_type, "llama")
-            values[name] = small_config(text_type)
+            values[name] = small_config(text_type, **settings.pop(name, {}))
         elif sub_type in CONFIG_MAPPING and name in known:
-            values[name] = small_config(sub_type)
-    return config_class(**{**values, **SETTINGS.get(model_type, {}), **settings})
+            values[name] = small_config(sub_type, **settings.pop(name, {}))
+    return config_class(**{**values, **settings})
 
 
 def build(name: str):
@@ -304,6 +315,86 @@ def compare(model, result: Result, before) -> None:
     )
 
 
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def document() -> str:
+    """docs/models.md, from what all sweeps in `RESULTS` found."""
+    sweeps = [json.loads(file.read_text()) for file in RESULTS.glob("*.json")]
+    sweeps.sort(key=lambda sweep: [int(x) for x in sweep["transformers"].split(".")], reverse=True)
+    found = {}
+    for sweep in sweeps:
+        for result in sweep["results"]:
+            found.setdefault(result["name"], {})[sweep["transformers"]] = result
+    versions = [sweep["transformers"] for sweep in sweeps]
+    newest = lambda name: next(iter(found[name].values()))  # noqa: E731
+
+    def mark(name: str, version: str) -> str:
+        result = found[name].get(version)
+        return (
+            ""
+            if result is None
+            else result["status"] + ("*" if result["status"] == "exact" and result["reason"] else "")
+        )
+
+    names = sorted(found, key=str.lower)
+    served = [name for name in names if any(result["status"] == "exact" for result in found[name].values())]
+    others = [name for name in names if name not in served]
+    counts = []
+    for version in versions:
+        types = [found[name][version] for name in names if version in found[name] and name not in VARIANTS]
+        for kind in ("rotary", "ALiBi", "other", "?"):
+            some = [result["status"] for result in types if result["positions"] == kind]
+            counts.append(
+                [
+                    version,
+                    kind,
+                    *(str(some.count(s)) for s in ("exact", "refused", "not built", "wrong")),
+                    str(len(some)),
+                ]
+            )
+    notes = [
+        f"- {name}, {version}: {found[name][version]['reason']}"
+        for name in served
+        for version in versions
+        if mark(name, version).endswith("*")
+    ]
+    served_rows = [[n, newest(n)["positions"], newest(n)["route"], *(mark(n, v) for v in versions)] for n in served]
+    other_rows = [
+        [n, newest(n)["positions"], *(mark(n, v) for v in versions), newest(n)["reason"][:400]] for n in others
+    ]
+    tolerances = f"{TOLERANCE:g} of their spread ({STATEFUL_TOLERANCE:g} where layers keep a state of their own)"
+    header, named = ["type", "positions", "route", *versions], ["type", "positions", *versions, "reason"]
+    return f"""# Models
+
+Made by `python tests/sweep.py` (torch {sweeps[0]["torch"]}): every causal-LM type of transformers, built tiny from its
+config with random weights, patched with {S} sinks and a window of {W}, and compared with re-computation by its own
+unpatched code. "Exact" says that the logits agree to {tolerances} while the text is short, in one piece, token by token, in chunks, in left-padded batches however they
+are cut and in beam search, and that `remove()` leaves the model as it was. "Refused" is an `UnsupportedModelError` that
+leaves the model as it was.
+
+{table(["transformers", "positions", "exact", "refused", "not built", "wrong", "types"], counts)}
+
+## Served
+
+Route: how the attention is reached, a row of `sinkattn.patch.ROUTES`: through transformers' attention interface, or by
+watching what becomes of the keys and values that the cache hands out. A star marks a mode that the unpatched type itself
+does not have, see below.
+
+{table(header, served_rows)}
+
+Where unpatched types disagree with themselves, on a text of {C} tokens:
+
+{chr(10).join(notes)}
+
+## Not served
+
+{table(named, other_rows)}
+"""
+
+
 def main(names: list[str]) -> None:
     everything = [*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS]
     results, console = {}, Console()
@@ -319,7 +410,15 @@ def main(names: list[str]) -> None:
             progress.console.print(line, highlight=False)
             if result.reason:
                 progress.console.print("    " + result.reason, markup=False, highlight=False)
-    Path("/tmp/w/sweep.json").write_text(json.dumps([dataclasses.asdict(r) for r in results.values()]))
+    if not names:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        versions = dict(transformers=transformers.__version__, torch=torch.__version__)
+        found = [dataclasses.asdict(results[name]) for name in everything]
+        (RESULTS / f"{transformers.__version__}.json").write_text(json.dumps({**versions, "results": found}, indent=1))
+        (ROOT / "docs").mkdir(exist_ok=True)
+        (ROOT / "docs" / "models.md").write_text(document())
+    if any(result.status == "wrong" for result in results.values()):
+        sys.exit("some types are wrong")
 
 
 if __name__ == "__main__":

@@ -21,13 +21,6 @@ TOLERANCE = 1e-5  # float32, of the spread of the logits; 6e-6 was measured
 
 FAMILIES = ["llama", "llama-dynamic", "mistral", "gpt_neox", "gptj", "falcon", "falcon-alibi", "mpt"]
 WITH_PROMPT = ["llama", "mistral", "gpt_neox"]
-REFUSED = {"gptj", "falcon", "falcon-alibi", "mpt"}  # they bypass transformers' attention interface, until served
-SERVED = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, raises=sinkattn.UnsupportedModelError))
-    if name in REFUSED
-    else name
-    for name in FAMILIES
-]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +78,7 @@ def test_recorded_is_streaming(recording, name):
     assert relative_error(recorded.logits, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_token_by_token(recording, name):
     """The window counts the current token: one more than theirs gives theirs, and the same number does not."""
     recorded = recording(name)
@@ -96,7 +89,7 @@ def test_token_by_token(recording, name):
         assert relative_error(fed(model, ids), recorded.logits) > 0.1
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_drop_in_loader(recording, name):
     """Only the import changes: their keywords, their logits, also with a prompt at once, which is attended densely."""
     recorded = recording(name)

@@ -28,7 +28,7 @@ def test_layouts(name, dtype):
     """Layer by layer, also in half precision, as the models' sources say."""
     start, interleaved, dims, without = LAYOUTS[name]
     with patch(tiny(name).to(dtype), S, W) as handle:
-        for layer_idx, layer in enumerate(handle.plan.layers):
+        for (layer_idx, _), layer in handle.plan.layers.items():
             assert (layer.rope is None) == (layer_idx in without)
             if layer.rope is not None:
                 found = layer.rope.start, layer.rope.interleaved, 2 * layer.rope.frequencies.shape[-1]
@@ -41,7 +41,7 @@ def test_frequencies_are_those_the_model_uses(name):
     model = tiny(name)
     buffers = [b.double() for n, b in model.named_buffers() if n.endswith("inv_freq") and "original" not in n]
     with patch(model, S, W) as handle:
-        for layer in handle.plan.layers:
+        for layer in handle.plan.layers.values():
             if layer.rope is not None:
                 first = layer.rope.frequencies[0]  # of the shortest texts: as the model was made
                 assert any(b.shape == first.shape and torch.equal(b, first) for b in buffers)
@@ -52,7 +52,7 @@ def test_own_windows():
     """A layer's own sliding window counts where it is smaller than W, and only there."""
     for window, expected in ((6, [6, None, 6, None]), (W, [None] * 4), (W + 1, [None] * 4)):
         with patch(tiny("gemma2", sliding_window=window), S, W) as handle:
-            assert [layer.own_window for layer in handle.plan.layers] == expected
+            assert [handle.plan.layers[i, 0].own_window for i in range(4)] == expected
 
 
 @pytest.mark.parametrize("position", [0, 1, 4095, 4_000_000, 2**31 + 1, 2**40 + 3])
