@@ -141,10 +141,10 @@ class _Step(Watch):
         self.cache = cache
 
     def output(self, found):
-        out = self.cache.attend(
-            self.layer_idx, self.query.to(self.key.dtype), self.key, self.value, None, 1.0, 0.0, None
-        )
-        return out.transpose(1, 2).reshape(found.shape).to(found.dtype)
+        query, layer = self.query.to(self.key.dtype), self.cache.layers[self.layer_idx]
+        out = self.cache.attend(self.layer_idx, query, self.key, self.value, None, 1.0, 0.0, None)
+        out = out.transpose(1, 2) if layer.probed.heads_first else out
+        return out.reshape(found.shape).to(found.dtype)
 
 
 class SinkCache(Cache):

@@ -78,8 +78,8 @@ class ProbedLayer:
     """What one attention does.
 
     rope: its rotation, None for none. own_window: tokens its own sliding window shows, None for all.
-    scale, alibi_slopes: factor of the scores, and (num_heads,) float32 or None: of attention that is watched; the
-        attention interface brings its scale with each call. query_scales: (C,) float32, factor of the query at position
+    scale, alibi_slopes, heads_first: factor of the scores, (num_heads,) float32 or None, and whether its output is
+        (batch, heads, T, dim) or (batch, T, heads, dim): of attention that is watched. query_scales: (C,) float32, factor of the query at position
         ``min(t, C - 1)``, or None where it is 1.
     """
 
@@ -87,6 +87,7 @@ class ProbedLayer:
     own_window: int | None = None
     scale: float | None = None
     alibi_slopes: Tensor | None = None
+    heads_first: bool = True
     query_scales: Tensor | None = None
 
 
@@ -100,6 +101,7 @@ class Seen:
     value: Tensor
     window: int | None  # see `Recorder.mask`; None for a mask of its own
     logits: Tensor | None = None
+    heads_first: bool = True
 
 
 class Recorder(DynamicCache):
@@ -204,13 +206,14 @@ class _Recording(Watch):
             self.refuse("has no softmax")
         seen.logits = self.found
         group = self.query.shape[1] // self.value.shape[1]
-        expected = self.found.softmax(-1) @ self.value.double().repeat_interleave(group, 1)
-        if expected.numel() != found.numel():
+        heads_first = self.found.softmax(-1) @ self.value.double().repeat_interleave(group, 1)
+        if heads_first.numel() != found.numel():
             self.refuse("changes its shape")
-        error = (expected.reshape(found.shape) - found).abs().max() / expected.abs().max()
-        if not error < 1e-4 + 8 * torch.finfo(found.dtype).eps:
-            self.refuse("does more than softmax(scores) times values")
-        return found
+        for seen.heads_first, expected in ((True, heads_first), (False, heads_first.transpose(1, 2))):
+            error = (expected.reshape(found.shape) - found).abs().max() / expected.abs().max()
+            if error < 1e-4 + 8 * torch.finfo(found.dtype).eps:
+                return found
+        self.refuse("does more than softmax(scores) times values")
 
     def refuse(self, what):
         raise UnsupportedModelError(
@@ -319,7 +322,9 @@ def probe(model: PreTrainedModel, recorder: Recorder, capacity: int) -> dict[tup
             layers[key] = replace(layers[key], query_scales=(norms[key] / norms[key][0]).float())
         if recorder.watches:
             scale, slopes = _linear_bias(text[key], config, capacity)
-            layers[key] = replace(layers[key], scale=scale, alibi_slopes=slopes)
+            layers[key] = replace(
+                layers[key], scale=scale, alibi_slopes=slopes, heads_first=text[key].heads_first
+            )
     output = output.double().flatten(1)
     if (output - output[:1]).abs().max() > (1e-3 + 4 * torch.finfo(seen.key.dtype).eps) * output.abs().max():
         raise UnsupportedModelError(f"{name}: its output changes with the position, other than by its attention")

@@ -131,11 +131,11 @@ def small_config(model_type: str, **settings):
     return config_class(**{**values, **settings})
 
 
-def build(name: str):
+def build(name: str, **settings):
     """A random float32 model with spread weights, so that attention has something to choose from."""
-    model_type, settings = VARIANTS.get(name, (name, {}))
+    model_type, variant = VARIANTS.get(name, (name, {}))
     torch.manual_seed(0)
-    config = small_config(model_type, **settings)
+    config = small_config(model_type, **variant, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     if sum(p.numel() for p in model.parameters()) > 100_000_000:
         raise RuntimeError("its config does not get small: it needs a row in SETTINGS")
@@ -371,17 +371,17 @@ def document() -> str:
 
 Made by `python tests/sweep.py` (torch {sweeps[0]["torch"]}): every causal-LM type of transformers, built tiny from its
 config with random weights, patched with {S} sinks and a window of {W}, and compared with re-computation by its own
-unpatched code. "Exact" says that the logits agree to {tolerances} while the text is short, in one piece, token by token, in chunks, in left-padded batches however they
-are cut and in beam search, and that `remove()` leaves the model as it was. "Refused" is an `UnsupportedModelError` that
-leaves the model as it was.
+unpatched code. "Exact" says that the logits agree to
+{tolerances} while the text is short, in one piece, token
+by token, in chunks, in left-padded batches however they are cut and in beam search, and that `remove()` leaves the model
+as it was. "Refused" is an `UnsupportedModelError` that leaves the model as it was.
 
 {table(["transformers", "positions", "exact", "refused", "not built", "wrong", "types"], counts)}
 
 ## Served
 
 Route: how the attention is reached, a row of `sinkattn.patch.ROUTES`: through transformers' attention interface, or by
-watching what becomes of the keys and values that the cache hands out. A star marks a mode that the unpatched type itself
-does not have, see below.
+watching what becomes of the keys and values that the cache hands out. A star: the unpatched type does not have a mode.
 
 {table(header, served_rows)}
 

@@ -1,5 +1,11 @@
 """Many models: a sample of the sweep, models whose code lies beside their weights, and where a model may live."""
 
+import copy
+import importlib
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
@@ -21,3 +27,76 @@ def test_types(name):
         assert result.status == "refused" and "learned" in result.reason
     else:
         assert result.status == "exact", result
+
+
+def random_ids(rows, tokens):
+    return torch.randint(1, 97, (rows, tokens))
+
+
+@torch.no_grad()
+def fed(model, ids, size, mask=None):
+    cache, pieces = SinkCache(model), []
+    for begin in range(0, ids.shape[1], size):
+        more = {} if mask is None else dict(attention_mask=mask[:, : begin + size])
+        pieces.append(model(ids[:, begin : begin + size], past_key_values=cache, **more).logits)
+    return torch.cat(pieces, dim=1)
+
+
+@pytest.fixture
+def remote(tmp_path):
+    """Loads the model of remote_model.py from a folder that holds its code, as a hub's repository does."""
+
+    def load(**settings):
+        folder = tmp_path / "model"
+        folder.mkdir()
+        shutil.copy(Path(__file__).parent / "remote_model.py", folder / "modeling_remote.py")
+        classes = {"AutoConfig": "RemoteConfig", "AutoModelForCausalLM": "RemoteForCausalLM"}
+        auto_map = {name: f"modeling_remote.{cls}" for name, cls in classes.items()}
+        config = dict(model_type="remote_of_the_tests", auto_map=auto_map, pad_token_id=0, **settings)
+        (folder / "config.json").write_text(json.dumps(config))
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+        model.save_pretrained(folder)
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+    return load
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+def test_code_beside_the_weights(remote, alibi):
+    """A model that transformers does not know, rotary or ALiBi, is exact in every mode."""
+    model = remote(alibi=alibi)
+    ids, twin = random_ids(3, 3 * C + 5), copy.deepcopy(model)
+    mask = torch.ones_like(ids)
+    mask[1, : C + 3], mask[2, :2] = 0, 0
+    expected = streaming_logits(twin, ids[:1], S, W)
+    with patch(model, S, W) as handle, torch.no_grad():
+        assert handle.plan.route == "watch"
+        for size in (1, 7, C + 1, ids.shape[1]):
+            assert relative_error(fed(model, ids[:1], size), expected) < 2e-5, f"chunks of {size}"
+        for size in (1, 9, ids.shape[1]):
+            together = fed(model, ids, size, mask)
+            for row, kept in enumerate(mask.bool()):
+                alone = streaming_logits(twin, ids[row : row + 1, kept], S, W)
+                assert relative_error(together[row : row + 1, kept], alone) < 2e-5, f"row {row}, chunks of {size}"
+        greedy = model.generate(ids[:1], attention_mask=mask[:1], do_sample=False, max_new_tokens=30)
+    logits = streaming_logits(twin, greedy, S, W)[:, ids.shape[1] - 1 : -1]
+    assert torch.equal(logits.argmax(-1), greedy[:, ids.shape[1] :])
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3), (torch.float16, 1e-3)])
+def test_slopes(dtype, rounding):
+    """Falcon-RW's bias carries 1 / sqrt(head_dim), and is rounded to the model's dtype."""
+    for settings in (dict(), dict(num_attention_heads=6, hidden_size=96)):
+        model = sweep.build("falcon (ALiBi)", **settings).to(dtype)
+        model.config._attn_implementation = "sdpa"  # "eager" adds the bias twice
+        with patch(model, S, W) as handle:
+            found = handle.plan.layers[0, 0]
+        heads, dim = model.config.num_attention_heads, model.config.hidden_size // model.config.num_attention_heads
+        build = importlib.import_module(type(model).__module__).build_alibi_tensor
+        exact = build(torch.ones(1, 2, dtype=torch.int64), heads, torch.float64).view(heads, 2)[:, 1] / dim**0.5
+        assert found.scale == pytest.approx(dim**-0.5, rel=1e-6)
+        assert found.alibi_slopes.double() == pytest.approx(exact.double(), rel=rounding)
