@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from . import ops
 from .cache import Plan, SinkCache
-from .rope import Recorder, UnsupportedModelError, probe, takes_positions, untouched
+from .rope import Recorder, UnsupportedModelError, input_device, probe, takes_positions, untouched
 
 IMPLEMENTATION = "sinkattn"  # name in transformers' attention registries
 ROUTES = {  # how attention is reached: the implementation that the config names meanwhile, None for the model's own
@@ -114,7 +114,7 @@ class Handle:
         self._replaced: dict[str, object] = {}
         self._had: dict[str, object] = {}
         capacity = sink_size + window_size
-        ids = torch.arange(3, 3 + min(capacity, 8), device=model.device)[None]
+        ids = torch.arange(3, 3 + min(capacity, 8), device=input_device(model))[None]
         with untouched(model), torch.no_grad():
             route, layers = self._reach(capacity, window_size)
             self._restore_configs()
@@ -146,7 +146,7 @@ class Handle:
                 raise UnsupportedModelError(f"{name}: transformers makes no cache for its config: {error!r}") from error
             try:
                 with _current.of(recorder):
-                    return route, probe(self.model, recorder, capacity)
+                    return route, probe(self.model, recorder, capacity, CHUNK)
             except UnsupportedModelError as error:
                 refusal = error
                 if recorder.reached:  # but not served
@@ -198,7 +198,7 @@ class Handle:
                 raise UnsupportedModelError(f"{name}: transformers makes no cache for its config: {error!r}") from error
             try:
                 with _current.of(recorder):
-                    return route, probe(self.model, recorder, capacity)
+                    return route, probe(self.model, recorder, capacity, CHUNK)
             except UnsupportedModelError as error:
                 refusal = error
                 if recorder.reached:  # but not served
@@ -475,6 +475,9 @@ def patch(
 
     Source: arXiv 2309.17453, section 3.2.
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if hasattr(model, "get_base_model"):  # of PEFT
+        model = model.get_base_model()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"patch() takes a transformers PreTrainedModel, not a {type(model).__name__}")
     if getattr(model, "_sinkattn", None) is not None:
@@ -484,7 +487,7 @@ def patch(
             raise ValueError(f"{name}={size!r}: it needs a whole number of tokens, at least {least}")
     if prefill not in ("streaming", "dense"):
         raise ValueError(f"prefill={prefill!r}: choose 'streaming' or 'dense'")
-    if reason := ops.missing_backend(backend, model.device.type):
+    if reason := ops.missing_backend(backend, input_device(model).type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; sinkattn serves decoders")

@@ -78,9 +78,9 @@ class ProbedLayer:
     """What one attention does.
 
     rope: its rotation, None for none. own_window: tokens its own sliding window shows, None for all.
-    scale, alibi_slopes, heads_first: factor of the scores, (num_heads,) float32 or None, and whether its output is
-        (batch, heads, T, dim) or (batch, T, heads, dim): of attention that is watched. query_scales: (C,) float32, factor of the query at position
-        ``min(t, C - 1)``, or None where it is 1.
+    query_scales: (C,) float32, factor of the query at position ``min(t, C - 1)``, or None where it is 1.
+    Of attention that is watched: scale, the factor of the scores; alibi_slopes, (num_heads,) float32 or None;
+        heads_first, whether its output is (batch, heads, T, dim) or (batch, T, heads, dim).
     """
 
     rope: Rope | None
@@ -117,6 +117,7 @@ class Recorder(DynamicCache):
         knowing.sort(key=lambda m: "Attention" in type(m).__name__)  # the layer itself may know its index too
         self.modules = {m.layer_idx: type(m).__name__ for m in knowing}
         self.capacity, self.window_size, self.watches = capacity, window_size, watches
+        self.reports = 0  # how much text it says it holds
         self.forget()
 
     def forget(self) -> None:
@@ -137,7 +138,7 @@ class Recorder(DynamicCache):
         raise UnsupportedModelError("an indexer chooses what its attention sees (sparse attention, DSA)")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
+        return self.reports
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
@@ -233,23 +234,32 @@ def untouched(model: nn.Module):
             _restore(module, state)
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model takes its ids. The weights of an offloaded model are elsewhere; accelerate's hooks know."""
+    embedding = model.get_input_embeddings()
+    device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
+    return next(embedding.parameters()).device if device is None else torch.device(device)
+
+
 def takes_positions(forward) -> bool:
     """Whether a model's forward takes ``position_ids``, by name or among its ``**kwargs``."""
     parameters = inspect.signature(forward).parameters.values()
     return any(x.name == "position_ids" or x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters)
 
 
-def probe(model: PreTrainedModel, recorder: Recorder, capacity: int) -> dict[tuple[int, int], ProbedLayer]:
+def probe(
+    model: PreTrainedModel, recorder: Recorder, capacity: int, longest: int
+) -> dict[tuple[int, int], ProbedLayer]:
     """Find what every attention of `model` does, by feeding the same token at several positions.
 
-    model: in evaluation mode; its attention must already reach `recorder`. capacity: C, tokens. Returns a `ProbedLayer`
-    for each attention of a step, by (layer index, how often that layer attended before). Raises UnsupportedModelError
-    with layer and reason.
+    model: in evaluation mode; its attention must already reach `recorder`. capacity: C, tokens. longest: tokens that a
+    step may have. Returns a `ProbedLayer` for each attention of a step, by (layer index, how often that layer attended
+    before). Raises UnsupportedModelError with layer and reason.
     """
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     last = max(min(capacity, getattr(config, "max_position_embeddings", None) or capacity) - 1, 1)
     positions = sorted(p for p in {0, 1, 2, 3, 5, 7, last // 2, last} if p <= last)
-    tables = _frequency_tables(model, capacity)
+    tables, device = _frequency_tables(model, capacity), input_device(model)
     ran: set[nn.Module] = set()
     hooks = [
         module.register_forward_pre_hook(lambda module, _: ran.add(module))
@@ -272,7 +282,7 @@ def probe(model: PreTrainedModel, recorder: Recorder, capacity: int) -> dict[tup
 
     try:
         with torch.no_grad():
-            output = run(torch.ones(len(positions), 1, dtype=torch.int64, device=model.device), positions)
+            output = run(torch.ones(len(positions), 1, dtype=torch.int64, device=device), positions)
             rows = recorder.seen
             if not rows:
                 raise UnsupportedModelError(
@@ -285,11 +295,20 @@ def probe(model: PreTrainedModel, recorder: Recorder, capacity: int) -> dict[tup
             if any(scaled.values()):
                 pieces = []
                 for piece in torch.arange(capacity).split(256):
-                    run(torch.ones(len(piece), 1, dtype=torch.int64, device=model.device), piece.tolist())
+                    run(torch.ones(len(piece), 1, dtype=torch.int64, device=device), piece.tolist())
                     pieces.append({key: _length(seen.query) for key, seen in recorder.seen.items()})
                 norms = {key: torch.cat([piece[key] for piece in pieces]) for key in rows}
+            if not recorder.watches:
+                recorder.reports = max(capacity, longest)
+                run(torch.ones(1, 1, dtype=torch.int64, device=device), [0])
+                for key, seen in recorder.seen.items():
+                    if (seen.query[0] - rows[key].query[0]).abs().max() > 1e-3 * seen.query.abs().max():
+                        raise UnsupportedModelError(
+                            f"{seen.where}: its queries depend on how much the cache holds, {recorder.reports} tokens "
+                            "or less: a smaller S + W may do (Llama-4 scales queries from position 8191 on)"
+                        )
             if recorder.watches:
-                run(torch.arange(1, 1 + min(capacity, 16), device=model.device)[None], None)
+                run(torch.arange(1, 1 + min(capacity, 16), device=device)[None], None)
                 text = recorder.seen
     finally:
         for hook in hooks:
@@ -322,9 +341,7 @@ def probe(model: PreTrainedModel, recorder: Recorder, capacity: int) -> dict[tup
             layers[key] = replace(layers[key], query_scales=(norms[key] / norms[key][0]).float())
         if recorder.watches:
             scale, slopes = _linear_bias(text[key], config, capacity)
-            layers[key] = replace(
-                layers[key], scale=scale, alibi_slopes=slopes, heads_first=text[key].heads_first
-            )
+            layers[key] = replace(layers[key], scale=scale, alibi_slopes=slopes, heads_first=text[key].heads_first)
     output = output.double().flatten(1)
     if (output - output[:1]).abs().max() > (1e-3 + 4 * torch.finfo(seen.key.dtype).eps) * output.abs().max():
         raise UnsupportedModelError(f"{name}: its output changes with the position, other than by its attention")

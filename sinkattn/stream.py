@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from .cache import SinkCache
+from .rope import input_device
 
 
 class Stream:
@@ -33,7 +34,7 @@ class Stream:
     """
 
     def __init__(self, model):
-        self.model, self.cache = model, SinkCache(model)
+        self.model, self.cache, self._device = model, SinkCache(model), input_device(model)
         takes = inspect.signature(model.forward).parameters
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._logits: Tensor | None = None  # (batch, vocabulary) of the next token
@@ -52,13 +53,13 @@ class Stream:
         none. Raises ValueError for an empty prompt, another batch size, right padding or ids the model has no embedding
         for.
         """
-        input_ids = torch.as_tensor(input_ids, device=self.model.device)
+        input_ids = torch.as_tensor(input_ids, device=self._device)
         input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
         if input_ids.dim() != 2 or input_ids.shape[1] == 0:
             raise ValueError(f"input_ids {tuple(input_ids.shape)}: an empty prompt, or not (batch, tokens)")
         mask = None
         if attention_mask is not None:
-            mask = torch.as_tensor(attention_mask, device=self.model.device).reshape(input_ids.shape)
+            mask = torch.as_tensor(attention_mask, device=self._device).reshape(input_ids.shape)
         fed = input_ids
         if self._sampled is not None:
             if len(fed) != len(self._sampled):
@@ -117,8 +118,8 @@ class Stream:
                 if value not in (None, neutral):
                     processors.append(warper(value))
         ends = option(eos_token_id, "eos_token_id")
-        ends = torch.tensor([] if ends is None else ends, dtype=torch.int64, device=self.model.device).flatten()
-        generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
+        ends = torch.tensor([] if ends is None else ends, dtype=torch.int64, device=self._device).flatten()
+        generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
         return self._steps(max_new_tokens, processors, do_sample, ends, config.pad_token_id, generator)
 
     def _steps(self, max_new_tokens, processors, do_sample, ends, pad, generator) -> Iterator[Tensor]:
@@ -151,7 +152,7 @@ class Stream:
     def _remember(self, ids: Tensor) -> None:
         capacity = self.cache.plan.capacity
         if self._ids is None:
-            self._ids = torch.zeros(len(ids), capacity, dtype=torch.int64, device=self.model.device)
+            self._ids = torch.zeros(len(ids), capacity, dtype=torch.int64, device=self._device)
         ids = ids[:, -capacity:]
         end = self._next + ids.shape[1]
         first = ids[:, : capacity - self._next]

@@ -1,4 +1,4 @@
-"""A model as hubs hold them beside their weights: it keeps to the `Cache` protocol, and to nothing else of transformers.
+"""A model as hubs hold them beside their weights: it keeps to the `Cache` protocol and uses nothing else of a cache.
 
 Its attention is its own, with rotary positions (tables it makes itself, pairs (2i, 2i + 1)) or ALiBi. Tests copy this
 file next to a config and load it with ``trust_remote_code=True``.
@@ -24,12 +24,19 @@ class RemoteConfig(PreTrainedConfig):
 class RemoteAttention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
-        self.heads, self.dim, self.layer_idx, self.alibi = config.heads, config.width // config.heads, layer_idx, config.alibi
+        self.heads, self.dim, self.layer_idx, self.alibi = (
+            config.heads,
+            config.width // config.heads,
+            layer_idx,
+            config.alibi,
+        )
         self.qkv, self.out = nn.Linear(config.width, 3 * config.width), nn.Linear(config.width, config.width)
         self.positions = config.positions
 
     def turn(self, x, position_ids):  # (batch, heads, tokens, dim), the first 8 dims
-        angles = torch.arange(self.positions, device=x.device)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8).to(x.device)
+        angles = torch.arange(self.positions, device=x.device)[:, None] / 10000 ** (torch.arange(0, 8, 2) / 8).to(
+            x.device
+        )
         cos, sin = torch.stack((angles.cos(), angles.sin()), dim=1).to(x.dtype)[position_ids][:, None].unbind(3)
         a, b = x[..., 0:8:2], x[..., 1:8:2]
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
@@ -54,7 +61,9 @@ class RemoteBlock(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         self.norm, self.attention = nn.LayerNorm(config.width), RemoteAttention(config, layer_idx)
-        self.mlp = nn.Sequential(nn.LayerNorm(config.width), nn.Linear(config.width, 96), nn.GELU(), nn.Linear(96, config.width))
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(config.width), nn.Linear(config.width, 96), nn.GELU(), nn.Linear(96, config.width)
+        )
 
     def forward(self, hidden_states, *args):
         hidden_states = hidden_states + self.attention(self.norm(hidden_states), *args)
@@ -74,7 +83,9 @@ class RemoteForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self):
         return self.embed
 
-    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=True, **kwargs):
+    def forward(
+        self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, use_cache=True, **kwargs
+    ):
         batch, tokens = input_ids.shape
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()

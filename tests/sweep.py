@@ -373,8 +373,8 @@ Made by `python tests/sweep.py` (torch {sweeps[0]["torch"]}): every causal-LM ty
 config with random weights, patched with {S} sinks and a window of {W}, and compared with re-computation by its own
 unpatched code. "Exact" says that the logits agree to
 {tolerances} while the text is short, in one piece, token
-by token, in chunks, in left-padded batches however they are cut and in beam search, and that `remove()` leaves the model
-as it was. "Refused" is an `UnsupportedModelError` that leaves the model as it was.
+by token, in chunks, in left-padded batches however they are cut and in beam search, and that `remove()` leaves the
+model as it was. "Refused" is an `UnsupportedModelError` that leaves the model as it was.
 
 {table(["transformers", "positions", "exact", "refused", "not built", "wrong", "types"], counts)}
 

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -12,8 +13,7 @@ import transformers
 
 import sweep
 from oracle import relative_error, streaming_logits
-from sinkattn import SinkCache, patch
-from tiny import tiny
+from sinkattn import SinkCache, UnsupportedModelError, patch
 
 S, W = 4, 10
 C = S + W
@@ -100,3 +100,69 @@ def test_slopes(dtype, rounding):
         exact = build(torch.ones(1, 2, dtype=torch.int64), heads, torch.float64).view(heads, 2)[:, 1] / dim**0.5
         assert found.scale == pytest.approx(dim**-0.5, rel=1e-6)
         assert found.alibi_slopes.double() == pytest.approx(exact.double(), rel=rounding)
+
+
+def test_query_scaled_by_position():
+    """Ministral-3 scales a query by its position; as in the cache that is ``min(t, C - 1)``: so the oracle does."""
+    rope = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=4)
+    model = sweep.build("ministral3", rope_parameters=dict(rope, llama_4_scaling_beta=0.5))
+    ids = random_ids(1, 3 * C)
+    expected = streaming_logits(copy.deepcopy(model), ids, S, W)
+    with patch(model, S, W) as handle:
+        assert handle.plan.layers[0, 0].query_scales[[0, C - 1]].tolist() == pytest.approx([1, 1 + 0.5 * math.log(4)])
+        for size in (1, 9, ids.shape[1]):
+            assert relative_error(fed(model, ids, size), expected) < 2e-5, f"chunks of {size}"
+
+
+def test_query_scaled_by_the_length_of_the_cache():
+    """Llama-4 counts columns of the cache, padding too: served while all of them are scaled alike."""
+    with pytest.raises(UnsupportedModelError, match="layer 1: its queries depend on how much the cache holds"):
+        patch(sweep.build("llama4_text", floor_scale=4, no_rope_layers=[1, 0, 1, 0]), S, W)
+
+
+def test_chunked_attention():
+    """Llama-4's chunks count positions in the cache: no border is met, unless a chunk is shorter than the cache."""
+    ids = random_ids(1, 4 * C)
+    model = sweep.build("llama4_text", attention_chunk_size=C)
+    expected = streaming_logits(copy.deepcopy(model), ids, S, W)
+    with patch(model, S, W):
+        assert relative_error(fed(model, ids, 9), expected) < 2e-5
+    for size in (C - 1, W, 5):
+        with pytest.raises(UnsupportedModelError, match="chunks below S"):
+            patch(sweep.build("llama4_text", attention_chunk_size=size), S, W)
+
+
+def test_several_turns_and_rows_of_a_hybrid():
+    """The state of other layers lies in the same cache: it resets, follows the beams, and is copied with it."""
+    model = sweep.build("falcon_h1")
+    ids = random_ids(2, 2 * C)
+    with patch(model, S, W), torch.no_grad():
+        expected = model(ids).logits
+        cache = SinkCache(model)
+        model(ids[:, :C], past_key_values=cache)
+        again = copy.deepcopy(cache)
+        assert relative_error(model(ids[:, C:], past_key_values=cache).logits, expected[:, C:]) < 1e-4
+        again.reorder_cache(torch.tensor([1, 0]))
+        assert relative_error(model(ids[:, C:].flip(0), past_key_values=again).logits, expected[:, C:].flip(0)) < 1e-4
+        cache.reset()
+        assert relative_error(model(ids, past_key_values=cache).logits, expected) < 1e-4
+        greedy = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8)
+        chat = SinkCache(model)
+        model.generate(ids[:, :C], past_key_values=chat, attention_mask=torch.ones_like(ids[:, :C]), max_new_tokens=1)
+        again = model.generate(ids, past_key_values=chat, attention_mask=torch.ones_like(ids), max_new_tokens=8)
+        assert torch.equal(again, greedy)
+
+
+def test_images_are_refused():
+    """Gemma-3 shows the tokens of an image those after them, which no causal cache can; nothing is lost."""
+    model = sweep.build("gemma3")
+    ids = random_ids(1, 12)
+    with patch(model, S, W), torch.no_grad():
+        cache = SinkCache(model)
+        model(ids, past_key_values=cache)
+        types = torch.zeros_like(ids)
+        types[:, 3:7] = 1
+        with pytest.raises(ValueError, match="those after them"):
+            model(ids, past_key_values=cache, token_type_ids=types)
+        expected = model(torch.cat((ids, ids), dim=1)).logits
+        assert relative_error(model(ids, past_key_values=cache).logits, expected[:, 12:]) < 2e-5

@@ -1,0 +1,199 @@
+"""Where a model lives, and what wraps it: offloaded, in several processes, quantised, with adapters, compiled."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import sinkattn
+from oracle import relative_error, streaming_logits
+from sinkattn import SinkCache, Stream, patch
+from tiny import tiny
+
+S, W = 4, 10
+C = S + W
+
+
+def random_ids(rows, tokens):
+    return torch.randint(1, 97, (rows, tokens))
+
+
+@torch.no_grad()
+def fed(model, ids, size):
+    cache = SinkCache(model)
+    return torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(size, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("where", ["cpu", "disk"])
+def test_offloaded_weights(where, tmp_path):
+    """accelerate's hooks bring weights in when a module runs: patched, generating, streaming, and removed."""
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = tiny("qwen3"), random_ids(1, 3 * C)
+    expected = streaming_logits(tiny("qwen3"), ids, S, W)
+    with torch.no_grad():
+        dense = model(ids).logits
+    if where == "cpu":
+        accelerate.cpu_offload(model, execution_device="cpu")
+    else:
+        accelerate.disk_offload(model, tmp_path, execution_device="cpu")
+    assert next(model.parameters()).is_meta
+    with patch(model, S, W), torch.no_grad():
+        assert relative_error(fed(model, ids, 1), expected) < 2e-5
+        assert relative_error(fed(model, ids, 9), expected) < 2e-5
+        greedy = model.generate(ids, do_sample=False, max_new_tokens=5)
+        stream = Stream(model)
+        stream.append(ids)
+        assert torch.stack(list(stream.generate(5)), dim=1).tolist() == greedy[:, -5:].tolist()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, dense)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_layers_on_several_devices(tmp_path):
+    """device_map: every layer's cache lies where its keys are."""
+    tiny("qwen3").save_pretrained(tmp_path)
+    ids = random_ids(1, 3 * C)
+    expected = streaming_logits(tiny("qwen3"), ids, S, W)
+    devices = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1}
+    devices |= {"model.layers.2": "cpu", "model.norm": 1, "lm_head": 1}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=devices)
+    with patch(model, S, W):
+        found = fed(model, ids.to(0), 9)
+    assert relative_error(found.cpu(), expected) < 2e-5
+
+
+def test_tensor_parallel(tmp_path):
+    """``tp_plan="auto"`` in two processes: each holds half of the heads, and both give the logits of one."""
+    tiny("llama").save_pretrained(tmp_path)
+    ids = random_ids(1, 3 * C)
+    torch.save((ids, streaming_logits(tiny("llama"), ids, S, W)), tmp_path / "expected.pt")
+    worker = f"""
+import torch, transformers, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from sinkattn import SinkCache, patch
+from oracle import relative_error
+torch.set_num_threads(1)
+model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, tp_plan="auto").eval()
+ids, expected = torch.load({str(tmp_path / "expected.pt")!r})
+patch(model, {S}, {W})
+with torch.no_grad():
+    for size in (1, 9, ids.shape[1]):
+        cache = SinkCache(model)
+        found = torch.cat([model(x, past_key_values=cache).logits for x in ids.split(size, dim=1)], dim=1)
+        assert relative_error(found, expected) < 2e-5, size
+    assert cache.layers[0].keys.shape[1] == 1  # of two key heads
+    assert model.generate(ids, max_new_tokens=3).shape == (1, ids.shape[1] + 3)
+print("exact")
+torch.distributed.destroy_process_group()
+"""
+    (tmp_path / "worker.py").write_text(worker)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "worker.py"]
+    environment = dict(os.environ, CUDA_VISIBLE_DEVICES="", PYTHONPATH=str(Path(__file__).parent.parent))
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("exact") == 2, done.stderr[-3000:]
+
+
+def test_adapters():
+    """LoRA by PEFT, around the model or inside: the adapters act, and the patch may be asked of either."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    ids, config = (
+        random_ids(1, 3 * C),
+        peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    )
+    plain = streaming_logits(tiny("llama"), ids, S, W)
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(tiny("llama"), config).eval()
+    expected = streaming_logits(wrapped, ids, S, W)
+    assert relative_error(expected, plain) > 0.1
+    with patch(wrapped, S, W), torch.no_grad():
+        assert relative_error(wrapped(ids).logits, expected) < 2e-5
+        assert relative_error(fed(wrapped, ids, 1), expected) < 2e-5
+        greedy = wrapped.generate(input_ids=ids, do_sample=False, max_new_tokens=5)
+        with wrapped.disable_adapter():
+            assert relative_error(wrapped(ids).logits, plain) < 2e-5
+    assert (
+        torch.equal(wrapped.merge_and_unload().generate(ids, max_new_tokens=1)[:, :-1], ids) and greedy.shape[1] == 47
+    )
+    inside = tiny("llama")
+    inside.add_adapter(config)
+    expected = streaming_logits(inside, ids, S, W)
+    with patch(inside, S, W):
+        assert relative_error(fed(inside, ids, 5), expected) < 2e-5
+
+
+@pytest.mark.parametrize("order", ["compiled first", "patched first", "in place"])
+def test_compiled(order):
+    model, ids = tiny("llama"), random_ids(1, 2 * C)
+    expected = streaming_logits(tiny("llama"), ids, S, W)
+    torch._dynamo.reset()
+    if order == "in place":
+        model.compile(backend="eager")
+    compiled = model if order == "in place" else torch.compile(model, backend="eager")
+    with torch.no_grad():
+        dense = compiled(ids).logits if order == "compiled first" else model(ids).logits
+        with patch(compiled if order == "compiled first" else model, S, W):
+            assert relative_error(compiled(ids).logits, expected) < 2e-5
+            assert relative_error(fed(compiled, ids, 1), expected) < 2e-5
+        assert relative_error(compiled(ids).logits, dense) < 2e-5
+
+
+QUANTISED = {
+    "load_in_4bit": ("bitsandbytes", lambda: transformers.BitsAndBytesConfig(load_in_4bit=True)),
+    "load_in_8bit": ("bitsandbytes", lambda: transformers.BitsAndBytesConfig(load_in_8bit=True)),
+    "int8 weights": ("torchao", lambda: transformers.TorchAoConfig(_int8_weight_only())),
+}
+
+
+def _int8_weight_only():
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig()
+
+
+@pytest.mark.parametrize("how", list(QUANTISED))
+def test_quantised_weights(how, tmp_path):
+    """Of models quantised while they load: patched and unpatched they are the same function, to its own rounding."""
+    library, config = QUANTISED[how]
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    tiny("llama", hidden_size=128, intermediate_size=128).save_pretrained(tmp_path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(tmp_path, quantization_config=config(), dtype=torch.bfloat16, device_map=device).eval()
+    ids = random_ids(1, 2 * C).to(device)
+    with torch.no_grad():
+        expected = streaming_logits(model, ids, S, W)
+        with patch(model, S, W):
+            for size in (1, 5, ids.shape[1]):
+                found = fed(model, ids, size)
+                assert (found - expected).float().square().mean().sqrt() / expected.float().std() < 0.05
+            assert model.generate(ids, max_new_tokens=3).shape == (1, 2 * C + 3)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    folder = Path(sinkattn.__file__).parent / "demo_model"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def test_pipeline_and_text_streamer(demo):
+    """transformers' own loops around a patched model: a text far longer than its window, the same every way."""
+    model, tokenizer = demo
+    prompt = "def main():\n    for i in range(10):\n"
+    options = dict(max_new_tokens=60, do_sample=False)
+    with patch(model, 4, 28):
+        inputs = tokenizer(prompt, return_tensors="pt")
+        plain = model.generate(**inputs, **options)
+        text = tokenizer.decode(plain[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+        assert pipe(prompt, return_full_text=False, **options)[0]["generated_text"] == text
+        streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        thread = threading.Thread(target=model.generate, kwargs=dict(**inputs, **options, streamer=streamer))
+        thread.start()
+        assert "".join(streamer) == text
+        thread.join()
