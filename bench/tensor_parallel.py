@@ -1,0 +1,176 @@
+"""Tensor parallelism beside one GPU:
+
+    torchrun --standalone --nproc-per-node 2 bench/tensor_parallel.py --output-dir bench/results/h200
+
+A model of Llama-3-8B's shape with random weights (`--layers` of its 32), patched with 4 sinks and a window of C - 4:
+first on one GPU by the first process, then over all processes with ``tp_plan="auto"``. The logits of a text of twice
+the window's length, in one piece and then token by token, are compared in float32 and in bfloat16; the decode step is
+timed in bfloat16 over a full cache, as Python runs it ("eager") and as a CUDA graph. Times are medians over steps.
+
+Writes tensor_parallel.csv (gpus, batch, capacity, mode, ms a step) and tensor_parallel.json (errors, device, versions).
+"""
+
+import csv
+import gc
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import transformers
+import typer
+from rich.console import Console
+
+import sinkattn
+
+SINKS, TEXT = 4, 32  # sinks, and tokens that are fed one by one when logits are compared
+console = Console(width=160)
+
+
+def config_of(size: str, layers: int) -> transformers.LlamaConfig:
+    """Llama-3-8B's shape, or one small enough to try this file out on CPUs."""
+    wide = dict(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, max_position_embeddings=8192,
+    )  # fmt: skip
+    small = dict(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.LlamaConfig(**(wide if size == "8b" else small), num_hidden_layers=layers, eos_token_id=None)
+
+
+@torch.no_grad()
+def logits_of(model, capacity: int, device) -> torch.Tensor:
+    """Logits of a text twice as long as the cache, all but its end at once: (1, TEXT + 1, vocabulary) float32."""
+    torch.manual_seed(1)
+    ids = torch.randint(3, 90, (1, 2 * capacity), device=device)
+    cache = sinkattn.SinkCache(model)
+    pieces = [model(ids[:, :-TEXT], past_key_values=cache, logits_to_keep=1).logits]
+    pieces += [model(token, past_key_values=cache).logits for token in ids[:, -TEXT:].split(1, dim=1)]
+    return torch.cat(pieces, dim=1).float().cpu()
+
+
+def synchronize(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def step_ms(model, batch: int, capacity: int, device, as_graph: bool, steps: int = 30) -> float:
+    """Milliseconds of one decode step of `batch` rows over a full cache: the median of `steps`."""
+    cache, token = sinkattn.SinkCache(model), torch.full((batch, 1), 5, device=device)
+    for row in torch.full((batch, capacity), 7, device=device).split(256, dim=1):
+        model(row, past_key_values=cache, logits_to_keep=1)
+    step = lambda: model(token, past_key_values=cache).logits  # noqa: E731
+    if as_graph:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        step = graph.replay
+    times = []
+    for _ in range(steps + 5):
+        synchronize(device)
+        start = time.perf_counter()
+        step()
+        synchronize(device)
+        times.append((time.perf_counter() - start) * 1e3)
+    return sorted(times[5:])[steps // 2]
+
+
+def measure(load, capacity: int, batches: list[int], device) -> tuple[dict, list]:
+    """Logits by dtype, and rows (batch, capacity, mode, ms), of a model that `load(dtype)` returns."""
+    logits, rows = {}, []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = load(dtype).eval()
+        with sinkattn.patch(model, SINKS, capacity - SINKS):
+            logits[dtype] = logits_of(model, capacity, device)
+            for batch in batches if dtype == torch.bfloat16 else []:
+                for as_graph in (False, True) if device.type == "cuda" else (False,):
+                    ms = step_ms(model, batch, capacity, device, as_graph)
+                    rows.append((batch, capacity, "graph" if as_graph else "eager", ms))
+        del model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return logits, rows
+
+
+def main(
+    output_dir: Annotated[Path, typer.Option(help="where tensor_parallel.csv and .json go")],
+    size: Annotated[str, typer.Option(help="8b, or tiny to try this file out")] = "8b",
+    layers: Annotated[int, typer.Option(help="of the 32")] = 32,
+    capacity: Annotated[int, typer.Option(help="C, tokens")] = 1024,
+    batches: Annotated[list[int] | None, typer.Option("--batch", help="rows of a step; default 1 and 32")] = None,
+) -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = torch.device(f"cuda:{rank}" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = False
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    folder = [tempfile.mkdtemp()] if rank == 0 else [None]
+    dist.broadcast_object_list(folder, 0)
+    from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
+    batches = batches or [1, 32]
+    try:
+        if rank == 0:
+            torch.manual_seed(0)
+            with device:
+                model = transformers.LlamaForCausalLM(config_of(size, layers))
+            model.to(torch.bfloat16).save_pretrained(folder[0])
+            del model
+            gc.collect()
+            alone = measure(lambda dtype: from_pretrained(folder[0], dtype=dtype).to(device), capacity, batches, device)
+        dist.barrier()
+        split = measure(
+            lambda dtype: from_pretrained(folder[0], dtype=dtype, tp_plan="auto"), capacity, batches, device
+        )
+        if rank == 0:
+            report(output_dir, world, alone, split, device, f"{size}, {layers} layers")
+        dist.barrier()
+        dist.destroy_process_group()
+    finally:
+        if rank == 0:
+            shutil.rmtree(folder[0])
+
+
+def report(output_dir: Path, world: int, alone: tuple, split: tuple, device, model: str) -> None:
+    exact = alone[0][torch.float32].double()
+    error = lambda x: ((x.double() - exact).square().mean().sqrt() / exact.std()).item()  # noqa: E731
+    about = dict(
+        model=f"Llama-3-8B's shape ({model}), random weights",
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        gpus=world,
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        error_of="root mean square of logits against one device in float32, relative to their spread",
+        float32_split=error(split[0][torch.float32]),
+        bfloat16_alone=error(alone[0][torch.bfloat16]),
+        bfloat16_split=error(split[0][torch.bfloat16]),
+    )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "tensor_parallel.json").write_text(json.dumps(about, indent=1) + "\n")
+    rows = [(gpus, *row) for gpus, (_, some) in ((1, alone), (world, split)) for row in some]
+    with (output_dir / "tensor_parallel.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("gpus", "batch", "capacity", "mode", "ms"))
+        writer.writerows((*row[:-1], f"{row[-1]:.3f}") for row in rows)
+    console.print(about, *rows, sep="\n")
+    if about["float32_split"] > 1e-4:
+        raise SystemExit("float32 logits over several devices are not those of one")
+
+
+if __name__ == "__main__":
+    typer.run(main)
