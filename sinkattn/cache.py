@@ -172,6 +172,9 @@ class SinkCache(Cache):
         self.seen = 0
         self._open = False  # whether a step is under way
         self._recent: Tensor | None = None  # (batch, <= RECENT) ids last fed, None if unknown
+        self._places: Tensor | None = None  # (batch, tokens, 3) of a step with images before or in it, see `begin`
+        self._top: Tensor | None = None  # (batch,) largest of a row's places, None while they are its positions
+        self._anchor: Tensor | None = None  # (batch, 3) the place of token C - 1
         self._broken = False
 
     def _make_layers(self) -> None:
@@ -213,8 +216,13 @@ class SinkCache(Cache):
                 f"this SinkCache holds device {self.lengths.device}, the input is on {device}: make a new one"
             )
 
-    def begin(self, tokens: int, mask: Tensor | None, batch: int, device: torch.device) -> None:
-        """Prepare a step of `tokens` columns. mask: (batch, tokens) bool, False for left padding; None for none."""
+    def begin(self, tokens: int, mask: Tensor | None, batch: int, device: torch.device, places=None) -> None:
+        """Prepare a step of `tokens` columns.
+
+        mask: (batch, tokens) bool, False for left padding; None for none. places: (batch, tokens, 3) int64, where
+        images give tokens three positions each (M-RoPE); text goes on after the largest. Angles follow from places, for
+        sinks from that of token ``min(t, C - 1)``. What is seen follows from the count of tokens, as ever.
+        """
         if self.lengths is None or len(self.lengths) != batch or self.lengths.device != device:
             with torch.inference_mode(False):
                 self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -223,10 +231,25 @@ class SinkCache(Cache):
         self._counts = None if mask is None else mask.sum(1)
         first = self.lengths if mask is None else self.lengths - (tokens - self._counts)
         self._positions = first[:, None] + torch.arange(tokens, device=device)
+        self._start_places(places)
         self._rotations: dict = {}
         self._calls: dict[int, int] = {}  # how often each layer has attended in this step
         self._updated: int | None = None
         self._written, self._open = False, True
+
+    def _start_places(self, places: Tensor | None) -> None:
+        if places is None and self._top is not None:
+            held = self.lengths[:, None]
+            places = (self._top[:, None] + 1 + self._positions - held)[..., None].expand(-1, -1, 3)
+        self._places = places
+        if places is None:
+            return
+        if self._anchor is None:
+            self._anchor = torch.zeros_like(places[:, 0])
+        last = self.plan.capacity - 1
+        at = (self._positions == last)[..., None]
+        self._anchor = torch.where(at.any(1), (places * at).sum(1), self._anchor)
+        self._sink_places = torch.where((self._positions <= last)[..., None], places, self._anchor[:, None])
 
     def check_mask(self, mask_function, device) -> None:
         """Raise ValueError if a transformers mask function shows any token of the step what comes after it."""
@@ -239,6 +262,9 @@ class SinkCache(Cache):
 
     def advance(self, ids: Tensor | None) -> None:
         """End the step: its tokens now belong to the rows. ids: (batch, tokens), None if only embeddings are known."""
+        if self._places is not None:
+            new = (self._positions >= self.lengths[:, None])[..., None]
+            self._top = self._places.masked_fill(~new, -1).amax((1, 2))
         self.lengths += self._tokens if self._counts is None else self._counts
         if self.has_state and self._counts is not None:
             self._forget_padding()
@@ -318,6 +344,9 @@ class SinkCache(Cache):
         """``[text | sink][cos | sin]`` of the step's tokens, once per step and rope: (batch, tokens, 2, 2, r / 2)."""
         if (rope, device) not in self._rotations:
             text = self._positions.to(device)
+            if self._places is not None:
+                both = torch.stack((self._places, self._sink_places), dim=2).to(device)
+                return self._rotations.setdefault((rope, device), rope.table_of_places(both))
             self._rotations[rope, device] = rope.table(
                 torch.stack((text, self._sink_positions(text)), dim=-1), text[..., None] + 1
             )
@@ -380,6 +409,7 @@ class SinkCache(Cache):
         for layer in self._each_layer():
             layer.reset()
         self.seen, self._recent, self._broken = 0, None, False
+        self._top = self._anchor = None
         if self.lengths is not None:
             self.lengths.zero_()
 
@@ -388,8 +418,10 @@ class SinkCache(Cache):
         for layer in self._each_layer():
             layer.reorder_cache(beam_idx)
         self.lengths = self.lengths.index_select(0, beam_idx.to(self.lengths.device))
-        if self._recent is not None:
-            self._recent = self._recent.index_select(0, beam_idx.to(self._recent.device))
+        for name in ("_recent", "_top", "_anchor"):
+            held = getattr(self, name)
+            if held is not None:
+                setattr(self, name, held.index_select(0, beam_idx.to(held.device)))
 
     batch_select_indices = reorder_cache
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from . import ops
 from .cache import Plan, SinkCache
-from .rope import Recorder, UnsupportedModelError, input_device, probe, takes_positions, untouched
+from .rope import Recorder, UnsupportedModelError, counts_in_three, input_device, probe, takes_positions, untouched
 
 IMPLEMENTATION = "sinkattn"  # name in transformers' attention registries
 ROUTES = {  # how attention is reached: the implementation that the config names meanwhile, None for the model's own
@@ -26,6 +26,7 @@ ROUTES = {  # how attention is reached: the implementation that the config names
     "watch": None,  # whatever the model does with what `Cache.update` returns, see watch.py
 }
 HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}  # tensors that attention may be given
+IMAGES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
 CHUNK = 2048  # tokens of a prompt that go through the model at a time
 
 
@@ -109,6 +110,7 @@ class Handle:
             if isinstance(vars(module).get("config"), PreTrainedConfig)
         ]
         self._forward, self._generate = model.forward, getattr(model, "generate", None)
+        self._counts_in_three = counts_in_three(model)
         self._takes_positions = takes_positions(model.forward)
         self._parameters = tuple(inspect.signature(model.forward).parameters)
         self._replaced: dict[str, object] = {}
@@ -286,9 +288,29 @@ class Handle:
             )
         cache.check(batch, given.device, self.plan)
         mask = self._mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
+        places = self._places_of(kwargs, mask, cache)
         if tokens > 1:  # one look at the values a prompt, none a token
-            self._check_values(ids, mask, kwargs.get("position_ids"), cache)
-        return self._run(kwargs, batch, tokens, cache, mask, keep_cache)
+            self._check_values(ids, mask, None if self._counts_in_three else kwargs.get("position_ids"), cache)
+        return self._run(kwargs, batch, tokens, cache, mask, places, keep_cache)
+
+    def _places_of(self, kwargs: dict, mask: Tensor | None, cache: SinkCache) -> Tensor | None:
+        """Three positions of every token, (batch, tokens, 3), where images give them (M-RoPE), else None."""
+        module, position_ids = self._counts_in_three, kwargs.get("position_ids")
+        if module is None:
+            return None
+        if (
+            isinstance(position_ids, Tensor) and position_ids.dim() == 3
+        ):  # `generate` has counted; text comes first of 4
+            return position_ids[-3:].movedim(0, -1)
+        if all(kwargs.get(name) is None for name in ("image_grid_thw", "video_grid_thw")):
+            return None
+        if cache.seen:
+            raise ValueError("images after the first input: give the whole history to a new SinkCache")
+        takes = inspect.signature(module.get_rope_index).parameters
+        given = {name: kwargs[name] for name in takes if kwargs.get(name) is not None}
+        if mask is not None:
+            given["attention_mask"] = mask.long()
+        return module.get_rope_index(**given)[0].movedim(0, -1)
 
     def _mask_of(self, attention_mask, batch: int, tokens: int, cache: SinkCache) -> Tensor | None:
         """The mask's columns of the new tokens, (batch, tokens) bool, or None where nothing is padding."""
@@ -322,12 +344,13 @@ class Handle:
                     "counted): leave position_ids out, sinkattn counts them"
                 )
 
-    def _run(self, kwargs: dict, batch: int, tokens: int, cache: SinkCache, mask, keep_cache: bool):
+    def _run(self, kwargs: dict, batch: int, tokens: int, cache: SinkCache, mask, places, keep_cache: bool):
         """Feed the step in chunks and put the outputs together."""
         as_tuple = kwargs.pop("return_dict", None) is False
         labels, keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
         last = keep if isinstance(keep, int) and keep > 0 else tokens  # tokens at the end whose logits are asked for
-        ends = self._ends(tokens, cache, mask)
+        images = any(kwargs.get(name) is not None for name in IMAGES)  # they are not cut
+        ends = [tokens] if images else self._ends(tokens, cache, mask)
         whole = len(ends) == 1
         pieces = []
         for begin, end in itertools.pairwise([0, *ends]):
@@ -342,7 +365,8 @@ class Handle:
                 part.pop("labels", None)  # the loss is taken of all chunks together
                 if "logits_to_keep" in kwargs:
                     part["logits_to_keep"] = max(wanted, 1)
-            pieces.append(self._step(part, cache, batch, end - begin, torn=begin > 0))
+            place = None if places is None else places[:, begin:end]
+            pieces.append(self._step(part, cache, batch, end - begin, place, torn=begin > 0))
             if wanted == 0:
                 pieces[-1]["logits"] = pieces[-1]["logits"][:, :0]
         output = pieces[0] if len(pieces) == 1 else _joined(pieces)
@@ -382,13 +406,13 @@ class Handle:
             ends |= {width for width in widths if first < width < tokens}
         return sorted(ends)
 
-    def _step(self, part: dict, cache: SinkCache, batch: int, tokens: int, torn: bool):
+    def _step(self, part: dict, cache: SinkCache, batch: int, tokens: int, places: Tensor | None, torn: bool):
         """One chunk through the model's own forward, every position 0, with its attention led to the cache."""
         ids = part.get("input_ids")
         device = (part["inputs_embeds"] if ids is None else ids).device
         if self._takes_positions:
             part["position_ids"] = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
-        cache.begin(tokens, part.get("attention_mask"), batch, device)
+        cache.begin(tokens, part.get("attention_mask"), batch, device, places)
         try:
             with _current.of(cache), torch.no_grad():
                 output = self._forward(**part)

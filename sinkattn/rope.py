@@ -24,6 +24,8 @@ from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from .reference import rotate
 from .watch import Watch
 
+FAR = 100_000  # a position at which even the slowest pair has turned visibly
+
 
 class UnsupportedModelError(ValueError):
     """The model cannot be patched exactly; the message names the layer and the reason. The model is unchanged."""
@@ -36,12 +38,15 @@ class Rope:
     frequencies: (sets, r / 2) float64, radians per token. One set, unless the model picks frequencies by sequence
         length (dynamic NTK, longrope).
     set_of_length: (C + 1,) int64, which set serves a row of n tokens, n <= C; longer rows use the last.
+    axes: (r / 2,) int64, which of a token's three positions turns a pair (M-RoPE: time, height, width); None for models
+        with one.
     """
 
     start: int
     interleaved: bool
     frequencies: Tensor
     set_of_length: Tensor
+    axes: Tensor | None = None
     _on: dict = field(default_factory=dict, repr=False)
 
     def __deepcopy__(self, memo) -> "Rope":
@@ -60,6 +65,11 @@ class Rope:
         """Which frequency set serves rows of `lengths` tokens: any int64 shape in, the same out."""
         set_of_length = self._tables(lengths.device)[1]
         return set_of_length[lengths.clamp(0, len(set_of_length) - 1)]
+
+    def table_of_places(self, places: Tensor) -> Tensor:
+        """`table` of tokens with three positions each, (..., 3) int64. Returns (..., 2, r / 2)."""
+        angles = places[..., self.axes.to(places.device)].double() * self._tables(places.device)[0][0]
+        return torch.stack((angles.cos(), angles.sin()), dim=-2).float()
 
     def table(self, positions: Tensor, lengths: Tensor) -> Tensor:
         """``[cos | sin](position * frequency)`` in float32.
@@ -267,12 +277,13 @@ def probe(
         if isinstance(getattr(module, "layer_idx", None), int)
     ]
 
-    def run(ids: Tensor, positions: list[int] | None) -> Tensor:
+    def run(ids: Tensor, positions: list[int] | Tensor | None) -> Tensor:
         recorder.forget()
         recorder.reset()
         more = {}
         if positions is not None and takes_positions(model.forward):
-            more["position_ids"] = torch.tensor(positions, device=ids.device)[:, None]
+            lists = isinstance(positions, list)
+            more["position_ids"] = torch.tensor(positions, device=ids.device)[:, None] if lists else positions
         try:
             return model(input_ids=ids, past_key_values=recorder, use_cache=True, **more)[0]
         except UnsupportedModelError:
@@ -298,6 +309,12 @@ def probe(
                     run(torch.ones(len(piece), 1, dtype=torch.int64, device=device), piece.tolist())
                     pieces.append({key: _length(seen.query) for key, seen in recorder.seen.items()})
                 norms = {key: torch.cat([piece[key] for piece in pieces]) for key in rows}
+            spread = None
+            if counts_in_three(model):
+                far = torch.zeros(3, 4, 1, dtype=torch.int64, device=device)
+                far[range(3), range(1, 4)] = FAR
+                run(torch.ones(4, 1, dtype=torch.int64, device=device), far)
+                spread = recorder.seen
             if not recorder.watches:
                 recorder.reports = max(capacity, longest)
                 run(torch.ones(1, 1, dtype=torch.int64, device=device), [0])
@@ -335,7 +352,9 @@ def probe(
         found = _match(seen.where, positions, seen.query, seen.key, seen.value, used)
         if found is not None and found not in ropes:
             index, start, interleaved, sign = found
-            ropes[found] = Rope(start, interleaved, sign * tables[index].frequencies, tables[index].set_of_length)
+            frequencies = sign * tables[index].frequencies
+            axes = None if spread is None else _axes(spread[key], start, interleaved, frequencies[0])
+            ropes[found] = Rope(start, interleaved, frequencies, tables[index].set_of_length, axes)
         layers[key] = ProbedLayer(ropes.get(found), seen.window or None)
         if scaled[key]:
             layers[key] = replace(layers[key], query_scales=(norms[key] / norms[key][0]).float())
@@ -348,6 +367,21 @@ def probe(
     if not any(keeps_state) and all(x.rope is None and x.alibi_slopes is None for x in layers.values()):
         raise UnsupportedModelError(f"{name}: no rotation found in any layer, and nothing else that tells distances")
     return layers
+
+
+def counts_in_three(model: nn.Module) -> nn.Module | None:
+    """The part of a model that counts time, height and width of images (M-RoPE), if it has one."""
+    return next((module for module in model.modules() if hasattr(module, "get_rope_index")), None)
+
+
+def _axes(seen: Seen, start: int, interleaved: bool, frequencies: Tensor) -> Tensor:
+    """Which position turns each pair: keys (4, heads, 1, dim) at the origin and at `FAR` along each axis."""
+    keys, size = seen.key.double().transpose(1, 2).flatten(1, 2), 2 * len(frequencies)  # (4, heads, dim)
+    angles = FAR * frequencies.to(keys.device)
+    turned = rotate(keys[0], angles.cos(), angles.sin(), start, interleaved)
+    miss = (keys[1:] - turned)[..., start : start + size].square().sum(1)  # (3, r)
+    pairs = miss.unflatten(-1, (-1, 2)).sum(-1) if interleaved else miss.unflatten(-1, (2, -1)).sum(-2)
+    return pairs.argmin(0).cpu()
 
 
 def _length(x: Tensor) -> Tensor:

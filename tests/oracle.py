@@ -34,8 +34,11 @@ def mixing_modules(model) -> list[tuple[torch.nn.Module, bool]]:
 
 
 @torch.no_grad()
-def streaming_logits(model, ids, sink_size: int, window_size: int):
-    """Logits of an unpatched model for ids (1, n), token by token: (1, n, vocabulary)."""
+def streaming_logits(model, ids, sink_size: int, window_size: int, run=None):
+    """Logits of an unpatched model for ids (1, n), token by token: (1, n, vocabulary).
+
+    run: what gives the logits of token t over as many tokens as a cache holds, ``run(t, length)``; None: ids alone.
+    """
     hooks, calls = [], {}
 
     def cut(x, dim=1):
@@ -74,7 +77,9 @@ def streaming_logits(model, ids, sink_size: int, window_size: int):
         for t in range(ids.shape[1]):
             calls.clear()
             length = min(t + 1, sink_size + window_size)
-            rows.append(model(input_ids=ids[:, t - length + 1 : t + 1], use_cache=False).logits[:, -1:])
+            ids_held = ids[:, t - length + 1 : t + 1]
+            logits = model(input_ids=ids_held, use_cache=False).logits if run is None else run(t, length)
+            rows.append(logits[:, -1:])
         return torch.cat(rows, dim=1)
     finally:
         for hook in hooks:

@@ -166,3 +166,83 @@ def test_images_are_refused():
             model(ids, past_key_values=cache, token_type_ids=types)
         expected = model(torch.cat((ids, ids), dim=1)).logits
         assert relative_error(model(ids, past_key_values=cache).logits, expected[:, 12:]) < 2e-5
+
+
+def vision_model(kind: str):
+    """Qwen2.5-VL (sections of time, height, width one after another) or Qwen3-VL (interleaved), tiny."""
+    text = {name: sweep.SMALL[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "pad_token_id")}
+    text |= dict(num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    text["rope_parameters"] = dict(rope_type="default", rope_theta=1e4, mrope_section=[2, 3, 3])
+    vision = dict(depth=2, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64, patch_size=4)
+    ids = dict(image_token_id=95, video_token_id=94, vision_start_token_id=93, vision_end_token_id=92)
+    if kind == "qwen2_5_vl":
+        vision |= dict(window_size=16, fullatt_block_indexes=[1])
+        classes = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
+    else:
+        text |= dict(head_dim=16)
+        text["rope_parameters"]["mrope_interleaved"] = True
+        vision |= dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
+        classes = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
+    torch.manual_seed(0)
+    config = classes[0](text_config=text, vision_config=vision, attn_implementation="eager", **ids)
+    model = classes[1](config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_an_image_in_the_prompt(kind):
+    """M-RoPE: the tokens of an image have three positions each, and the text after it goes on where they end."""
+    model, text = vision_model(kind), lambda n: torch.randint(3, 90, (1, n))
+    ids = torch.cat((text(5), torch.tensor([[93, *[95] * 6, 92]]), text(40)), dim=1)
+    image = dict(pixel_values=torch.randn(24, 96), image_grid_thw=torch.tensor([[1, 4, 6]]))
+    types = (ids == 95).int()
+    twin, seen = copy.deepcopy(model), {}
+    hook = twin.model.language_model.register_forward_pre_hook(
+        lambda _, __, given: seen.update(given), with_kwargs=True
+    )
+    with torch.no_grad():
+        dense = twin(ids, mm_token_type_ids=types, **image, use_cache=False).logits
+    hook.remove()
+    embeds, places = seen["inputs_embeds"], seen["position_ids"][-3:]  # (1, n, width), (3, 1, n)
+    assert (places[0] != places[1]).any()
+
+    def oracle(t, length):
+        """Sinks where they stand, the window moved so that token t stands where token C - 1 did."""
+        at = torch.arange(length) if length > t else torch.cat((torch.arange(S), torch.arange(t - W + 1, t + 1)))
+        moved = places[:, :, at].clone()
+        moved[:, :, S:] += (places[:, :, [min(t, C - 1)]] - places[:, :, [t]]) if t >= C else 0
+        held = twin.model.language_model(inputs_embeds=embeds[:, at], position_ids=moved, use_cache=False)
+        return twin.lm_head(held.last_hidden_state)
+
+    def streamed(size, first):
+        cache = SinkCache(model)
+        pieces = [model(ids[:, :first], mm_token_type_ids=types[:, :first], **image, past_key_values=cache).logits]
+        pieces += [model(x, past_key_values=cache).logits for x in ids[:, first:].split(size, dim=1) if x.numel()]
+        return torch.cat(pieces, dim=1)
+
+    with torch.no_grad():
+        with patch(model, S, 60):
+            assert relative_error(streamed(7, ids.shape[1]), dense) < 2e-5
+            assert relative_error(streamed(7, 15), dense) < 2e-5
+        with patch(model, S, W):
+            whole = streamed(1, ids.shape[1])
+            if (
+                kind == "qwen2_5_vl"
+            ):  # Qwen3-VL adds to hidden states of images between layers, out of the oracle's sight
+                assert relative_error(whole, streaming_logits(twin, ids, S, W, oracle)) < 2e-5
+            for size, first in ((1, 13), (5, 14), (C, 20)):
+                assert relative_error(streamed(size, first), whole) < 2e-5
+            options = dict(max_new_tokens=9, do_sample=False, suppress_tokens=[92, 93, 94, 95, 96])  # no images
+            greedy = model.generate(ids, mm_token_type_ids=types, **image, **options)
+            longer = torch.cat((types, torch.zeros(1, 9, dtype=types.dtype)), dim=1)
+            logits = model(greedy, mm_token_type_ids=longer, **image).logits
+            assert torch.equal(logits[:, ids.shape[1] - 1 : -1, :92].argmax(-1), greedy[:, ids.shape[1] :])
+            text_alone = text(3 * C)
+            assert relative_error(model(text_alone).logits, streaming_logits(twin, text_alone, S, W)) < 2e-5
+            cache = SinkCache(model)
+            model(text_alone, past_key_values=cache)
+            with pytest.raises(ValueError, match="images after the first input"):
+                model(ids, mm_token_type_ids=types, **image, past_key_values=cache)
