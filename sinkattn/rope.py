@@ -127,7 +127,7 @@ class Recorder(DynamicCache):
         knowing.sort(key=lambda m: "Attention" in type(m).__name__)  # the layer itself may know its index too
         self.modules = {m.layer_idx: type(m).__name__ for m in knowing}
         self.capacity, self.window_size, self.watches = capacity, window_size, watches
-        self.reports = 0  # how much text it says it holds
+        self.reports: dict[int, int] = {}  # how much text layers say they hold, if not none
         self.forget()
 
     def forget(self) -> None:
@@ -148,7 +148,7 @@ class Recorder(DynamicCache):
         raise UnsupportedModelError("an indexer chooses what its attention sees (sparse attention, DSA)")
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.reports
+        return self.reports.get(layer_idx, 0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
@@ -316,12 +316,13 @@ def probe(
                 run(torch.ones(4, 1, dtype=torch.int64, device=device), far)
                 spread = recorder.seen
             if not recorder.watches:
-                recorder.reports = max(capacity, longest)
+                held = max(capacity, longest)
+                recorder.reports = {index: held for index, _ in rows}
                 run(torch.ones(1, 1, dtype=torch.int64, device=device), [0])
                 for key, seen in recorder.seen.items():
                     if (seen.query[0] - rows[key].query[0]).abs().max() > 1e-3 * seen.query.abs().max():
                         raise UnsupportedModelError(
-                            f"{seen.where}: its queries depend on how much the cache holds, {recorder.reports} tokens "
+                            f"{seen.where}: its queries depend on how much the cache holds, {held} tokens "
                             "or less: a smaller S + W may do (Llama-4 scales queries from position 8191 on)"
                         )
             if recorder.watches:

@@ -113,6 +113,33 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "models"
 
 
+NOTES = """## Notes
+
+- **The distance** of a key is that of StreamingLLM for every relative encoding: `t - j` in the window,
+  `min(t, S + W - 1) - j` for a sink. ALiBi slopes are measured from the model's own biases, with what scales them
+  (Falcon-RW: 1 / sqrt(head_dim)). A model in half precision rounds its biases; slopes measured there are within that
+  rounding, and are then applied in float32.
+- **Queries scaled by position** (Ministral-3) are scaled as at position `min(t, S + W - 1)`. Llama-4 scales by the
+  columns of its cache instead, padding too, from column 8191 on: served while S + W stays below, refused beyond.
+- **Chunked attention** (Llama-4) counts positions in the cache, so no border is met; a chunk shorter than S + W is
+  refused.
+- **Hybrids**: only attention layers are replaced. Rows of nothing but padding start from an empty state, so left padding
+  may be cut anywhere. Types whose layers cannot go on with several tokens at once are fed token by token after the
+  first input.
+- **Images** (Qwen2.5-VL, Qwen3-VL): their tokens have three positions each. A sink is seen from the place of token
+  `min(t, S + W - 1)`, everything in the window from its own. Images belong into the first input of a cache. Models that
+  let the tokens of an image see those after them (Gemma-3) take text alone.
+- **MLA**: latents are expanded before they are cached, in types that cache the latent as in those that do not.
+- **Models of `trust_remote_code`** need `position_ids` if they rotate, and a cache that is asked by
+  `update(k, v, layer_idx)` and no more. Their attention may be any of torch's: a product with the keys, a softmax, a
+  product with the values, or `scaled_dot_product_attention`. Kernels outside torch (flash-attn called by itself) are
+  refused.
+- **`transformers serve`** loads models itself, by the name of their architecture, and takes no model object: there is no
+  public way to hand it a patched one. Its generation loop is `model.generate` with a streamer, which works: a pipeline
+  or a few lines around `Stream` stand in.
+"""
+
+
 def small_config(model_type: str, **settings):
     """A config with every known field small; sub-configs are small configs themselves."""
     config_class = CONFIG_MAPPING[model_type]
@@ -239,7 +266,7 @@ def check(name: str) -> Result:
         with contextlib.redirect_stdout(io.StringIO()):
             model = build(name)
     except Exception as error:
-        result.status, result.reason = "not built", f"{type(error).__name__}: {error}".splitlines()[0]
+        result.status, result.reason = "not built", " ".join(f"{type(error).__name__}: {error}".split())[:200]
         return result
     result.positions = positions(model)
     before = snapshot(model)
@@ -392,7 +419,8 @@ Where unpatched types disagree with themselves, on a text of {C} tokens:
 ## Not served
 
 {table(named, other_rows)}
-"""
+
+{NOTES}"""
 
 
 def main(names: list[str]) -> None:
