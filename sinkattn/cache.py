@@ -253,9 +253,11 @@ class SinkCache(Cache):
 
     def check_mask(self, mask_function, device) -> None:
         """Raise ValueError if a transformers mask function shows any token of the step what comes after it."""
+        if self._tokens == 1:
+            return
         query = torch.arange(self._tokens - 1, device=device)[None]
         rows = torch.arange(len(self.lengths), device=device)[:, None]
-        if self._tokens > 1 and bool(torch.as_tensor(mask_function(rows, rows[:1] * 0, query, query + 1)).any()):
+        if bool(torch.as_tensor(mask_function(rows, rows[:1] * 0, query, query + 1)).any()):
             raise ValueError(
                 "the mask lets tokens see those after them (images do so in some models): sinkattn is causal"
             )

@@ -27,6 +27,7 @@ ROUTES = {  # how attention is reached: the implementation that the config names
 }
 HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}  # tensors that attention may be given
 IMAGES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+WATCHED_CHUNK = 512  # of watched attention, which goes on to compute its own (tokens, tokens) scores
 CHUNK = 2048  # tokens of a prompt that go through the model at a time
 
 
@@ -393,14 +394,15 @@ class Handle:
         Layers with a state of their own mind the padding of the first piece only: in later ones a row has none, or
         nothing else.
         """
-        begin = CHUNK if self.plan.prefill == "streaming" else tokens
+        size = CHUNK if self.plan.route == "interface" else min(CHUNK, WATCHED_CHUNK)
+        size = size if self.plan.prefill == "streaming" else tokens
         if not cache.has_state:
-            return [*range(begin, tokens, begin), tokens]
+            return [*range(size, tokens, size), tokens]
         if not self.plan.continues:
             first = 1 if cache.seen else tokens
             return [*range(first, tokens, 1), tokens]
-        first = 0 if cache.seen else min(begin, tokens)
-        ends = {*range(first or begin, tokens, begin), tokens}
+        first = 0 if cache.seen else min(size, tokens)
+        ends = {*range(first or size, tokens, size), tokens}
         if mask is not None:
             widths = (~mask).sum(1).tolist()
             ends |= {width for width in widths if first < width < tokens}
@@ -414,7 +416,8 @@ class Handle:
             part["position_ids"] = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
         cache.begin(tokens, part.get("attention_mask"), batch, device, places)
         try:
-            with _current.of(cache), torch.no_grad():
+            # states of layers that transformers keeps must be writable in and out of inference mode
+            with _current.of(cache), torch.inference_mode(False), torch.no_grad():
                 output = self._forward(**part)
         except BaseException:
             cache.abort(torn)
@@ -483,8 +486,9 @@ def patch(
     window and ``min(t, S + W - 1) - j`` for a sink, S = sink_size and W = window_size: memory and time per token are
     constant.
 
-    model: any `PreTrainedModel` decoder whose positions are rotary, on any device and in any dtype. Its weights,
-        buffers and config are not changed; other models are not touched.
+    model: any `PreTrainedModel` decoder whose positions are rotary or ALiBi, on any device or devices and in any dtype;
+        wrapped by PEFT or `torch.compile`, what they wrap. Its weights, buffers and config are not changed; other
+        models are not touched.
     sink_size: tokens at the start of every row that stay for ever; 0 is plain window attention.
     window_size: tokens, the current one included. A layer whose own sliding window is smaller keeps that.
     prefill: "streaming" (a text gives the same logits however it is cut), or "dense": an input of several tokens is

@@ -123,9 +123,9 @@ NOTES = """## Notes
   columns of its cache instead, padding too, from column 8191 on: served while S + W stays below, refused beyond.
 - **Chunked attention** (Llama-4) counts positions in the cache, so no border is met; a chunk shorter than S + W is
   refused.
-- **Hybrids**: only attention layers are replaced. Rows of nothing but padding start from an empty state, so left padding
-  may be cut anywhere. Types whose layers cannot go on with several tokens at once are fed token by token after the
-  first input.
+- **Hybrids**: only attention layers are replaced. Rows of nothing but padding start from an empty state, so padding on
+  the left may be cut anywhere. Types whose layers cannot go on with several tokens at once are fed token by token after
+  the first input.
 - **Images** (Qwen2.5-VL, Qwen3-VL): their tokens have three positions each. A sink is seen from the place of token
   `min(t, S + W - 1)`, everything in the window from its own. Images belong into the first input of a cache. Models that
   let the tokens of an image see those after them (Gemma-3) take text alone.
@@ -134,9 +134,9 @@ NOTES = """## Notes
   `update(k, v, layer_idx)` and no more. Their attention may be any of torch's: a product with the keys, a softmax, a
   product with the values, or `scaled_dot_product_attention`. Kernels outside torch (flash-attn called by itself) are
   refused.
-- **`transformers serve`** loads models itself, by the name of their architecture, and takes no model object: there is no
-  public way to hand it a patched one. Its generation loop is `model.generate` with a streamer, which works: a pipeline
-  or a few lines around `Stream` stand in.
+- **`transformers serve`** loads models itself, by the name of their architecture, and takes no model object: no public
+  way leads a patched one there. Its generation loop is `model.generate` with a streamer, which works: a pipeline or a few
+  lines around `Stream` stand in.
 """
 
 
