@@ -170,19 +170,24 @@ class Handle:
             error = torch.cat(found, dim=1).double() - expected.double()
             return (error.square().mean().sqrt() / expected.double().std().clamp_min(1e-30)).item()
 
-        tokens = ids.shape[1]
+        name, tokens = type(self.model).__name__, ids.shape[1]
+        half, has_state = tokens // 2, SinkCache(self.model).has_state
         if not (error := difference([tokens])) < allowed:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__}: a short text gives other outputs than unpatched, by {error:.1e} of "
-                "their spread: something else than its attention looks at positions, masks or the cache"
+                f"{name}: a short text gives other outputs than unpatched, by {error:.1e} of their spread: something "
+                "else than its attention looks at positions, masks or the cache"
             )
-        if SinkCache(self.model).has_state and tokens > 2:
-            if not (error := difference([2] + [1] * (tokens - 2))) < allowed:
-                raise UnsupportedModelError(
-                    f"{type(self.model).__name__}: its layers with a state of their own do not go on where they "
-                    f"stopped; token by token outputs differ by {error:.1e} of their spread"
-                )
-            self.plan = replace(self.plan, continues=difference([tokens // 2, tokens - tokens // 2]) < allowed)
+        if tokens < 2:
+            return
+        continues = (error := difference([half, tokens - half])) < allowed
+        if has_state and not continues:
+            error = difference([half] + [1] * (tokens - half))
+        if not error < allowed:
+            raise UnsupportedModelError(
+                f"{name}: a short text in pieces gives other outputs than at once, by {error:.1e} of their spread: "
+                "something besides attention counts columns, or keeps a state that does not go on where it stopped"
+            )
+        self.plan = replace(self.plan, continues=continues)
 
     def _replace(self, name: str, call) -> None:
         if name in vars(self.model):  # accelerate's hooks put their own forward there

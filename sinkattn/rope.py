@@ -143,9 +143,11 @@ class Recorder(DynamicCache):
         self.updated = layer_idx
         return key_states, value_states
 
-    def update_indexer(self, *args, **kwargs):
+    def update_indexer(self, indexer_key_states, layer_idx, *args, **kwargs):
         self.reached = True
-        raise UnsupportedModelError("an indexer chooses what its attention sees (sparse attention, DSA)")
+        raise UnsupportedModelError(
+            f"{self.where(layer_idx)}: an indexer chooses what its attention sees (sparse attention, DSA)"
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.reports.get(layer_idx, 0)

@@ -135,8 +135,8 @@ NOTES = """## Notes
   product with the values, or `scaled_dot_product_attention`. Kernels outside torch (flash-attn called by itself) are
   refused.
 - **`transformers serve`** loads models itself, by the name of their architecture, and takes no model object: no public
-  way leads a patched one there. Its generation loop is `model.generate` with a streamer, which works: a pipeline or a few
-  lines around `Stream` stand in.
+  way leads a patched one there. Its generation loop is `model.generate` with a streamer, which works: a pipeline, or a
+  few lines around `Stream`, stand in.
 """
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+import sweep
 from sinkattn import SinkCache, Stream, UnsupportedModelError, ops, patch
 from tiny import COMMON, tiny
 
@@ -118,6 +119,36 @@ def test_models_that_cannot_be_exact_are_refused_and_left_alone(kind):
     assert issubclass(UnsupportedModelError, ValueError)
     assert set(vars(model)) == attributes and model.config._attn_implementation == implementation
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "message"),
+    [
+        ("deepseek_v32", "DeepseekV32Attention, layer 0: an indexer chooses"),
+        ("inkling2_text", "Inkling2SlidingAttention, layer 0: its attention takes 'position_bias'"),
+        ("doge", "DogeAttention, layer 0: its mask is neither"),
+        ("recurrent_gemma", "RecurrentGemma.*, layer 2: its values change with the position"),
+    ],
+)
+def test_types_that_cannot_be_exact_are_refused_and_left_alone(model_type, message):
+    if model_type not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    model = sweep.build(model_type)
+    before = sweep.snapshot(model)
+    with pytest.raises(UnsupportedModelError, match=message):
+        patch(model, S, W)
+    assert sweep.unchanged(model, before)
+
+
+def test_what_the_probe_cannot_know_of_shows_in_a_short_text():
+    """Something besides attention that counts columns: the patch is taken back, and the model left alone."""
+    model = tiny("llama")
+    count = lambda _, __, output: output + torch.arange(output.shape[1])[:, None]  # noqa: E731
+    model.model.layers[1].mlp.register_forward_hook(count)
+    before = sweep.snapshot(model)
+    with pytest.raises(UnsupportedModelError, match="a short text in pieces gives other outputs"):
+        patch(model, S, W)
+    assert sweep.unchanged(model, before)
 
 
 def test_scaled_normalised_rotation_is_refused():
