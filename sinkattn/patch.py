@@ -195,24 +195,6 @@ class Handle:
         self._replaced[name] = _Replaced(call, getattr(self.model, name))
         setattr(self.model, name, self._replaced[name])
 
-    def _reach(self, capacity: int, window_size: int) -> tuple[str, dict]:
-        """The first route that leads to the model's attention, and what was probed over it."""
-        for route, implementation in ROUTES.items():
-            self._name_implementation(implementation)
-            try:
-                recorder = Recorder(self.model, capacity, window_size, watches=route == "watch")
-            except (AttributeError, KeyError, ValueError) as error:
-                name = type(self.model).__name__
-                raise UnsupportedModelError(f"{name}: transformers makes no cache for its config: {error!r}") from error
-            try:
-                with _current.of(recorder):
-                    return route, probe(self.model, recorder, capacity, CHUNK)
-            except UnsupportedModelError as error:
-                refusal = error
-                if recorder.reached:  # but not served
-                    break
-        raise refusal
-
     def _name_implementation(self, implementation: str | None) -> None:
         """Give the model copies of its configs that name an attention implementation: the originals may be shared."""
         self._restore_configs()
