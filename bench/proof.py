@@ -114,17 +114,19 @@ def plan(out: Path, tiny: bool, steps: int, gpus: int, left: Callable[[], float]
         "recall small window": recall(
             "recall_small", *short, "--back", size("5,10,20,30", "5"), "--window-size", "124"
         ),
-        "recall first line": recall("recall_first", *short, "--pinned"),
-        "recall first line pinned": recall(
-            "recall_pinned", *short, "--pinned", "--sink-size", "16", "--window-size", "496"
-        ),
     }
-    for name in ("perplexity", "perplexity vanilla"):
-        folder = f"{out / name.replace(' ', '_')}"
-        for features in (["perplexity"], ["memory", "latency"], ["perplexity", "memory"]):
-            parts[f"plot of {name}: {' '.join(features)}"] = Part(
-                (name,), lambda f=features, d=folder: ["plot.py", "--output-dir", d, "--features", *f]
-            )
+    first = [*short, "--texts", size(8, 1), "--pinned"]
+    for folder, sinks, window in (("first", 4, 252), ("pinned", 16, 240), ("pinned_far", 16, 496)):
+        sizes = ["--sink-size", f"{sinks}", "--window-size", f"{window}"]
+        parts[f"recall first line: {sinks} + {window}"] = recall(f"recall_{folder}", *first, *sizes)
+    for name, *features in (
+        ("perplexity", "perplexity"),
+        ("perplexity", "memory", "latency", "--split"),
+        ("perplexity", "perplexity", "memory"),
+        ("perplexity vanilla", "perplexity"),
+    ):
+        command = ["plot.py", "--output-dir", f"{out / name.replace(' ', '_')}", "--features", *features]
+        parts[f"plot of {name}: {' '.join(features)}"] = Part((name,), lambda command=command: command)
     return parts
 
 

@@ -10,8 +10,8 @@ An answer counts if every token of it, and the line's end, is the likeliest one 
 greedy generation would have to write. The text then goes on with the right answer. Writes recall.csv (an answer a
 row), recall.json (shares of right answers by position) and recall.png.
 
-`--back 5,20,40` asks for lines of other distances; `--pinned` asks for the text's first line again and again, which
-only sinks can hold: try it with --sink-size 4 and with one that covers the line.
+`--back 5,20,40` asks for lines of other distances. `--pinned` asks for the text's first line, each time as soon as the
+window has forgotten the last answer, so that only sinks can hold it: try --sink-size 4, and one that covers the line.
 
 The model must know how: `bench/train_model.py --mix recall` trains one.
 """
@@ -26,6 +26,7 @@ from typing import Annotated
 import torch
 import typer
 from experiments import COLOURS, EXPERIMENTS, Reader, open_model, ranges, record
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -50,14 +51,17 @@ console = Console()
 
 
 class Lines:
-    """The list of lines: names that do not repeat for KEPT lines, each with a number of five digits."""
+    """The list of lines: names that do not repeat for KEPT lines, each with a number of five digits.
 
-    def __init__(self, seed: int):
-        self.random = random.Random(seed)
+    pinned: so many lines at the start whose names never repeat.
+    """
+
+    def __init__(self, seed: int, pinned: int = 0):
+        self.random, self.pinned = random.Random(seed), pinned
         self.lines: list[tuple[str, int]] = []
 
     def line(self) -> str:
-        taken = {name for name, _ in self.lines[-KEPT:]}
+        taken = {name for name, _ in self.lines[: self.pinned] + self.lines[-KEPT:]}
         while (name := self.random.choice(NAMES)) in taken:
             pass
         self.lines.append((name, self.random.randrange(10_000, 100_000)))
@@ -82,20 +86,22 @@ def training_text(lines: int, seed: int) -> list[str]:
     return texts
 
 
-def examination(tokenizer, tokens: int, back: int | None, seed: int) -> tuple[list[int], list[tuple[int, int]]]:
+def examination(
+    tokenizer, tokens: int, back: int | None, seed: int, forgotten: int = 0
+) -> tuple[list[int], list[tuple[int, int]]]:
     """At most `tokens` ids of a text with questions, and where the answers stand: (first, behind the last).
 
-    back: lines; None asks for the first line of the text.
+    back: lines; None asks for the first line of the text. forgotten: tokens between an answer and the next question.
     """
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
-    source, answers = Lines(-1 - seed), []
+    source, answers = Lines(-1 - seed, pinned=back is None), []
     ids = list(tokenizer("").input_ids)
     while True:
         part, spans = [], []
         for _ in range(EVERY):
             part += encode(source.line())
-        distance = len(source.lines) if back is None else back
-        if distance <= len(source.lines):
+        distance, since = back or len(source.lines), len(ids) + len(part) - (answers[-1][1] if answers else -forgotten)
+        if distance <= len(source.lines) and since >= forgotten:
             question, answer = map(encode, source.question(distance))
             begin = len(ids) + len(part) + len(question)
             part += question + answer
@@ -140,27 +146,32 @@ def shares(rows: list[tuple], spans: list[tuple[int, int]]) -> dict:
     return found
 
 
-def plot(found: dict, back: str, spans: list[tuple[int, int]], sizes: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    width = 0.8 / len(found)
-    for i, (experiment, by_back) in enumerate(found.items()):
-        entries = [(x, by_back[back].get(f"{a}-{b}")) for x, (a, b) in enumerate(spans)]
-        entries = [(x + i * width, entry) for x, entry in entries if entry]
-        heights = [100 * entry["share"] for _, entry in entries]
-        spread = [[100 * abs(entry[end] - entry["share"]) for _, entry in entries] for end in ("least", "most")]
-        colour = COLOURS[experiment]
-        axes.bar([x for x, _ in entries], heights, width, yerr=spread, capsize=2, label=experiment, color=colour)
-    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(spans))], [f"{a}-{b}" for a, b in spans])
-    axes.set(xlabel="position in the text (tokens)", ylabel="right answers (%)", ylim=(0, 105))
-    axes.set_title(f"A question every {EVERY} lines for the value {back} lines back; {sizes}")
-    axes.legend(loc="upper right")
+def draw(output_dir: Path) -> None:
+    """recall.png from recall.json: by position, or at the end of the text by distance, where several were asked for."""
+    about = json.loads((output_dir / "recall.json").read_text())
+    spans = [f"{a}-{b}" for a, b in ranges(about["tokens"], about["sink_size"] + about["window_size"])]
+    found, backs = about["shares"], list(next(iter(about["shares"].values())))
+    if len(backs) == 1:
+        ticks, where = spans, "position in the text (tokens)"
+        title = "the first line" if backs == ["first"] else f"the line {backs[0]} lines back"
+        pick = {name: [by_back[backs[0]].get(span) for span in spans] for name, by_back in found.items()}
+    else:
+        ticks, where, title = backs, "lines back", f"earlier lines, at tokens {spans[-1]}"
+        pick = {name: [by_back[back].get(spans[-1]) for back in backs] for name, by_back in found.items()}
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(found)
+    for i, (experiment, entries) in enumerate(pick.items()):
+        shown = [(x + i * width, entry) for x, entry in enumerate(entries) if entry]
+        heights = [100 * entry["share"] for _, entry in shown]
+        spread = [[100 * abs(entry[end] - entry["share"]) for _, entry in shown] for end in ("least", "most")]
+        style = dict(yerr=spread, capsize=2, label=experiment, color=COLOURS[experiment])
+        axes.bar([x for x, _ in shown], heights, width, **style)
+    axes.set_xticks([x + 0.4 - width / 2 for x in range(len(ticks))], ticks)
+    axes.set(xlabel=where, ylabel="right answers (%)", ylim=(0, 105))
+    axes.set_title(f"Asked for {title}; {about['sink_size']} sinks + window {about['window_size']}")
+    figure.legend(loc="outside lower center", ncols=len(found))
     axes.grid(alpha=0.3, axis="y")
-    figure.savefig(path, dpi=150)
+    figure.savefig(output_dir / "recall.png", dpi=130)
 
 
 def main(
@@ -188,7 +199,8 @@ def main(
     with Progress(console=console) as progress:
         task = progress.add_task("", total=len(chosen) * len(distances))
         for distance in distances:
-            exams = [examination(tokenizer, tokens, distance, seed + text) for text in range(texts)]
+            forgotten = sink_size + window_size if pinned else 0
+            exams = [examination(tokenizer, tokens, distance, seed + text, forgotten) for text in range(texts)]
             length = min(len(ids) for ids, _ in exams)
             ids = torch.tensor([ids[:length] for ids, _ in exams], device=network.device)
             answers = [[span for span in spans if span[1] <= length] for _, spans in exams]
@@ -213,8 +225,7 @@ def main(
         "texts": texts, "tokens": tokens, "shares": found,
     }  # fmt: skip
     (output_dir / "recall.json").write_text(json.dumps(entry, indent=1) + "\n")
-    shown = "first" if pinned else str(distances[0])
-    plot(found, shown, spans, f"{sink_size} sinks, {sink_size + window_size} tokens", output_dir / "recall.png")
+    draw(output_dir)
     table = Table("experiment", "lines back", *(f"{a}-{b}" for a, b in spans), title="right answers, %")
     for name, by_back in found.items():
         for distance, entry in by_back.items():
