@@ -23,6 +23,8 @@ from typing import Annotated
 import torch
 import typer
 from experiments import Reader, losses, open_model, plain_forward, record, side_by_side, text_blocks, token_ids
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -69,15 +71,9 @@ def attention(model: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def draw_maps(maps: dict[str, Tensor], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.colors import LogNorm
-
     layers = len(next(iter(maps.values())))
-    shape = dict(figsize=(1.5 * layers + 1, 1.6 * len(maps) + 0.6), layout="constrained", squeeze=False)
-    figure, grid = plt.subplots(len(maps), layers, **shape)
+    figure = Figure(figsize=(1.5 * layers + 1, 1.6 * len(maps) + 0.6), layout="constrained")
+    grid = figure.subplots(len(maps), layers, squeeze=False)
     for row, (name, of_layers) in zip(grid, maps.items(), strict=True):
         for layer, (axes, share) in enumerate(zip(row, of_layers, strict=True)):
             image = axes.imshow(share.clamp_min(1e-3).numpy(), norm=LogNorm(1e-3, 1), cmap="magma")
@@ -86,7 +82,7 @@ def draw_maps(maps: dict[str, Tensor], path: Path) -> None:
                 axes.set_title(f"layer {layer}", fontsize=9)
         row[0].set_ylabel(name)
     figure.colorbar(image, ax=grid, label="share of attention", fraction=0.02)
-    figure.supxlabel(f"key, the first {MAP} tokens of a text (mean over heads and texts)", fontsize=9)
+    figure.supxlabel(f"keys across, queries down, of texts of {MAP} tokens; mean over heads and texts", fontsize=9)
     figure.savefig(path, dpi=130)
 
 

@@ -1,4 +1,4 @@
-"""One endless text, sinks + window: python bench/long_run.py --tokens 4000000 --output-dir bench/results/h200
+"""One endless text, sinks + window: python bench/long_run.py --tokens 4000000 --output-dir bench/results/long_run
 
 The held-out modules, cut to whole blocks, are read over and over, in chunks (how a text is cut does not change its
 losses). The window has long forgotten a passage when it comes again, so every pass must give it the same loss: what
@@ -8,12 +8,14 @@ Writes long_run.csv (by block: mean loss, median time of a token fed alone, byte
 cache on a CPU), long_run.json and long_run.png. The logits of the first `--compared` tokens that lie many windows on,
 and of the last ones, are compared with a float64 copy of the model in plain PyTorch (`plain_forward`: nothing of
 sinkattn), started layers * (W - 1) tokens earlier, behind the sinks: earlier tokens have no way into these logits.
+`--plot-only` draws the picture anew from long_run.json.
 """
 
 import copy
 import csv
 import itertools
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +23,7 @@ from typing import Annotated
 import torch
 import typer
 from experiments import Reader, now, open_model, plain_forward, record, take, text_blocks, token_ids
+from matplotlib.figure import Figure
 from perplexity import memory
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -28,7 +31,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 COLUMNS = ("tokens", "nll", "seconds", "bytes")
-TIMED = 32  # tokens at the end of a block, fed one by one
+TIMED = 128  # tokens at the end of a block, fed one by one
 console = Console()
 
 
@@ -72,24 +75,38 @@ class Compared:
         }  # fmt: skip
 
 
-def plot(path: Path, rows: list[tuple], title: str) -> None:
-    import matplotlib
+def time_of(rows: list[list]) -> dict[str, float]:
+    """Seconds of a token fed alone: median and 90th percentile of the blocks."""
+    seconds = sorted(row[2] for row in rows)
+    return {"median": statistics.median(seconds), "p90": seconds[math.ceil(0.9 * len(seconds)) - 1]}
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(3, 1, sharex=True, figsize=(8, 6), layout="constrained")
-    where = [row[0] / 1e6 for row in rows]
-    names = ("loss (nats per token)", "ms per token", "memory (MiB)")
-    for panel, name, index, factor in zip(axes, names, (1, 2, 3), (1, 1e3, 2.0**-20), strict=True):
-        values = [factor * row[index] for row in rows]
-        panel.plot(where, values, color="tab:blue", marker=".")
-        panel.set_ylim(0, 1.3 * max(values))
+def draw(output_dir: Path) -> None:
+    """long_run.png from long_run.json: loss (a line a passage of the text), time and memory by block."""
+    about = json.loads((output_dir / "long_run.json").read_text())
+    rows, block = about["rows"], about["rows"][0][0]
+    passages = max(about["tokens_a_pass"] // block, 1)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    loss, time, held = figure.subplots(3, 1, sharex=True)
+    for first in range(passages):
+        part = rows[first::passages]
+        loss.plot([row[0] / 1e6 for row in part], [row[1] for row in part], marker=".", label=f"passage {first + 1}")
+    where, seconds = [row[0] / 1e6 for row in rows], time_of(rows)
+    time.plot(where, [1e3 * row[2] for row in rows], ".", label="median of a block")
+    for name, style in (("median", "-"), ("p90", ":")):
+        label = f"{name} of all blocks, {1e3 * seconds[name]:.1f} ms"
+        time.axhline(1e3 * seconds[name], color="grey", linestyle=style, label=label)
+    held.plot(where, [row[3] / 2**20 for row in rows], marker=".")
+    for panel, name in ((loss, "loss (nats)"), (time, "ms per token"), (held, "memory (MiB)")):
+        panel.set_ylim(0, 1.2 * panel.get_ylim()[1])
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
-    axes[0].set_title(title)
-    axes[-1].set_xlabel("tokens read (millions)")
-    figure.savefig(path, dpi=150)
+    for panel in (loss, time):
+        panel.legend(loc="lower right", ncols=3, fontsize="small")
+    sizes = f"{about['sink_size']} sinks + window {about['window_size']}"
+    loss.set_title(f"{about['tokens']:,} tokens, {sizes}; {about['device']}")
+    held.set_xlabel("tokens read (millions)")
+    figure.savefig(output_dir / "long_run.png", dpi=130)
 
 
 @torch.no_grad()
@@ -105,8 +122,12 @@ def main(
     window_size: int = 508,
     device: Annotated[str | None, typer.Option(help="The GPU if there is one.")] = None,
     dtype: str = "float32",
+    plot_only: Annotated[bool, typer.Option("--plot-only", help="Draw what --output-dir holds, anew.")] = False,
 ) -> None:
     """Read on and on, and look back at the end."""
+    if plot_only:
+        draw(output_dir)
+        return
     network, tokenizer, front = open_model(model, device, dtype)
     where = network.device
     once = list(token_ids(tokenizer, text_blocks(text)))
@@ -168,8 +189,8 @@ def main(
         "passages": passages, "against_float64": comparisons,
     }  # fmt: skip
     (output_dir / "long_run.json").write_text(json.dumps(entry, indent=1) + "\n")
-    title = f"{tokens:,} tokens, {sink_size} sinks + window {window_size}; {entry['device']}"
-    plot(output_dir / "long_run.png", rows, title)
+    draw(output_dir)
+    console.print(", ".join(f"{name} of the blocks {1e3 * x:.2f} ms a token" for name, x in time_of(rows).items()))
     console.print(f"{seconds:.1f} s; loss {rows[0][1]:.4f} in the first block, {rows[-1][1]:.4f} in the last")
     for losses in passages:
         console.print(f"a passage of {block:,} tokens, {len(losses)} times: {min(losses):.6f} to {max(losses):.6f}")
