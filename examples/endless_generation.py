@@ -13,7 +13,7 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer, logging, set_seed
 
 import sinkattn
 from sinkattn import demo
@@ -34,6 +34,7 @@ def main(
     seed: int = 0,
 ) -> None:
     """Generate."""
+    logging.set_verbosity_error()  # it would warn that the text outgrows the context
     path = demo.MODEL if model == "demo" else model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -50,20 +51,17 @@ def main(
             # eos_token_id=[]: no token ends the text
             for token_ids in stream.generate(None, do_sample=True, top_k=top_k, eos_token_id=[], seed=seed):
                 streamer.put(token_ids.cpu())
-        set_seed(seed)
-        network.generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            generation_config=GenerationConfig(
+        else:
+            set_seed(seed)
+            settings = GenerationConfig(
                 min_new_tokens=min(min_new_tokens, max_new_tokens),
                 max_new_tokens=max_new_tokens,
                 do_sample=True,
                 top_k=top_k,
                 pad_token_id=tokenizer.eos_token_id,
                 eos_token_id=tokenizer.eos_token_id,
-            ),
-            streamer=streamer,
-        )
+            )
+            network.generate(**inputs, generation_config=settings, streamer=streamer)
     streamer.end()
 
 
