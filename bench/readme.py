@@ -1,14 +1,15 @@
 """Put the measured figures into README.md and docs/faq.md, between their markers: python bench/readme.py
 
-They come from bench/results/proof, where the results of bench/proof.py lie (what was not measured stays as it is), from
-bench/results/demo.json, which `sinkattn demo --tokens 8192 --plot bench/results/demo.png` writes, from
-bench/results/h200/decode.csv, which bench/decode.py writes, and from sinkattn/demo_model/training.json, which
-bench/train_model.py writes. `--check` only says whether both are up to date.
+They come from bench/results/proof, where the results of bench/proof.py lie (what was not measured stays as it is), and
+from bench/results/h200/decode.csv, which bench/decode.py writes. `--check` only says whether both are up to date.
 """
 
+import contextlib
 import csv
 import json
+import math
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def decode_table() -> str:
         [*shape[:3], f"{float(shape[3]):.1f}", *(f"{float(row[provider]):.1f}" for provider in providers)]
         for shape, row in times.items()
     ]
-    return table(["heads/kv", "batch", "C", "floor", *providers], rows)
+    return f"\n{table(['heads/kv', 'batch', 'C', 'floor', *providers], rows)}\n"
 
 
 def read_json(path: str) -> dict:
@@ -65,14 +66,12 @@ def loss_table(folder: str) -> str:
     return f"\n{table(['loss at', *spans], rows)}\n\n{about['texts']} texts; {made_by(about)}.\n"
 
 
-def over_recompute(folder: str) -> str:
-    ratios = read_json(f"{folder}/perplexity.json")["sinks_over_recompute"]
-    spans = list(ratios)
-    rows = [
-        ["all texts", *(f"{100 * entry['all']:+.2f} %" for entry in ratios.values())],
-        ["texts apart", *(f"{' '.join(f'{100 * x:+.2f}' for x in entry['by_text'])} %" for entry in ratios.values())],
-    ]
-    return f"\n{table(['sinks + window over re-computation', *spans], rows)}\n"
+def within(folder: str) -> str:
+    """How far the loss of sinks + window is from that of re-computation, at the most."""
+    ranges = read_json(f"{folder}/perplexity.json")["sinks_over_recompute"].values()
+    everywhere = max((entry["all"] for entry in ranges), key=abs)
+    apart = max((ratio for entry in ranges for ratio in entry["by_text"]), key=abs)
+    return f"{100 * everywhere:+.2f} % over all texts, and by {100 * apart:+.2f} % in a single one"
 
 
 def cost_table(folder: str) -> str:
@@ -88,16 +87,18 @@ def long_run() -> str:
     about = read_json("long_run/long_run.json")
     rows, (early, late) = about["rows"], about["against_float64"]
     spread = max(max(losses) - min(losses) for losses in about["passages"])
-    first, last = rows[0], rows[-1]
+    seconds, part = [row[2] for row in rows], max(len(rows) // 4, 1)
+    whole, first, last = (1e3 * statistics.median(some) for some in (seconds, seconds[:part], seconds[-part:]))
+    p90 = 1e3 * sorted(seconds)[math.ceil(0.9 * len(seconds)) - 1]
     error = lambda part: f"{part['largest_error']:.1e} of their spread at most ({part['rms_error']:.1e} rms)"  # noqa: E731
     return (
         f"{about['tokens']:,} tokens through {about['sink_size']} sinks + window {about['window_size']} took "
-        f"{about['seconds']:.0f} s. A token fed alone takes {1e3 * first[2]:.1f} ms behind the first {first[0]:,} "
-        f"tokens and {1e3 * last[2]:.1f} ms at the end, with {first[3] / 2**20:.1f} and {last[3] / 2**20:.1f} MiB. The "
-        f"text is {len(about['passages'])} passages of {first[0]:,} tokens, over and over: from one time to another, "
-        f"the loss of none changes by more than {spread:.1e} nats. The last {late['to'] - late['from']:,} logits are "
-        f"off the float64 definition by {error(late)}, those of tokens {early['from']:,} to {early['to']:,} by "
-        f"{error(early)}. {made_by(about)}."
+        f"{about['seconds']:.0f} s. A token fed alone takes {whole:.1f} ms in the median of the blocks, {first:.1f} in "
+        f"their first quarter and {last:.1f} in the last (p90 {p90:.1f}), with {rows[0][3] / 2**20:.1f} MiB at the "
+        f"beginning and {rows[-1][3] / 2**20:.1f} at the end. The text is {len(about['passages'])} passages of "
+        f"{rows[0][0]:,} tokens, over and over: from one time to another, the loss of none changes by more than "
+        f"{spread:.1e} nats. The last {late['to'] - late['from']:,} logits are off the float64 definition by "
+        f"{error(late)}, those of tokens {early['from']:,} to {early['to']:,} by {error(early)}. {made_by(about)}."
     )
 
 
@@ -122,24 +123,43 @@ def attention_table() -> str:
     return f"\n{table(['first token / nowhere', *layers], [[name, *cells] for name, cells in rows.items()])}\n"
 
 
-def recall_table(folder: str, by: str) -> str:
-    """Percent of right answers by position, or by distance past the first range."""
-    about = read_json(f"{folder}/recall.json")
-    share = lambda entry: f"{100 * entry['share']:.1f}"  # noqa: E731
-    found, rows = about["shares"], []
-    if by == "position":
-        spans = list(next(iter(next(iter(found.values())).values())))
-        header = ["right answers (%) at", *spans]
-        rows = [[name, *map(share, next(iter(backs.values())).values())] for name, backs in found.items()]
-    else:
-        header = ["right answers (%), lines back", *next(iter(found.values()))]
-        for name, backs in found.items():
-            late = [[entry for span, entry in spans.items() if not span.startswith("0-")] for spans in backs.values()]
-            counts = [sum(entry["answers"] for entry in entries) for entries in late]
-            right = [sum(entry["answers"] * entry["share"] for entry in entries) for entries in late]
-            rows.append([name, *(f"{100 * a / b:.1f}" if b else "" for a, b in zip(right, counts, strict=True))])
+def percent(entry: dict) -> str:
+    return f"{100 * entry['share']:.1f}"
+
+
+def recall_caption(about: dict) -> str:
     sizes = f"{about['sink_size']} sinks + window {about['window_size']}"
-    return f"\n{table(header, rows)}\n\n{sizes}, {about['texts']} texts of {about['tokens']:,} tokens.\n"
+    return f"{sizes}; {about['texts']} texts of {about['tokens']:,} tokens, {about['device']}."
+
+
+def recall_by_position(folder: str) -> str:
+    about = read_json(f"{folder}/recall.json")
+    by_range = {name: next(iter(backs.values())) for name, backs in about["shares"].items()}
+    header = ["right answers (%) at", *next(iter(by_range.values()))]
+    rows = [[name, *map(percent, entries.values())] for name, entries in by_range.items()]
+    return f"\n{table(header, rows)}\n\n{recall_caption(about)}\n"
+
+
+def recall_by_distance(folder: str) -> str:
+    """At the end of the text."""
+    about = read_json(f"{folder}/recall.json")
+    last = list(next(iter(next(iter(about["shares"].values())).values())))[-1]
+    header = ["right answers (%), lines back", *next(iter(about["shares"].values()))]
+    rows = [[name, *(percent(spans[last]) for spans in backs.values())] for name, backs in about["shares"].items()]
+    return f"\n{table(header, rows)}\n\nAt tokens {last}; {recall_caption(about)}\n"
+
+
+def first_line_table(folders: tuple[str, ...]) -> str:
+    """By cache, at the end of the text."""
+    rows = []
+    for folder in folders:
+        about = read_json(f"{folder}/recall.json")
+        ends = {name: list(backs["first"].items())[-1] for name, backs in about["shares"].items()}
+        last, _ = ends["sinks"]
+        sizes = f"{about['sink_size']} + {about['window_size']}"
+        rows.append([sizes, *(percent(ends[name][1]) for name in ("sinks", "window", "dense"))])
+    header = ["right answers (%), sinks + window", "sinks + window", "window", "dense"]
+    return f"\n{table(header, rows)}\n\nAt tokens {last}; {about['texts']} texts, {about['device']}.\n"
 
 
 def both_ways_table() -> str:
@@ -148,68 +168,30 @@ def both_ways_table() -> str:
     return f"\n{table(['masked tokens at', *next(iter(losses.values()))], rows)}\n"
 
 
-def proof_figures() -> dict[str, str]:
-    """Those of bench/proof.py whose results are there."""
-    makers = {
-        ("perplexity/perplexity.json",): {
-            "loss table": lambda: loss_table("perplexity"),
-            "over recompute": lambda: over_recompute("perplexity"),
-            "cost table": lambda: cost_table("perplexity"),
-        },
-        ("perplexity_vanilla/perplexity.json",): {
-            "vanilla loss table": lambda: loss_table("perplexity_vanilla"),
-            "vanilla over recompute": lambda: over_recompute("perplexity_vanilla"),
-        },
-        ("long_run/long_run.json",): {"long run": long_run},
-        ("ablation/ablation.csv", "ablation/attention.csv"): {
-            "sinks table": lambda: ablation("sinks"),
-            "cache table": lambda: ablation("cache"),
-            "newline table": lambda: ablation("newline"),
-            "attention table": attention_table,
-        },
-        ("recall/recall.json",): {"recall table": lambda: recall_table("recall", "position")},
-        ("recall_distance/recall.json",): {"distance table": lambda: recall_table("recall_distance", "distance")},
-        ("recall_small/recall.json",): {"small window table": lambda: recall_table("recall_small", "distance")},
-        ("recall_first/recall.json",): {"first line table": lambda: recall_table("recall_first", "position")},
-        ("recall_pinned/recall.json",): {"pinned line table": lambda: recall_table("recall_pinned", "position")},
-        ("both_ways/both_ways.json",): {"both ways table": both_ways_table},
-    }
-    return {
-        name: make()
-        for files, by_name in makers.items()
-        if all((PROOF / file).exists() for file in files)
-        for name, make in by_name.items()
-    }
-
-
 def figures() -> dict[str, str]:
-    """What stands between each marker and the next ``<!-- end -->``."""
-    demo = json.loads((ROOT / "bench/results/demo.json").read_text())
-    training = json.loads((ROOT / "sinkattn/demo_model/training.json").read_text())
-    ways = demo["ways"]
-    ranges = list(next(iter(ways.values()))["loss"])
-    rows = [
-        [
-            name,
-            *(f"{x:.2f}" for x in way["loss"].values()),
-            f"{way['cache_bytes'] / 2**20:.1f}",
-            f"{way['ms_per_step']:.1f}",
-        ]
-        for name, way in ways.items()
-    ]
-    evaluation = training["evaluation"]
-    held_out = evaluation["loss_by_position"]
-    training_rows = [[name, *(f"{loss:.2f}" for loss in losses.values())] for name, losses in held_out.items()]
-    return proof_figures() | {
-        "decode table": f"\n{decode_table()}\n",
-        "demo device": demo["title"].split("; ")[-1],
-        "demo table": f"\n{table(['loss at', *ranges, 'cache, MiB', 'ms a step at the end'], rows)}\n",
-        "training table": f"\nThe same on {evaluation['streams']} held-out texts, computed when the model was trained "
-        "by plain PyTorch and nothing of sinkattn (`bench/train_model.py`; in one layer the attention on position 0 is "
-        f"{max(evaluation['attention_on_first']):.2f} in the mean):\n\n"
-        + table(["loss at", *next(iter(held_out.values()))], training_rows)
-        + "\n",
+    """What stands between each marker and the next ``<!-- end -->``: all whose results are there."""
+    first_line = ("recall_first", "recall_pinned", "recall_pinned_far")
+    makers = {
+        "loss table": (loss_table, "perplexity"),
+        "within": (within, "perplexity"),
+        "cost table": (cost_table, "perplexity"),
+        "vanilla loss table": (loss_table, "perplexity_vanilla"),
+        "vanilla within": (within, "perplexity_vanilla"),
+        "long run": (long_run,),
+        **{f"{study} table": (ablation, study) for study in ("sinks", "cache", "newline")},
+        "attention table": (attention_table,),
+        "recall table": (recall_by_position, "recall"),
+        "distance table": (recall_by_distance, "recall_distance"),
+        "small window table": (recall_by_distance, "recall_small"),
+        "first line table": (first_line_table, first_line),
+        "both ways table": (both_ways_table,),
+        "decode table": (decode_table,),
     }
+    found = {}
+    for name, (make, *arguments) in makers.items():
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = make(*arguments)
+    return found
 
 
 def main() -> None:

@@ -238,7 +238,11 @@ def test_plot(measured, tmp_path):
     lines = [f"{text},{at + 1},{at + 100 * text},,\n" for text in range(2) for at in range(128)]
     (tmp_path / "x.csv").write_text("text,input_length,nll,seconds,bytes\n" + "".join(lines))
     where, mean, least, most = plot.curve(tmp_path / "x.csv", "nll", skip_first=0)
-    assert where[:2] == [1.0, 3.0] and mean[:2] == [50.5, 52.5] and least[1] == 2.5 and most[1] == 102.5
+    assert where[:2] == [2.0, 6.0] and mean[:2] == [51.5, 55.5] and least[1] == 5.5 and most[1] == 105.5
+    seconds = [f"{text},{at + 1},0,{100 if at == 0 else at},\n" for text in range(2) for at in range(12)]
+    (tmp_path / "x.csv").write_text("text,input_length,nll,seconds,bytes\n" + "".join(seconds))
+    assert plot.curve(tmp_path / "x.csv", "seconds", skip_first=9)[:2] == ([9.5, 10.5, 11.5], [9, 10, 11])
+    assert plot.curve(tmp_path / "x.csv", "seconds", skip_first=0)[1][0] == 100
 
 
 # ------------------------------------------------------------------------------------------------------------- recall
@@ -286,6 +290,19 @@ def test_recall_asks_what_it_says_and_scores_exactly(tmp_path):
     ]
     found = recall.shares(rows, [(0, length)])["sinks"]["20"][f"0-{length}"]
     assert found["share"] == 1 - 1 / len(rows) and found["most"] == 1 and found["least"] < 1
+
+
+def test_the_first_line_is_in_no_window():
+    """Between two questions for it lie `forgotten` tokens, and its name is never used again."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.MODEL)
+    ids, answers = recall.examination(tokenizer, 4000, None, 0, forgotten=300)
+    lines = tokenizer.decode(ids[1:]).splitlines()
+    name, value = lines[0].removeprefix("line ").split(": ")
+    assert [line for line in lines if line.startswith(f"line {name}:")] == lines[:1]
+    asked = [line for line in lines if line.startswith("what")]
+    assert asked == [f"what is line {name}? {value}"] * len(answers) and len(answers) > 8
+    gaps = [begin - end for (_, end), (begin, _) in zip(answers, answers[1:], strict=False)]
+    assert min(gaps) >= 300 and max(gaps) < 450
 
 
 def test_recall_scores_what_greedy_generation_would_write():
@@ -349,6 +366,12 @@ def test_long_run(tmp_path):
     rows = rows_of(tmp_path / "long_run.csv")
     assert [int(row["tokens"]) for row in rows] == [1000 * (i + 1) for i in range(6)]
     assert len({row["bytes"] for row in rows}) == 1
+    blocks = [[0, 0.0, at / 100, 0] for at in range(20)]
+    assert long_run.time_of(blocks) == {"median": 0.095, "p90": 0.17}
+    (tmp_path / "long_run.png").unlink()
+    run(long_run.main, "--plot-only", "--output-dir", tmp_path)
+    assert (tmp_path / "long_run.png").stat().st_size > 10_000
+    assert rows_of(tmp_path / "long_run.csv") == rows
 
 
 def test_looking_both_ways():
@@ -493,5 +516,6 @@ def test_endless_generation(endless, monkeypatch, capsys):
 
     steps = Stream.generate  # an end for the test
     monkeypatch.setattr(Stream, "generate", lambda self, _, **options: steps(self, 40, **options))
+    monkeypatch.delattr(transformers.GenerationMixin if endless else Stream, "generate")  # the other way
     output = run(endless_generation.main, "--text", "import os", "--max-new-tokens", 40, "--window-size", 20, *endless)
     assert output.startswith("import os") and len(output) > 60
