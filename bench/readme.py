@@ -129,7 +129,7 @@ def percent(entry: dict) -> str:
 
 def recall_caption(about: dict) -> str:
     sizes = f"{about['sink_size']} sinks + window {about['window_size']}"
-    return f"{sizes}; {about['texts']} texts of {about['tokens']:,} tokens, {about['device']}."
+    return f"{sizes}; {about['texts']} texts of {about['tokens']:,} tokens, {about['device'].split(',')[0]}."
 
 
 def recall_by_position(folder: str) -> str:
@@ -159,7 +159,7 @@ def first_line_table(folders: tuple[str, ...]) -> str:
         sizes = f"{about['sink_size']} + {about['window_size']}"
         rows.append([sizes, *(percent(ends[name][1]) for name in ("sinks", "window", "dense"))])
     header = ["right answers (%), sinks + window", "sinks + window", "window", "dense"]
-    return f"\n{table(header, rows)}\n\nAt tokens {last}; {about['texts']} texts, {about['device']}.\n"
+    return f"\n{table(header, rows)}\n\nAt tokens {last}; {about['texts']} texts, {about['device'].split(',')[0]}.\n"
 
 
 def both_ways_table() -> str:
