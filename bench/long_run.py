@@ -46,12 +46,12 @@ class Compared:
     def see(self, position: int, ids: Tensor, logits: Tensor) -> None:
         """ids (1, n) stand at `position` and on, logits (1, n, vocabulary) are behind them."""
         low, high = (max(x - position, 0) for x in (self.first, self.end))
-        self.ids.append(ids[0, low:high])
+        self.ids.append(ids[0, low:high].cpu())
         self.logits.append(logits[0, max(self.begin - position, 0) : high].cpu())
 
     def against(self, model, sinks: Tensor, window_size: int) -> dict:
         """How far the logits are from those of `model`, relative to their spread. sinks: (S,) first ids of the text."""
-        ids = torch.cat(self.ids)
+        ids = torch.cat(self.ids).to(sinks.device)
         positions = torch.arange(self.first, self.end, device=ids.device)
         if self.first > len(sinks):
             ids = torch.cat((sinks, ids))

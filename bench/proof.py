@@ -130,6 +130,10 @@ def plan(out: Path, tiny: bool, steps: int, gpus: int, left: Callable[[], float]
     return parts
 
 
+def log_of(name: str, out: Path) -> Path:
+    return out / "logs" / f"{name.replace(' ', '_').replace(':', '')}.txt"
+
+
 def start(name: str, part: Part, out: Path, gpus: int) -> None:
     command = part.command()
     if command is None:
@@ -143,7 +147,7 @@ def start(name: str, part: Part, out: Path, gpus: int) -> None:
     if gpus > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str(part.gpu)
     part.arguments, part.begin = tuple(command), time.perf_counter()
-    with (out / "logs" / f"{name.replace(' ', '_').replace(':', '')}.txt").open("w") as log:
+    with log_of(name, out).open("w") as log:
         part.process = subprocess.Popen(
             [sys.executable, str(HERE / command[0]), *command[1:]],
             stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
@@ -220,7 +224,7 @@ def main(
     console.print(table)
     for name, part in parts.items():
         if part.end.startswith(("failed", "stopped")):
-            log = output_dir / "logs" / f"{name.replace(' ', '_').replace(':', '')}.txt"
+            log = log_of(name, output_dir)
             console.rule(f"{name}: the end of {log}")
             console.print(log.read_text()[-1500:], markup=False, highlight=False)
 

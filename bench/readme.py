@@ -85,20 +85,28 @@ def cost_table(folder: str) -> str:
 
 def long_run() -> str:
     about = read_json("long_run/long_run.json")
-    rows, (early, late) = about["rows"], about["against_float64"]
-    spread = max(max(losses) - min(losses) for losses in about["passages"])
+    rows = about["rows"]
     seconds, part = [row[2] for row in rows], max(len(rows) // 4, 1)
     whole, first, last = (1e3 * statistics.median(some) for some in (seconds, seconds[:part], seconds[-part:]))
     p90 = 1e3 * sorted(seconds)[math.ceil(0.9 * len(seconds)) - 1]
-    error = lambda part: f"{part['largest_error']:.1e} of their spread at most ({part['rms_error']:.1e} rms)"  # noqa: E731
     return (
         f"{about['tokens']:,} tokens through {about['sink_size']} sinks + window {about['window_size']} took "
         f"{about['seconds']:.0f} s. A token fed alone takes {whole:.1f} ms in the median of the blocks, {first:.1f} in "
         f"their first quarter and {last:.1f} in the last (p90 {p90:.1f}), with {rows[0][3] / 2**20:.1f} MiB at the "
-        f"beginning and {rows[-1][3] / 2**20:.1f} at the end. The text is {len(about['passages'])} passages of "
-        f"{rows[0][0]:,} tokens, over and over: from one time to another, the loss of none changes by more than "
-        f"{spread:.1e} nats. The last {late['to'] - late['from']:,} logits are off the float64 definition by "
-        f"{error(late)}, those of tokens {early['from']:,} to {early['to']:,} by {error(early)}. {made_by(about)}."
+        f"beginning and {rows[-1][3] / 2**20:.1f} at the end. {made_by(about)}."
+    )
+
+
+def long_run_errors() -> str:
+    about = read_json("long_run/long_run.json")
+    early, late = about["against_float64"]
+    spread = max(max(losses) - min(losses) for losses in about["passages"])
+    error = lambda part: f"{part['largest_error']:.1e} of their spread at most ({part['rms_error']:.1e} rms)"  # noqa: E731
+    return (
+        f"The text is {len(about['passages'])} passages of {about['rows'][0][0]:,} tokens, over and over: from one "
+        f"time to another, the loss of none changes by more than {spread:.1e} nats. The last "
+        f"{late['to'] - late['from']:,} logits are off the float64 definition by {error(late)}, those of tokens "
+        f"{early['from']:,} to {early['to']:,} by {error(early)}."
     )
 
 
@@ -178,6 +186,7 @@ def figures() -> dict[str, str]:
         "vanilla loss table": (loss_table, "perplexity_vanilla"),
         "vanilla within": (within, "perplexity_vanilla"),
         "long run": (long_run,),
+        "long run errors": (long_run_errors,),
         **{f"{study} table": (ablation, study) for study in ("sinks", "cache", "newline")},
         "attention table": (attention_table,),
         "recall table": (recall_by_position, "recall"),
