@@ -3,10 +3,12 @@
 | backend     | decode                     | prefill                | tensors on                     |
 |-------------|----------------------------|------------------------|--------------------------------|
 | "auto"      | the first of those below that serves dtype, head_dim and group       | CPU, CUDA     |
-| "cuda"      | csrc/cuda, compiled        | as "triton"            | CUDA                           |
+| "cuda"      | csrc/cuda, compiled        | csrc/cuda (*), compiled | CUDA                          |
 | "triton"    | kernels/decode.py          | kernels/prefill.py     | CUDA, or CPU when interpreted  |
 | "cpu"       | csrc/cpu, compiled         | csrc/cpu, compiled     | CPU                            |
 | "reference" | reference.py               | reference.py           | any                            |
+
+(*) on Hopper, for what `_in_cuda_prefill` says; as "triton" for the rest.
 """
 
 import ctypes
@@ -24,6 +26,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 CUDA_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))  # of csrc/cuda
 CUDA_MAX_GROUP = 16
+CUDA_PREFILL_HEAD_DIMS, CUDA_PREFILL_MAX_SINKS = (64, 128), 128
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? counts, "
@@ -34,6 +37,7 @@ torch.library.define("sinkattn::decode", _SCHEMA.format(more=""))
 torch.library.define("sinkattn::decode_cuda", _SCHEMA.format(more=", int splits=-1"))  # csrc/cuda/decode.h; -1: chosen
 torch.library.define("sinkattn::decode_triton", _SCHEMA.format(more=""))
 torch.library.define("sinkattn::prefill", _SCHEMA.format(more=", int dense_window=0"))
+torch.library.define("sinkattn::prefill_cuda", _SCHEMA.format(more=", int dense_window=0"))
 torch.library.define("sinkattn::prefill_triton", _SCHEMA.format(more=", int dense_window=0"))
 
 
@@ -41,6 +45,7 @@ torch.library.define("sinkattn::prefill_triton", _SCHEMA.format(more=", int dens
 @torch.library.register_fake("sinkattn::decode_cuda")
 @torch.library.register_fake("sinkattn::decode_triton")
 @torch.library.register_fake("sinkattn::prefill")
+@torch.library.register_fake("sinkattn::prefill_cuda")
 @torch.library.register_fake("sinkattn::prefill_triton")
 def _fake(q, k, v, *args, **kwargs):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
@@ -71,11 +76,9 @@ def _triton(op: str):
 
 
 def _auto(op: str):
-    def run(q, k, v, *args, **kwargs):
-        chosen = _chosen(op, "auto", q, v, *args[:2])
-        if chosen is None:
-            return reference.attention(q, k, v, *args, **kwargs)
-        return getattr(torch.ops.sinkattn, chosen)(q, k, v, *args, **kwargs)
+    def run(*args):  # the tensors, then the sizes, of which those at the end may be missing
+        chosen = _chosen(op, "auto", args[:10], args[10], args[14] if len(args) > 14 else 0)
+        return (reference.attention if chosen is None else getattr(torch.ops.sinkattn, chosen))(*args)
 
     return run
 
@@ -172,7 +175,7 @@ def _check(
             raise ValueError(f"tensors on {tensor.device} and {q.device}: all must be on one device")
 
 
-def _not_in_cuda(q: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
+def _not_in_cuda(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
     """Why csrc/cuda does not take a decode, or None if it does."""
     head_dims, group = (q.shape[3], v.shape[3]), q.shape[1] // v.shape[1]
     if q.dtype not in (torch.float16, torch.bfloat16):
@@ -187,11 +190,26 @@ def _not_in_cuda(q: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> str 
     return None
 
 
-def _chosen(op: str, backend: str, q: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
+def _in_cuda_prefill(tensors: tuple, sink_size: int, rotary_start: int) -> bool:
+    """Whether csrc/cuda takes a prefill."""
+    q, _, v, *_, rotation, _, alibi_slopes = tensors
+    return (
+        q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[3] == v.shape[3] in CUDA_PREFILL_HEAD_DIMS
+        and sink_size <= CUDA_PREFILL_MAX_SINKS
+        and alibi_slopes is None
+        and (rotation is None or rotary_start % 4 == rotation.shape[4] % 4 == 0)
+        and all(x.storage_offset() % 8 == 0 and all(y % 8 == 0 for y in x.stride()[:3]) for x in tensors[:5])
+        and torch.cuda.get_device_capability(q.device) == (9, 0)
+    )
+
+
+def _chosen(op: str, backend: str, tensors: tuple, sink_size: int, rotary_start: int) -> str | None:
     """The op of `torch.ops.sinkattn` that serves a call, None for `reference.attention`.
 
     Raises ValueError if the backend was asked for by name and does not take the call.
     """
+    q, _, v = tensors[:3]
     if backend == "reference":
         return None
     named, head_dim = backend != "auto", max(q.shape[3], v.shape[3])
@@ -205,10 +223,17 @@ def _chosen(op: str, backend: str, q: Tensor, v: Tensor, k_cache: Tensor, v_cach
     if q.device.type == "cpu":
         return op
     if op == "decode" and backend != "triton" and (named or HAS_CUDA_LIBRARY):
-        if not (reason := _not_in_cuda(q, v, k_cache, v_cache)):
+        if not (reason := _not_in_cuda(*tensors[:5])):
             return "decode_cuda"
         if named:
             raise ValueError(f"backend 'cuda' takes {reason}; backend='triton' takes more")
+    if (
+        op == "prefill"
+        and backend != "triton"
+        and HAS_CUDA_LIBRARY
+        and _in_cuda_prefill(tensors, sink_size, rotary_start)
+    ):
+        return "prefill_cuda"
     return f"{op}_triton"
 
 
@@ -216,8 +241,8 @@ def _run(op: str, backend: str, tensors: tuple, sizes: tuple) -> Tensor:
     if reason := missing_backend(backend, tensors[0].device.type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     _check(*tensors, *sizes[:3], sizes[4])
-    q, _, v, k_cache, v_cache = tensors[:5]
-    chosen = _chosen(op, backend, q, v, k_cache, v_cache)
+    q = tensors[0]
+    chosen = _chosen(op, backend, tensors, sizes[0], sizes[4])
     if chosen is None:
         return reference.attention(*tensors, *sizes)
     if backend == "triton" and q.device.type == "cpu":

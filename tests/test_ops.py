@@ -251,7 +251,7 @@ class TestDecode:
         assert ops.decode(*case.tensors(dtype, device), **case.sizes, backend=backend).shape == (0, 1, 6, 128)
 
 
-@pytest.mark.parametrize(("backend", "device"), [param for param in BACKENDS if param.values[0] != "cuda"])
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 class TestPrefill:
     @pytest.mark.parametrize("tokens", [1, 5, 35])
     @pytest.mark.parametrize("lengths", edges(), ids=str)
@@ -394,12 +394,14 @@ def test_what_only_the_reference_takes(backend, device, dtype, head_dim):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("op", ["decode", "prefill", "decode_cuda", "decode_triton", "prefill_triton"])
+@pytest.mark.parametrize("op", ["decode", "prefill", "decode_cuda", "prefill_cuda", "decode_triton", "prefill_triton"])
 def test_opcheck(op, device):
-    if "_" in op and (device == "cpu" or (op == "decode_cuda" and not ops.HAS_CUDA_LIBRARY)):
+    if "_" in op and (device == "cpu" or (op.endswith("cuda") and not ops.HAS_CUDA_LIBRARY)):
         pytest.skip("an op of GPUs")
-    tokens, dtype = 1 if "decode" in op else 3, torch.float16 if op == "decode_cuda" else torch.float32
-    case = Case((20, 40), (1, 0), tokens=tokens, heads=4, head_dim=64, learned=True, alibi=True)
+    if op == "prefill_cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("an op of Hopper GPUs")
+    tokens, dtype = 1 if "decode" in op else 3, torch.float16 if op.endswith("cuda") else torch.float32
+    case = Case((20, 40), (1, 0), tokens, 4, head_dim=64, learned=True, alibi=op != "prefill_cuda")
     tensors = [x if x is None else x.nan_to_num(0) if x.is_floating_point() else x for x in case.tensors(dtype)]
     tensors = [x if x is None else x.to(device) for x in tensors]
     torch.library.opcheck(getattr(torch.ops.sinkattn, op).default, (*tensors, *case.sizes.values()))
@@ -436,6 +438,29 @@ def test_splits(splits, heads):
         assert same_bits(tensors[4].cpu(), low[4])
 
 
+PREFILL_SHAPES = {
+    "plain": {},
+    "partial": {"rotary": 32},
+    "partial, offset": {"rotary": 16, "start": 24},
+    "interleaved": {"interleaved": True},
+    "interleaved, partial, offset": {"interleaved": True, "rotary": 32, "start": 8},
+    "no rotation": {"rotary": 0},
+    "no sinks": {"sink": 0},
+    "many sinks": {"sink": 37},
+    "128 sinks": {"sink": 128},
+    "window 1": {"window": 1},
+    "window 2": {"window": 2},
+    "window beyond all": {"window": 5000, "lengths": (0, 100, 4999, 5004, 5005, 123_456)},
+    "slack slots": {"ring": 177},
+    "learned logits, softcap": {"learned": True, "softcap": 20.0},
+    "dense": {"dense": 10**15},
+    "dense, banded": {"dense": 200, "tokens": 400},
+    "padding": {"tokens": 777, "counts": (777, 300, 776, 0, 1, 128)},
+    "gqa 7": {"heads": 7, "kv_heads": 1},
+    "one token": {"tokens": 1},
+    "many tiles": {"tokens": 2000, "heads": 32, "kv_heads": 4, "lengths": (0, 1000)},
+}
+
 GPU_BACKENDS = [param for param in BACKENDS if param.values[1] == "cuda" and param.values[0] != "reference"]
 
 
@@ -449,10 +474,16 @@ class TestGPU:
         check("decode", backend, device, dtype, case)
         many = dataclasses.replace(case, lengths=(1019, 1020, 3000, 70_000) * 8)
         check("decode", backend, device, dtype, many)
-        if backend == "cuda":
-            return
         check("prefill", backend, device, dtype, dataclasses.replace(case, tokens=777, counts=(777, 300, 776)))
         check("prefill", backend, device, dtype, dataclasses.replace(case, lengths=(0,), tokens=1500, dense=10**6))
+
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    @pytest.mark.parametrize("shape", PREFILL_SHAPES)
+    def test_prefill(self, backend, device, shape, head_dim):
+        """Rows of every age, several tiles of queries and keys."""
+        case = {"lengths": (0, 3, 16, 55, 700, 4_000_000), "tokens": 150, "heads": 4, "window": 140}
+        for dtype in (torch.float16, torch.bfloat16):
+            check("prefill", backend, device, dtype, Case(**case | {"head_dim": head_dim} | PREFILL_SHAPES[shape]))
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     @pytest.mark.parametrize("heads", [(4, 4), (16, 2), (32, 2), (12, 4)])
@@ -462,8 +493,6 @@ class TestGPU:
         case = Case((3000, 700), None, 1, *heads, 128, window=1020, rotary=0)
         errors = torch.zeros(2, dtype=torch.float64)
         for op, tokens in ("decode", 1), ("prefill", 300):
-            if backend == "cuda" and op == "prefill":
-                continue
             case = dataclasses.replace(case, tokens=tokens, lengths=(3000, 700) if tokens == 1 else (0, 0))
             tensors = [scale * x if x is not None and x.is_floating_point() else x for x in case.tensors(dtype, device)]
             before = copies(tensors)
