@@ -42,7 +42,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all", "--threads=2"]
-GPUS = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]  # and later ones
+CUDA_SOURCES = {  # file: the GPUs it is for
+    "decode": ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"],  # and later
+    "prefill": ["-gencode=arch=compute_90a,code=sm_90a"],
+}
 
 REQUIRED = {name for name in os.environ.get("SINKATTN_REQUIRE", "").split(",") if name}
 
@@ -173,7 +176,8 @@ class BuildExt(build_ext):
                 jobs.append(self.job(options, sources / "attention.cpp", f"attention_{instructions}"))
         else:
             include += ["-isystem", str(NVCC.parent.parent / "include")]
-            jobs = [self.job([str(NVCC), "-ccbin", COMPILER[0], *NVCC_FLAGS, *GPUS], sources / "decode.cu", "decode")]
+            nvcc = [str(NVCC), "-ccbin", COMPILER[0], *NVCC_FLAGS]
+            jobs = [self.job([*nvcc, *gpus], sources / f"{file}.cu", file) for file, gpus in CUDA_SOURCES.items()]
             jobs.append(self.job([*COMPILER, *FLAGS, *include, *more], sources / "ops_cuda.cpp", "ops_cuda"))
             runtime = [f"-L{cudart_folder()}", "-Wl,--as-needed", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         OBJECTS.mkdir(parents=True, exist_ok=True)

@@ -3,12 +3,12 @@
 | backend     | decode                     | prefill                | tensors on                     |
 |-------------|----------------------------|------------------------|--------------------------------|
 | "auto"      | the first of those below that serves dtype, head_dim and group       | CPU, CUDA     |
-| "cuda"      | csrc/cuda, compiled        | csrc/cuda (*), compiled | CUDA                          |
+| "cuda"      | csrc/cuda, compiled        | csrc/cuda, compiled *  | CUDA                           |
 | "triton"    | kernels/decode.py          | kernels/prefill.py     | CUDA, or CPU when interpreted  |
 | "cpu"       | csrc/cpu, compiled         | csrc/cpu, compiled     | CPU                            |
 | "reference" | reference.py               | reference.py           | any                            |
 
-(*) on Hopper, for what `_in_cuda_prefill` says; as "triton" for the rest.
+* On Hopper, what `_in_cuda_prefill` says; the rest as "triton".
 """
 
 import ctypes
@@ -175,6 +175,12 @@ def _check(
             raise ValueError(f"tensors on {tensor.device} and {q.device}: all must be on one device")
 
 
+def _is_aligned(x: Tensor) -> bool:
+    """Whether rows of 16-bit numbers begin at multiples of 16 bytes. Compilation knows no offsets: it takes it so."""
+    at_start = torch.compiler.is_compiling() or x.storage_offset() % 8 == 0
+    return at_start and all(stride % 8 == 0 for stride in x.stride()[:3])
+
+
 def _not_in_cuda(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
     """Why csrc/cuda does not take a decode, or None if it does."""
     head_dims, group = (q.shape[3], v.shape[3]), q.shape[1] // v.shape[1]
@@ -185,7 +191,7 @@ def _not_in_cuda(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tens
     if group > CUDA_MAX_GROUP:
         return f"up to {CUDA_MAX_GROUP} query heads per key head, not {group}"
     for cache in (k_cache, v_cache):
-        if any(stride % 8 for stride in cache.stride()[:3]):
+        if not _is_aligned(cache):
             return f"caches whose rows are aligned to 16 bytes, not strides {cache.stride()}"
     return None
 
@@ -199,7 +205,7 @@ def _in_cuda_prefill(tensors: tuple, sink_size: int, rotary_start: int) -> bool:
         and sink_size <= CUDA_PREFILL_MAX_SINKS
         and alibi_slopes is None
         and (rotation is None or rotary_start % 4 == rotation.shape[4] % 4 == 0)
-        and all(x.storage_offset() % 8 == 0 and all(y % 8 == 0 for y in x.stride()[:3]) for x in tensors[:5])
+        and all(_is_aligned(x) for x in tensors[:5])
         and torch.cuda.get_device_capability(q.device) == (9, 0)
     )
 

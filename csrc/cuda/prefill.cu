@@ -5,14 +5,12 @@
 //
 // * Keys come in the order of the text. The first launch turns those of the chunk and puts what the ring holds, and the
 //   sinks, in order and without what is empty into scratch: after that a band is all there is, and no value is NaN.
-// * A block keeps a multiprocessor and takes tiles of 128 queries, one after the other. One warp asks the copy engine
-// for
-//   tiles of 128 keys and values, three turn the queries of the next tile by both angles, and two warpgroups of 64
-//   queries multiply: both products by `wgmma`, weights as registers.
+// * A block keeps a multiprocessor and takes tiles of 128 queries, one after the other. One warp asks the copy engine for
+//   tiles of 128 keys and values, seven turn the queries of the next tile by both angles, and two warpgroups of 64 queries
+//   multiply: both products by `wgmma`, weights as registers.
 // * While one product runs, the softmax of the one before is worked out, in the same warpgroup and in the other one:
 //   they take turns in asking for products.
-// * Only tiles that an edge of the band goes through take a mask. Sinks are 16 keys at a time, in products of that
-// size.
+// * Only tiles that an edge of the band goes through take a mask. Sinks are 16 keys at a time, in products of that size.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
