@@ -182,6 +182,13 @@ def plot(rows: list[tuple], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def write(rows: list[tuple], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows((*row[:-2], f"{row[-2]:.2f}", f"{row[-1]:.2f}") for row in rows)
+
+
 def main(
     output_dir: Annotated[Path, typer.Option(help="Where decode.csv and decode.png go.")] = Path("bench/results"),
     tables_only: Annotated[bool, typer.Option(help="Batch 1, 8, 64, C 1024, 4096, bfloat16, heads of 128.")] = False,
@@ -198,6 +205,7 @@ def main(
     title = f"us a layer and step; {torch.cuda.get_device_name()}, {versions}, reads {bandwidth / 1e12:.2f} TB/s"
     table = Table("heads/kv", "dim", "dtype", "batch", "C", "floor", *providers, "share of floor", title=title)
     rows = []
+    output_dir.mkdir(parents=True, exist_ok=True)
     in_tables = cases(tables_only=True)
     for case in track(cases(tables_only), "measuring", console=console):
         dtype, head_dim, num_kv_heads, batch, capacity = case
@@ -211,7 +219,7 @@ def main(
                 continue  # both compile for a while
             try:
                 times[provider] = measure(provider, 32, num_kv_heads, head_dim, batch, capacity, DTYPES[dtype])
-            except RuntimeError as error:
+            except (RuntimeError, OSError, ValueError) as error:
                 console.print(f"[yellow]{provider} cannot do[/yellow] {case}: {str(error)[:120]}")
                 continue
             key = (32, num_kv_heads, head_dim, batch, capacity, dtype, provider)
@@ -223,12 +231,8 @@ def main(
             f"32/{num_kv_heads}", str(head_dim), dtype, str(batch), str(capacity), f"{floor:.1f}", *cells, share
         )
         torch.cuda.empty_cache()
+        write(rows, output_dir / "decode.csv")
     console.print(table)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / "decode.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows((*row[:-2], f"{row[-2]:.2f}", f"{row[-1]:.2f}") for row in rows)
     plot(rows, output_dir / "decode.png")
 
 

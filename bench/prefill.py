@@ -98,6 +98,7 @@ def main(
     title = f"ms (TFLOP/s); {torch.cuda.get_device_name()}, {versions}"
     table = Table("heads/kv", "dim", "dtype", "batch", "T", "C", *chosen, title=title)
     rows = []
+    output_dir.mkdir(parents=True, exist_ok=True)
     integers = lambda text: [int(x) for x in text.split(",")]  # noqa: E731
     cases = itertools.product(
         dtypes.split(","), integers(head_dims), heads.split(","), integers(batches), sizes.split(",")
@@ -109,7 +110,7 @@ def main(
             try:
                 run = call(provider, num_heads, num_kv_heads, head_dim, batch, tokens, capacity, DTYPES[dtype])
                 ms = triton.testing.do_bench(run, warmup=50, rep=100, return_mode="median")
-            except RuntimeError as error:
+            except (RuntimeError, OSError, ValueError) as error:
                 console.print(f"[yellow]{provider} cannot do this row:[/yellow] {str(error)[:120]}")
                 cells.append("-")
                 continue
@@ -119,12 +120,11 @@ def main(
             key = (num_heads, num_kv_heads, head_dim, batch, tokens, capacity, dtype, provider)
             rows.append((*key, f"{ms:.4f}", f"{tflops:.1f}"))
         table.add_row(pair, str(head_dim), dtype, str(batch), str(tokens), str(capacity), *cells)
+        with (output_dir / "prefill.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            writer.writerows(rows)
     console.print(table)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / "prefill.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -532,6 +532,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
     stage = stage + 1 == S::STAGES ? 0 : stage + 1;
   }
   wait_for_copies<0>();
+  __syncwarp();  // for the lanes' copies are each other's place
 
   // What the warp found, (group, V_DIM), where its tiles were.
   float* found = reinterpret_cast<float*>(staged);
@@ -583,7 +584,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
     const int member = i / V_DIM;
     const Combined x = combine<WARPS>(WARPS, reinterpret_cast<float*>(shared) + i, S::WARP * 4, softmax[0][member],
                                       MAX_GROUP * 2);
-    if constexpr (!CLUSTER) {
+    if (!CLUSTER || splits == 1) {
       finish(i, x);
     } else {
       hand_over(there + i * 4, x.sum, barrier);
@@ -591,7 +592,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
     }
   }
   if constexpr (CLUSTER) {
-    if (rank > 0) return;
+    if (rank > 0 || splits == 1) return;
     wait_for_bytes(&arrived);
     for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4)
       finish(i, combine<MAX_SPLITS>(splits, handed + i, columns, handed_softmax + i / V_DIM * 2, p.group * 2));

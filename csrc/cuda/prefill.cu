@@ -5,11 +5,12 @@
 //
 // * Keys come in the order of the text. The first launch turns those of the chunk and puts what the ring holds, and the
 //   sinks, in order and without what is empty into scratch: after that a band is all there is, and no value is NaN.
-// * A block keeps a multiprocessor and takes tiles of 128 queries, one after the other. One warp asks the copy engine for
-//   tiles of 128 keys and values, seven turn the queries of the next tile by both angles, and two warpgroups of 64 queries
-//   multiply: both products by `wgmma`, weights as registers.
+// * A block keeps a multiprocessor and takes tiles of 128 queries, one after the other. One warp asks the copy engine
+//   for tiles of 128 keys and values, seven turn queries by both angles ahead of their use, and two warpgroups of 64
+//   queries multiply: both products by wgmma, weights as registers.
 // * While one product runs, the softmax of the one before is worked out, in the same warpgroup and in the other one:
-//   they take turns in asking for products.
+//   they take turns in asking for products. The first scores of a tile are asked for before the tile before is put
+//   away.
 // * Only tiles that an edge of the band goes through take a mask. Sinks are 16 keys at a time, in products of that size.
 #include <cuda.h>
 #include <cuda_bf16.h>
@@ -406,7 +407,7 @@ struct Shape {
 template <typename T, int DIM>
 __device__ void turn_queries(const Prefill& p, const Tile& tile, int thread, int threads, char* to,
                              char* sink_queries) {
-  constexpr int JOBS = DIM / 8, AT_ONCE = 1;
+  constexpr int JOBS = DIM / 8, AT_ONCE = 1;  // jobs whose loads are in flight
   const int start = tile.padding + tile.first;
   const T* q = static_cast<const T*>(p.q) + tile.row * p.q_row + tile.head * p.q_head + start * p.q_token;
   const float* angles = p.rotation + (int64_t(tile.row) * p.tokens + start) * 4 * p.rotary_half;
@@ -472,7 +473,7 @@ __global__ void __launch_bounds__(THREADS, 1)
   }
   __syncthreads();
 
-  // Nothing is gained yet by roles.
+  // The queries of the first tile are turned by all.
   if (warp > 0) {
     if (const Tile tile(p); tile.exists())
       turn_queries<T, DIM>(p, tile, threadIdx.x - 32, THREADS - 32, queries, sink_queries);
@@ -751,34 +752,31 @@ __global__ void __launch_bounds__(THREADS, 1)
     uint64_t* values_out = &at.values_out[value_at.stage];
     value_at.advance(STAGES), query_at.advance(2);
     tile.advance(p);
-    auto close_tile = [&] {
-      hold(sum), hold(weight);
-      release(values_out);
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        total[r] += __shfl_xor_sync(~0u, total[r], 1);
-        total[r] += __shfl_xor_sync(~0u, total[r], 2);
-        total[r] = __fdividef(1, total[r]);
-      }
-      // Out, by way of where the queries were.
-      meet(ours, 128);
-#pragma unroll
-      for (int i = 0; i < DIM / 2; i += 2) {
-        const int piece = i / 4, r = i % 4 / 2, at_row = warp % 4 * 16 + g + 8 * r;
-        *reinterpret_cast<uint32_t*>(place + piece / 8 * S::COLUMN + at_row * 128 + (piece % 8 ^ g) * 16 + c * 4) =
-            pack<T>(sum[i] * total[r], sum[i + 1] * total[r]);
-      }
-      publish();
-      meet(ours, 128);
-      if (is_leader) {
-#pragma unroll
-        for (int i = 0; i < S::COLUMNS; ++i) copy_out(maps.out, i * 64, token, head, row, place + i * S::COLUMN);
-        asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-      }
-    };
     open_tile();
     wait_for_products<1>();
-    close_tile();
+    hold(sum), hold(weight);
+    release(values_out);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      total[r] += __shfl_xor_sync(~0u, total[r], 1);
+      total[r] += __shfl_xor_sync(~0u, total[r], 2);
+      total[r] = __fdividef(1, total[r]);
+    }
+    // Out, by way of where the queries were.
+    meet(ours, 128);
+#pragma unroll
+    for (int i = 0; i < DIM / 2; i += 2) {
+      const int piece = i / 4, r = i % 4 / 2, at_row = warp % 4 * 16 + g + 8 * r;
+      *reinterpret_cast<uint32_t*>(place + piece / 8 * S::COLUMN + at_row * 128 + (piece % 8 ^ g) * 16 + c * 4) =
+          pack<T>(sum[i] * total[r], sum[i + 1] * total[r]);
+    }
+    publish();
+    meet(ours, 128);
+    if (is_leader) {
+#pragma unroll
+      for (int i = 0; i < S::COLUMNS; ++i) copy_out(maps.out, i * 64, token, head, row, place + i * S::COLUMN);
+      asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+    }
     if (!tile.exists()) break;
   }
   wait_for_products<0>();
