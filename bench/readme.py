@@ -26,16 +26,30 @@ def decode_table() -> str:
     """Microseconds of a layer's decode step, a row a shape, from bench/decode.py's CSV."""
     with (ROOT / "bench/results/h200/decode.csv").open() as file:
         lines = list(csv.DictReader(file))
+    lines = [line for line in lines if (line["head_dim"], line["dtype"]) == ("128", "bfloat16")]
+    lines = [line for line in lines if line["batch"] in ("1", "8", "64") and line["capacity"] in ("1024", "4096")]
     providers = list(dict.fromkeys(line["provider"] for line in lines))
     times: dict[tuple, dict] = {}
     for line in lines:
         shape = f"{line['num_heads']}/{line['num_kv_heads']}", line["batch"], line["capacity"], line["floor_us"]
         times.setdefault(shape, {})[line["provider"]] = line["us"]
     rows = [
-        [*shape[:3], f"{float(shape[3]):.1f}", *(f"{float(row[provider]):.1f}" for provider in providers)]
+        [*shape[:3], f"{float(shape[3]):.1f}", *(f"{float(row[p]):.1f}" if p in row else "-" for p in providers)]
         for shape, row in times.items()
     ]
     return f"\n{table(['heads/kv', 'batch', 'C', 'floor', *providers], rows)}\n"
+
+
+def history_table() -> str:
+    """What each version of decode.cu took, a column a shape: heads of the keys / batch / capacity."""
+    with (ROOT / "bench/results/h200/decode_history.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    times: dict[str, dict] = {}
+    for line in lines:
+        shape = f"{line['num_kv_heads']}/{line['batch']}/{line['capacity']}"
+        times.setdefault(line["version"], {})[shape] = line["us"]
+    shapes = list(dict.fromkeys(shape for row in times.values() for shape in row))
+    return table(["us", *shapes], [[name, *(row.get(shape, "-") for shape in shapes)] for name, row in times.items()])
 
 
 def read_json(path: str) -> dict:
@@ -195,6 +209,7 @@ def figures() -> dict[str, str]:
         "first line table": (first_line_table, first_line),
         "both ways table": (both_ways_table,),
         "decode table": (decode_table,),
+        "decode history": (history_table,),
     }
     found = {}
     for name, (make, *arguments) in makers.items():
@@ -205,7 +220,7 @@ def figures() -> dict[str, str]:
 
 def main() -> None:
     known, behind = figures(), []
-    for path in (ROOT / "README.md", ROOT / "docs/faq.md"):
+    for path in (ROOT / "README.md", ROOT / "docs/faq.md", ROOT / "docs/kernels.md"):
         before = after = path.read_text()
         for name, text in known.items():
             after = re.sub(
