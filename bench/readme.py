@@ -209,7 +209,7 @@ def figures() -> dict[str, str]:
         "first line table": (first_line_table, first_line),
         "both ways table": (both_ways_table,),
         "decode table": (decode_table,),
-        "decode history": (history_table,),
+        "decode history table": (history_table,),
     }
     found = {}
     for name, (make, *arguments) in makers.items():
