@@ -49,7 +49,8 @@ def history_table() -> str:
         shape = f"{line['num_kv_heads']}/{line['batch']}/{line['capacity']}"
         times.setdefault(line["version"], {})[shape] = line["us"]
     shapes = list(dict.fromkeys(shape for row in times.values() for shape in row))
-    return table(["us", *shapes], [[name, *(row.get(shape, "-") for shape in shapes)] for name, row in times.items()])
+    rows = [[name, *(row.get(shape, "-") for shape in shapes)] for name, row in times.items()]
+    return "\n" + table(["us", *shapes], rows) + "\n"
 
 
 def read_json(path: str) -> dict:
