@@ -1,5 +1,5 @@
-// sinkattn::decode_cuda and prefill_cuda for CUDA tensors: checks, unpacking, stream. LibTorch's stable ABI is all that is used, so one
-// library serves every torch from 2.10 on. The schema is defined in sinkattn/ops.py, which loads this.
+// sinkattn::decode_cuda and prefill_cuda for CUDA tensors: checks, unpacking, stream. LibTorch's stable ABI is all that is
+// used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/ops.py, which loads this.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
