@@ -446,7 +446,8 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) x[r][j][e] = WIDE ? score[j][2 * r + e] * p.query_scale : score[j][e] + score[j][2 + e];
+        for (int r = 0; r < ROWS; ++r)
+          x[r][j][e] = WIDE ? score[j][2 * r + e] * p.query_scale : score[j][e] + score[j][2 + e];
     const bool all = is_full && first + KEYS <= slots;
     bool hidden[2][2] = {};
     if (!all || !is_plain) {
