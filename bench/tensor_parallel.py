@@ -39,7 +39,7 @@ def config_of(size: str, layers: int) -> transformers.LlamaConfig:
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0}, max_position_embeddings=8192,
     )  # fmt: skip
     small = dict(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=96, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=64,
     )  # fmt: skip
     return transformers.LlamaConfig(**(wide if size == "8b" else small), num_hidden_layers=layers, eos_token_id=None)

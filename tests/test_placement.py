@@ -69,9 +69,10 @@ def test_layers_on_several_devices(tmp_path):
 
 def test_tensor_parallel(tmp_path):
     """``tp_plan="auto"`` in two processes: each holds half of the heads, and both give the logits of one."""
-    tiny("llama").save_pretrained(tmp_path)
+    model = tiny("llama", vocab_size=98)  # some versions split the head, and do so evenly
+    model.save_pretrained(tmp_path)
     ids = random_ids(1, 3 * C)
-    torch.save((ids, streaming_logits(tiny("llama"), ids, S, W)), tmp_path / "expected.pt")
+    torch.save((ids, streaming_logits(model, ids, S, W)), tmp_path / "expected.pt")
     worker = f"""
 import torch, transformers, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
