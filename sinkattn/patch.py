@@ -18,7 +18,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from . import ops
 from .cache import Plan, SinkCache
-from .rope import Recorder, UnsupportedModelError, counts_in_three, input_device, probe, takes_positions, untouched
+from .rope import (
+    Recorder,
+    UnsupportedModelError,
+    counts_in_three,
+    input_device,
+    probe,
+    rewind,
+    takes_positions,
+    untouched,
+)
 
 IMPLEMENTATION = "sinkattn"  # name in transformers' attention registries
 ROUTES = {  # how attention is reached: the implementation that the config names meanwhile, None for the model's own
@@ -122,6 +131,7 @@ class Handle:
             route, layers = self._reach(capacity, window_size)
             self._restore_configs()
             ids = ids % model.get_input_embeddings().num_embeddings
+            rewind(model)
             expected = model(input_ids=ids, use_cache=False)[0]
         self._name_implementation(ROUTES[route])
         config = next(config for module, config in self._configs if module is model)

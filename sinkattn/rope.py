@@ -246,6 +246,16 @@ def untouched(model: nn.Module):
             _restore(module, state)
 
 
+def rewind(model: nn.Module) -> None:
+    """Let frequencies that are picked by length (dynamic NTK, longrope) start anew: what ran before does not matter."""
+    for module in model.modules():
+        for name in _frequency_buffers(module):
+            original = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
+            if original is not None and hasattr(module, "original_max_seq_len"):
+                setattr(module, name, original.clone())
+                module.max_seq_len_cached = module.original_max_seq_len
+
+
 def input_device(model: PreTrainedModel) -> torch.device:
     """Where the model takes its ids. The weights of an offloaded model are elsewhere; accelerate's hooks know."""
     embedding = model.get_input_embeddings()
@@ -499,8 +509,7 @@ def _frequency_tables(model: nn.Module, capacity: int) -> list[_Table]:
             if "dynamic" in rope_type or rope_type == "longrope":
                 rotary, more = copy.deepcopy(module), {"layer_type": layer_type} if layer_type else {}
                 rows, like = [], getattr(module, name)
-                setattr(rotary, name, getattr(rotary, name.replace("inv_freq", "original_inv_freq")).clone())
-                rotary.max_seq_len_cached = rotary.original_max_seq_len  # what it saw before does not matter
+                rewind(rotary)
                 for length in range(1, capacity + 1):
                     rotary(like, torch.tensor([[length - 1]], device=like.device), **more)
                     rows.append(getattr(rotary, name).clone())
