@@ -196,6 +196,11 @@ def _not_in_cuda(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tens
     return None
 
 
+@torch.compiler.assume_constant_result
+def _is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
 def _in_cuda_prefill(tensors: tuple, sink_size: int, rotary_start: int) -> bool:
     """Whether csrc/cuda takes a prefill."""
     q, _, v, *_, rotation, _, alibi_slopes = tensors
@@ -206,7 +211,7 @@ def _in_cuda_prefill(tensors: tuple, sink_size: int, rotary_start: int) -> bool:
         and alibi_slopes is None
         and (rotation is None or rotary_start % 4 == rotation.shape[4] % 4 == 0)
         and all(_is_aligned(x) for x in tensors[:5])
-        and torch.cuda.get_device_capability(q.device) == (9, 0)
+        and _is_hopper(q.device.index)
     )
 
 
