@@ -2,7 +2,7 @@
 
 | backend     | decode                     | prefill                | tensors on                     |
 |-------------|----------------------------|------------------------|--------------------------------|
-| "auto"      | the first of those below that serves dtype, head_dim and group       | CPU, CUDA     |
+| "auto"      | the first of those below that serves GPU, dtype, head_dim and group  | CPU, CUDA     |
 | "cuda"      | csrc/cuda, compiled        | csrc/cuda, compiled *  | CUDA                           |
 | "triton"    | kernels/decode.py          | kernels/prefill.py     | CUDA, or CPU when interpreted  |
 | "cpu"       | csrc/cpu, compiled         | csrc/cpu, compiled     | CPU                            |
@@ -201,6 +201,13 @@ def _is_hopper(index: int) -> bool:
     return torch.cuda.get_device_capability(index) == (9, 0)
 
 
+@torch.compiler.assume_constant_result
+def _is_large(index: int) -> bool:
+    """Whether a GPU has the clusters and the shared memory that every decode of csrc/cuda may want."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major >= 9 and properties.shared_memory_per_block_optin >= 227 * 1024
+
+
 def _in_cuda_prefill(tensors: tuple, sink_size: int, rotary_start: int) -> bool:
     """Whether csrc/cuda takes a prefill."""
     q, _, v, *_, rotation, _, alibi_slopes = tensors
@@ -233,7 +240,7 @@ def _chosen(op: str, backend: str, tensors: tuple, sink_size: int, rotary_start:
         return None
     if q.device.type == "cpu":
         return op
-    if op == "decode" and backend != "triton" and (named or HAS_CUDA_LIBRARY):
+    if op == "decode" and backend != "triton" and (named or (HAS_CUDA_LIBRARY and _is_large(q.device.index))):
         if not (reason := _not_in_cuda(*tensors[:5])):
             return "decode_cuda"
         if named:

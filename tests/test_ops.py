@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sinkattn import ops, reference
 
@@ -391,6 +393,29 @@ def test_what_only_the_reference_takes(backend, device, dtype, head_dim):
     if backend != "reference":
         with pytest.raises(ValueError, match="backend='reference' takes any"):
             ops.decode(*tensors, **case.sizes, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("capability", "shared", "decode", "prefill"),
+    [
+        ((9, 0), 232_448, "decode_cuda", "prefill_cuda"),
+        ((10, 0), 232_448, "decode_cuda", "prefill_triton"),
+        ((12, 0), 101_376, "decode_triton", "prefill_triton"),  # later, and too small for large heads
+        ((8, 0), 166_912, "decode_triton", "prefill_triton"),  # no clusters: few rows would leave it idle
+    ],
+)
+def test_what_serves_which_gpu(monkeypatch, capability, shared, decode, prefill):
+    properties = types.SimpleNamespace(major=capability[0], shared_memory_per_block_optin=shared)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(ops, "HAS_CUDA_LIBRARY", True)
+    with FakeTensorMode():
+        new, cache = (torch.empty(1, 8, n, 128, dtype=torch.bfloat16, device="cuda:0") for n in (1, 64))
+        tensors = (new, new, new, cache, cache, None, None, None, None, None)
+    assert ops._chosen("decode", "auto", tensors, 4, 0) == decode
+    assert ops._chosen("decode", "cuda", tensors, 4, 0) == "decode_cuda"
+    assert ops._chosen("prefill", "auto", tensors, 4, 0) == prefill
+    assert ops._chosen("prefill", "triton", tensors, 4, 0) == "prefill_triton"
 
 
 @pytest.mark.parametrize("device", DEVICES)
