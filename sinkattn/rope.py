@@ -196,7 +196,7 @@ class Recorder(DynamicCache):
         window = max(windows.values())
         if any(shown != min(window, query + 1) for query, shown in windows.items()):
             window = -1
-        return torch.tensor([[[[0 if window >= min(self.window_size, self.capacity) else window]]]], device=device)
+        return torch.tensor([[[[0 if window >= self.window_size else window]]]], device=device)
 
 
 class _Recording(Watch):
