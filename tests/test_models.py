@@ -102,14 +102,16 @@ def test_slopes(dtype, rounding):
         assert found.alibi_slopes.double() == pytest.approx(exact.double(), rel=rounding)
 
 
-def test_query_scaled_by_position():
+@pytest.mark.parametrize("step", [4, C - 1])  # positions between two scales; the second begins where the cache ends
+def test_query_scaled_by_position(step):
     """Ministral-3 scales a query by its position; as in the cache that is ``min(t, C - 1)``: so the oracle does."""
-    rope = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=4)
+    rope = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=step)
     model = sweep.build("ministral3", rope_parameters=dict(rope, llama_4_scaling_beta=0.5))
     ids = random_ids(1, 3 * C)
     expected = streaming_logits(copy.deepcopy(model), ids, S, W)
     with patch(model, S, W) as handle:
-        assert handle.plan.layers[0, 0].query_scales[[0, C - 1]].tolist() == pytest.approx([1, 1 + 0.5 * math.log(4)])
+        last = 1 + 0.5 * math.log(1 + (C - 1) // step)
+        assert handle.plan.layers[0, 0].query_scales[[0, C - 1]].tolist() == pytest.approx([1, last])
         for size in (1, 9, ids.shape[1]):
             assert relative_error(fed(model, ids, size), expected) < 2e-5, f"chunks of {size}"
 
