@@ -27,6 +27,7 @@ MAX_HEAD_DIM = 256
 CUDA_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))  # of csrc/cuda
 CUDA_MAX_GROUP = 16
 CUDA_PREFILL_HEAD_DIMS, CUDA_PREFILL_MAX_SINKS = (64, 128), 128
+LINEAR_MAX_ROWS = 16
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? counts, "
@@ -39,6 +40,11 @@ torch.library.define("sinkattn::decode_triton", _SCHEMA.format(more=""))
 torch.library.define("sinkattn::prefill", _SCHEMA.format(more=", int dense_window=0"))
 torch.library.define("sinkattn::prefill_cuda", _SCHEMA.format(more=", int dense_window=0"))
 torch.library.define("sinkattn::prefill_triton", _SCHEMA.format(more=", int dense_window=0"))
+torch.library.define(
+    "sinkattn::linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, float norm_shift, Tensor? residual, "
+    "str activation) -> Tensor",
+)
 
 
 @torch.library.register_fake("sinkattn::decode")
@@ -49,6 +55,11 @@ torch.library.define("sinkattn::prefill_triton", _SCHEMA.format(more=", int dens
 @torch.library.register_fake("sinkattn::prefill_triton")
 def _fake(q, k, v, *args, **kwargs):
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+@torch.library.register_fake("sinkattn::linear")
+def _fake_linear(x, weight, bias, norm_weight, norm_eps, norm_shift, residual, activation):
+    return x.new_empty(x.shape[0], weight.shape[0] // (2 if activation else 1))
 
 
 def _load(name: str) -> bool:
@@ -65,6 +76,7 @@ HAS_CUDA_LIBRARY = torch.version.cuda is not None and _load("_C_cuda.so")
 if not HAS_CPU_LIBRARY:
     torch.library.impl("sinkattn::decode", "CPU", reference.attention)
     torch.library.impl("sinkattn::prefill", "CPU", reference.attention)
+torch.library.impl("sinkattn::linear", "CPU", reference.linear)
 
 
 def _triton(op: str):
@@ -368,3 +380,99 @@ def prefill(
     tensors = (q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
     sizes = (sink_size, window_size, scale, softcap, rotary_start, interleaved, dense_window)
     return _run("prefill", backend, tensors, sizes)
+
+
+def _check_linear(x, weight, bias, norm_weight, residual, activation) -> None:
+    """Raise ValueError (shapes, layouts, devices), TypeError (dtypes) or RuntimeError (gradients, no library)."""
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit: they need (rows, in_features) and "
+            "(out_features, in_features)"
+        )
+    if x.shape[0] > LINEAR_MAX_ROWS:
+        raise ValueError(
+            f"linear takes up to {LINEAR_MAX_ROWS} rows, x has {x.shape[0]}; use torch.nn.functional.linear for more"
+        )
+    if activation and activation not in reference.ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; choose one of '', {str([*reference.ACTIVATIONS])[1:-1]}")
+    if activation and weight.shape[0] % 2:
+        raise ValueError(f"weight has {weight.shape[0]} rows; gates and what they let through need an even number")
+    outputs = weight.shape[0] // (2 if activation else 1)
+    shapes = {"bias": weight.shape[:1], "norm_weight": x.shape[1:], "residual": (x.shape[0], outputs)}
+    for name, tensor in (
+        ("x", x),
+        ("weight", weight),
+        ("bias", bias),
+        ("norm_weight", norm_weight),
+        ("residual", residual),
+    ):
+        if tensor is None:
+            continue
+        if name in shapes and tensor.shape != shapes[name]:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs {tuple(shapes[name])}")
+        if tensor.dtype != x.dtype or not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}, x is {x.dtype}; all must have one floating-point dtype")
+        if tensor.device != x.device:
+            raise ValueError(f"tensors on {tensor.device} and {x.device}: all must be on one device")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name} requires gradients; these ops are for inference: use torch.no_grad()")
+    if x.device.type == "cpu":
+        return
+    if reason := missing_backend("cuda", x.device.type):
+        raise RuntimeError(f"linear is not available: {reason}")
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        raise TypeError(f"on a GPU linear takes float16 and bfloat16, not {x.dtype}")
+    if x.shape[1] % 8:
+        raise ValueError(f"on a GPU linear takes multiples of 8 for in_features, not {x.shape[1]}")
+    for name, tensor in (("x", x), ("norm_weight", norm_weight), ("bias", bias), ("residual", residual)):
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} has strides {tensor.stride()}; on a GPU it must be contiguous")
+    if weight.stride(1) != 1:
+        raise ValueError(f"weight has strides {weight.stride()}; on a GPU the last must be 1")
+    for name, tensor in (("x", x), ("norm_weight", norm_weight), ("weight", weight)):
+        at_start = tensor is None or torch.compiler.is_compiling() or tensor.storage_offset() % 8 == 0
+        if not at_start or (name == "weight" and weight.stride(0) % 8):
+            raise ValueError(f"{name} begins or has rows off a multiple of 16 bytes; on a GPU all must begin at one")
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 0.0,
+    norm_shift: float = 0.0,
+    residual: Tensor | None = None,
+    activation: str = "",
+) -> Tensor:
+    """Multiply a few rows by a weight, with the norm before and the gate and residual after: one pass over the weight.
+
+        ``h = RMSNorm(x)``, ``y = h weight^T + bias``, ``out = act(gate) * up + residual`` with ``[gate | up] = y``
+
+    where what is not given is left out: ``h = x``, ``out = y + residual``. RMSNorm is ``n = x / sqrt(mean(x^2) +
+    norm_eps)`` in float32, then ``norm_weight * n`` with n rounded before and the product after as in LlamaRMSNorm if
+    norm_shift is 0, and otherwise ``(norm_shift + norm_weight) * n``, rounded once as in GemmaRMSNorm. What
+    follows, the gate too, is float32 and rounded once, at the end. The same input gives the same bits.
+
+    Tensors, on a GPU float16 or bfloat16, on the CPU any floating-point dtype; none is mutated:
+        x: (rows, in_features), contiguous, up to 16 rows; in_features a multiple of 8.
+        weight: (out_features, in_features), dtype of x; rows contiguous, aligned to 16 bytes, any distance apart. With
+            an activation its first half are the gate's rows. On a GPU, weights (weight, bias, norm_weight) are read
+            before the kernel ahead in the stream is done, so that one must not be what writes them.
+        bias: (out_features,), dtype of x; None for none.
+        norm_weight: (in_features,), dtype of x; None for no norm.
+        residual: (rows, out_features), or half of them with an activation; dtype of x, contiguous; None for none.
+    Scalars:
+        norm_eps: added to the mean square. norm_shift: added to norm_weight; 0 for Llama, 1 for Gemma.
+        activation: of the gate: "silu", "gelu_tanh", "gelu"; "" for no gate.
+
+    Returns (rows, out_features), or half of them with an activation; dtype of x, contiguous.
+
+    Raises ValueError for shapes, layouts, sizes or devices, TypeError for dtypes, RuntimeError where the compiled op is
+    missing or tensors require gradients.
+
+    Source: the definition in code is `sinkattn.reference.linear`.
+    """
+    _check_linear(x, weight, bias, norm_weight, residual, activation)
+    return torch.ops.sinkattn.linear(x, weight, bias, norm_weight, norm_eps, norm_shift, residual, activation)

@@ -9,8 +9,18 @@ Words used everywhere in this package (arXiv 2309.17453, section 3.2):
 Position j lives in slot ``j`` if ``j < S`` and in slot ``S + (j - S) % R`` otherwise.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of `linear`'s gates
+    "silu": silu,
+    "gelu_tanh": partial(gelu, approximate="tanh"),
+    "gelu": gelu,
+}
 
 
 def slot_of(position: Tensor, sink_size: int, ring_size: int) -> Tensor:
@@ -147,3 +157,38 @@ def attention(
     append(k_cache, k, position, lengths, lengths + counts, sink_size)
     append(v_cache, v, position, lengths, lengths + counts, sink_size)
     return out
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    norm_shift: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """``act(gate) * up + residual`` of ``RMSNorm(x) W^T + bias``, each of them if given, rounded once, at the end.
+
+    Only the norm rounds before the product, as transformers does: LlamaRMSNorm what is multiplied by the weight and the
+    product, GemmaRMSNorm (``norm_shift`` other than 0) the product alone. `ops.linear` has the same arguments; its
+    docstring says shapes, layouts and errors.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    h = x
+    if norm_weight is not None:
+        normal = x.to(wide) * torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + norm_eps)
+        if norm_shift == 0:
+            h = norm_weight * normal.to(x.dtype)
+        else:
+            h = (normal * (norm_shift + norm_weight.to(wide))).to(x.dtype)
+    y = h.to(wide) @ weight.to(wide).T
+    if bias is not None:
+        y = y + bias.to(wide)
+    if activation:
+        gate, up = y.chunk(2, dim=-1)
+        y = ACTIVATIONS[activation](gate) * up
+    if residual is not None:
+        y = y + residual.to(wide)
+    return y.to(x.dtype)
