@@ -4,8 +4,10 @@ Memory is allocated once, at capacity. Every row of the batch has its own length
 tokens, whatever the padding) and its own ring head; all of that follows from one tensor, `lengths`.
 """
 
+import copy
 import itertools
-from dataclasses import dataclass
+import weakref
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,6 +31,7 @@ class Plan:
         the first is fed token by token.
     layers: every attention of a step, by (layer index, how often that layer attended before in the step).
     route: how the attention is reached, a row of `patch.ROUTES`.
+    spare: keeps what no cache uses any more for the next one.
     """
 
     sink_size: int
@@ -39,9 +42,10 @@ class Plan:
     continues: bool
     layers: dict[tuple[int, int], ProbedLayer]
     route: str
+    spare: "Spare" = field(default_factory=lambda: Spare())
 
     def __deepcopy__(self, memo) -> "Plan":
-        return self  # immutable; copies of a cache go on with the same model
+        return self  # copies of a cache go on with the same model
 
     @property
     def capacity(self) -> int:
@@ -74,12 +78,9 @@ class SinkLayer(CacheLayerMixin):
 
     lazy_initialization = allocate
 
-    def check(self, key_states: Tensor) -> None:
-        """Raise ValueError if new keys do not fit the buffers of an earlier call."""
-        for what in ("dtype", "device"):
-            new, old = getattr(key_states, what), getattr(self.keys, what)
-            if new != old:
-                raise ValueError(f"this SinkCache holds {what} {old}, the model's keys now have {new}: make a new one")
+    def fits(self, key_states: Tensor) -> bool:
+        """Whether new keys have the dtype and the device of the buffers."""
+        return key_states.dtype == self.keys.dtype and key_states.device == self.keys.device
 
     def update(self, key_states, value_states, *args, **kwargs):
         return key_states, value_states  # handed through: `SinkCache.attend` appends
@@ -147,6 +148,102 @@ class _Step(Watch):
         return out.reshape(found.shape).to(found.dtype)
 
 
+class Rows:
+    """What a batch of texts keeps on its device, at fixed addresses: layers, lengths, and the graph that was captured.
+
+    layers: one per layer of the model, as transformers' `Cache` has them. rings: whatever attends, as in `Plan.layers`.
+    lengths: (batch,) int64. recent: (batch, RECENT) int64, the ids last fed.
+    step: a one-token step over these tensors, captured (`step.Captured`), or None. weights, is_masked: what it was
+        captured with, see `patch.Handle`. is_warm: whether a one-token step has run and left everything in place.
+    """
+
+    def __init__(self, plan: Plan, batch: int, device: torch.device):
+        self.layers, self.rings = _layers_of(plan)
+        with torch.inference_mode(False):
+            self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.recent = torch.zeros(batch, RECENT, dtype=torch.int64, device=device)
+        self.stream = _stream_of(device)
+        self.step, self.weights, self.is_masked, self.is_warm = None, None, False, False
+
+    def states(self) -> list[Tensor]:
+        """What layers keep besides rings, (batch, ...) each."""
+        return [x for layer in self.layers for x in _states(layer)]
+
+    def tensors(self) -> list[Tensor]:
+        """All that the rows hold, (batch, ...) each."""
+        rings = [ring for ring in self.rings.values() if ring.is_initialized]
+        return [self.lengths, self.recent, *self.states(), *(x for ring in rings for x in (ring.keys, ring.values))]
+
+    @torch.inference_mode(False)
+    def picked(self, index: Tensor) -> "Rows":
+        """A copy of some rows."""
+        return copy.deepcopy(self, {id(x): x.index_select(0, index.to(x.device)) for x in self.tensors()})
+
+    def reset(self) -> None:
+        self.lengths.zero_()
+        for layer in self.each():
+            layer.reset()
+
+    def each(self) -> set:
+        return {*self.layers, *self.rings.values()}
+
+    @torch.inference_mode(False)
+    def reordered(self, index: Tensor) -> "Rows":
+        """Row i of the result is what row ``index[i]`` was: in place, captured step and all, if there are as many."""
+        for layer in self.each():
+            layer.reorder_cache(index)
+        index = index.to(self.lengths.device)
+        lengths, recent = self.lengths.index_select(0, index), self.recent.index_select(0, index)
+        if len(index) == len(self.lengths):
+            self.lengths.copy_(lengths)
+            self.recent.copy_(recent)
+            return self
+        other = copy.copy(self)
+        other.lengths, other.recent, other.step, other.is_warm = lengths, recent, None, False
+        return other
+
+
+class Spare:
+    """The rows of the last cache that is gone, so that the next one need not capture its step again."""
+
+    def __init__(self):
+        self.rows: Rows | None = None
+        self.is_closed = False
+
+    def put(self, rows: Rows) -> None:
+        if rows.step is not None and not self.is_closed:
+            self.rows = rows
+
+    def take(self, batch: int, device: torch.device) -> Rows | None:
+        """Empty rows, if there are any that suit."""
+        rows, self.rows = self.rows, None
+        if rows is None or len(rows.lengths) != batch or rows.stream != _stream_of(device):
+            return None
+        rows.reset()
+        return rows
+
+    def close(self) -> None:
+        """Give the memory back, for good."""
+        self.rows, self.is_closed = None, True
+
+
+def _stream_of(device: torch.device) -> int | None:
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
+def _layers_of(plan: Plan) -> tuple[list, dict[tuple[int, int], SinkLayer]]:
+    """Rings for everything that attends, and transformers' own layers where there is a state and no ring."""
+    made, rings = DynamicCache(config=plan.config).layers, {}
+    for (index, call), probed in sorted(plan.layers.items()):
+        own = made[index] if index < len(made) else None
+        stateful = call == 0 and isinstance(own, LinearAttentionCacheLayerMixin)
+        ring = StatefulSinkLayer(probed, plan, own) if stateful else SinkLayer(probed, plan)
+        rings[index, call] = ring
+        if call == 0:
+            made[index : index + 1] = [ring]
+    return made, rings
+
+
 class SinkCache(Cache):
     """The KV cache of a patched model: S pinned sinks and a ring of W recent tokens per layer, constant in memory.
 
@@ -167,29 +264,36 @@ class SinkCache(Cache):
             raise ValueError(f"SinkCache needs a patched model; call sinkattn.patch({type(model).__name__}) first")
         self.plan: Plan = handle.plan
         super().__init__(layers=[])
-        self._make_layers()
-        self.lengths: Tensor | None = None
+        self.layers, self.rings = _layers_of(self.plan)
+        self.has_state = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+        self.rows: Rows | None = None
+        self._keeper: weakref.finalize | None = None
         self.seen = 0
         self._open = False  # whether a step is under way
-        self._recent: Tensor | None = None  # (batch, <= RECENT) ids last fed, None if unknown
+        self._known = 0  # how many of the last ids fed are known, at the end of `rows.recent`
         self._places: Tensor | None = None  # (batch, tokens, 3) of a step with images before or in it, see `begin`
         self._top: Tensor | None = None  # (batch,) largest of a row's places, None while they are its positions
         self._anchor: Tensor | None = None  # (batch, 3) the place of token C - 1
         self._broken = False
 
-    def _make_layers(self) -> None:
-        """Rings for everything that attends, and transformers' own layers where there is a state and no ring."""
-        made = DynamicCache(config=self.plan.config).layers
-        self.rings: dict[tuple[int, int], SinkLayer] = {}
-        for (index, call), probed in sorted(self.plan.layers.items()):
-            own = made[index] if index < len(made) else None
-            stateful = call == 0 and isinstance(own, LinearAttentionCacheLayerMixin)
-            ring = StatefulSinkLayer(probed, self.plan, own) if stateful else SinkLayer(probed, self.plan)
-            self.rings[index, call] = ring
-            if call == 0:
-                made[index : index + 1] = [ring]
-        self.layers = made
-        self.has_state = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in made)
+    def _use(self, rows: Rows) -> None:
+        """Hold other rows; when this cache is gone, they may serve the next one."""
+        if self._keeper is not None:
+            self._keeper.detach()
+        self.rows, self.layers, self.rings = rows, rows.layers, rows.rings
+        self._keeper = weakref.finalize(self, self.plan.spare.put, rows)
+        self._keeper.atexit = False
+
+    def __deepcopy__(self, memo) -> "SinkCache":
+        copied = object.__new__(type(self))
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            setattr(copied, name, None if name == "_keeper" else copy.deepcopy(value, memo))
+        return copied
+
+    @property
+    def lengths(self) -> Tensor | None:
+        return None if self.rows is None else self.rows.lengths
 
     @property
     def batch_size(self) -> int:
@@ -223,10 +327,8 @@ class SinkCache(Cache):
         images give tokens three positions each (M-RoPE); text goes on after the largest. Angles follow from places, for
         sinks from that of token ``min(t, C - 1)``. What is seen follows from the count of tokens, as ever.
         """
-        if self.lengths is None or len(self.lengths) != batch or self.lengths.device != device:
-            with torch.inference_mode(False):
-                self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-            self._make_layers()
+        if self.rows is None or len(self.lengths) != batch or self.lengths.device != device:
+            self._use(self.plan.spare.take(batch, device) or Rows(self.plan, batch, device))
         self._tokens = tokens
         self._counts = None if mask is None else mask.sum(1)
         first = self.lengths if mask is None else self.lengths - (tokens - self._counts)
@@ -235,6 +337,9 @@ class SinkCache(Cache):
         self._rotations: dict = {}
         self._calls: dict[int, int] = {}  # how often each layer has attended in this step
         self._updated: int | None = None
+        if self.has_state:
+            self._held_at = self._addresses()
+            self._states = [] if mask is None else [x.clone() for x in self.rows.states()]
         self._written, self._open = False, True
 
     def _start_places(self, places: Tensor | None) -> None:
@@ -262,31 +367,49 @@ class SinkCache(Cache):
                 "the mask lets tokens see those after them (images do so in some models): sinkattn is causal"
             )
 
+    def _addresses(self) -> list[int]:
+        return [x.data_ptr() for x in self.rows.states()]
+
+    @property
+    def has_places(self) -> bool:
+        """Whether images have given tokens three positions each."""
+        return self._top is not None
+
     def advance(self, ids: Tensor | None) -> None:
         """End the step: its tokens now belong to the rows. ids: (batch, tokens), None if only embeddings are known."""
         if self._places is not None:
             new = (self._positions >= self.lengths[:, None])[..., None]
             self._top = self._places.masked_fill(~new, -1).amax((1, 2))
-        self.lengths += self._tokens if self._counts is None else self._counts
-        if self.has_state and self._counts is not None:
-            self._forget_padding()
-        self.seen += self._tokens
-        self._open = False
-        known = ids is not None and (self._recent is not None or self.seen == self._tokens)
-        if not known:
-            self._recent = None
-        elif self._tokens >= RECENT or self._recent is None:
-            self._recent = ids[:, -RECENT:].clone()
-        else:
-            self._recent = torch.cat((self._recent, ids), dim=1)[:, -RECENT:]
+        self.settle(ids)
+        self.rows.is_warm = self._tokens == 1 and (not self.has_state or self._held_at == self._addresses())
+        self.count(self._tokens, ids is not None)
 
-    def _forget_padding(self) -> None:
-        """Rows that have seen nothing but padding start from an empty state."""
-        for layer in self.layers:
-            if isinstance(layer, LinearAttentionCacheLayerMixin):
-                for state in _states(layer):
-                    empty = (self.lengths == 0).to(state.device)
-                    state.masked_fill_(empty.view(-1, *[1] * (state.dim() - 1)), 0)
+    def settle(self, ids: Tensor | None) -> None:
+        """What the end of a step changes on the device."""
+        self.lengths.add_(self._tokens if self._counts is None else self._counts)
+        if self.has_state and self._counts is not None:
+            self._keep_states()
+        if ids is not None:
+            recent = self.rows.recent
+            recent.copy_(torch.cat((recent, ids), dim=1)[:, -RECENT:])
+
+    def count(self, tokens: int, are_known: bool) -> None:
+        """What the end of a step changes on the host."""
+        goes_on = are_known and (self._known or not self.seen)
+        self._known = min(self._known + tokens, RECENT) if goes_on else 0
+        self.seen += tokens
+        self._open = False
+
+    def _keep_states(self) -> None:
+        """Rows that took no token in this step keep their state, or start from an empty one."""
+        for i, state in enumerate(self.rows.states()):
+            kept = (self._counts == 0).to(state.device).view(-1, *[1] * (state.dim() - 1))
+            before = self._states[i] if i < len(self._states) else torch.zeros((), device=state.device)
+            state.copy_(torch.where(kept, before.to(state.dtype), state))
+
+    def cancel(self) -> None:
+        """End a step that was captured and has not run."""
+        self._open = False
 
     def abort(self, torn: bool) -> None:
         """End a step that raised. A lone token is simply written again; a prompt or a state cannot be mended."""
@@ -310,10 +433,14 @@ class SinkCache(Cache):
         if (layer_idx, call) not in self.rings:
             raise ValueError(f"layer {layer_idx} attends, which it did not for text alone: sinkattn serves text")
         layer = self.rings[layer_idx, call]
-        if layer.is_initialized:
-            layer.check(key)
-        else:
+        if layer.is_initialized and not layer.fits(key) and self.seen:
+            raise ValueError(
+                f"this SinkCache holds {layer.keys.dtype} on {layer.keys.device}, the model's keys are now {key.dtype} "
+                f"on {key.device}: make a new one"
+            )
+        if not layer.is_initialized or not layer.fits(key):
             layer.allocate(key, value)
+            self.rows.step = None
         probed, asked = layer.probed, query.shape[2]
         if asked < self._tokens:  # Gemma-3n, Gemma-4: layers that share keys look at the last tokens alone
             query = torch.nn.functional.pad(query, (0, 0, self._tokens - asked, 0))
@@ -392,9 +519,10 @@ class SinkCache(Cache):
         """Whether `ids` (batch, n) begin with the text this cache has seen: True for a re-sent history."""
         if ids.shape[0] != self.batch_size or ids.shape[1] <= self.seen:
             return False
-        if self._recent is None:  # the text came as embeddings: go by length alone, as transformers does
+        if not self._known:  # the text came as embeddings: go by length alone, as transformers does
             return True
-        return torch.equal(ids[:, self.seen - self._recent.shape[1] : self.seen].to(self._recent), self._recent)
+        recent = self.rows.recent[:, -self._known :]
+        return torch.equal(ids[:, self.seen - self._known : self.seen].to(recent), recent)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens fed, padding included: what `generate` slices re-sent ids with. In a step the model sees none."""
@@ -403,24 +531,40 @@ class SinkCache(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0
 
-    def _each_layer(self) -> set:
-        return {*self.layers, *self.rings.values()}
-
     def reset(self) -> None:
         """Forget the text and keep the memory."""
-        for layer in self._each_layer():
-            layer.reset()
-        self.seen, self._recent, self._broken = 0, None, False
+        self.seen, self._known, self._broken = 0, 0, False
         self._top = self._anchor = None
-        if self.lengths is not None:
-            self.lengths.zero_()
+        if self.rows is not None:
+            self.rows.reset()
+
+    def picked(self, index: Tensor) -> "SinkCache":
+        """A cache of its own with a copy of some rows, index (n,) int64."""
+        other = copy.copy(self)
+        other._keeper = None
+        other._use(self.rows.picked(index))
+        for name in ("_top", "_anchor"):
+            held = getattr(self, name)
+            setattr(other, name, None if held is None else held.index_select(0, index.to(held.device)))
+        return other
+
+    def put(self, index: Tensor, other: "SinkCache") -> None:
+        """Let the rows `index`, (n,) int64, go on as the n rows of another cache, once `picked` from this one."""
+        with torch.inference_mode(False):
+            for mine, new in zip(self.rows.tensors(), other.rows.tensors(), strict=True):
+                mine.index_copy_(0, index.to(mine.device), new)
+        self.seen = max(self.seen, other.seen)
+
+    def forget(self, index: Tensor) -> None:
+        """Forget the texts of some rows, index (n,) int64, and keep the memory."""
+        self.lengths.index_fill_(0, index, 0)
+        for state in self.rows.states():
+            state.index_fill_(0, index.to(state.device), 0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other rows: row i becomes what row ``beam_idx[i]`` was. Any number of them."""
-        for layer in self._each_layer():
-            layer.reorder_cache(beam_idx)
-        self.lengths = self.lengths.index_select(0, beam_idx.to(self.lengths.device))
-        for name in ("_recent", "_top", "_anchor"):
+        self._use(self.rows.reordered(beam_idx))
+        for name in ("_top", "_anchor"):
             held = getattr(self, name)
             if held is not None:
                 setattr(self, name, held.index_select(0, beam_idx.to(held.device)))

@@ -435,6 +435,19 @@ def _check_linear(x, weight, bias, norm_weight, residual, activation) -> None:
             raise ValueError(f"{name} begins or has rows off a multiple of 16 bytes; on a GPU all must begin at one")
 
 
+def takes_linear(x: Tensor, weight: Tensor) -> bool:
+    """Whether the compiled `linear` serves x (rows, in_features): few rows on a GPU, where it is the faster one."""
+    return (
+        x.device.type == "cuda"
+        and HAS_CUDA_LIBRARY
+        and len(x) <= LINEAR_MAX_ROWS
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and x.shape[1] % 8 == 0
+        and weight.stride(1) == 1
+        and weight.stride(0) % 8 == weight.storage_offset() % 8 == 0
+    )
+
+
 def linear(
     x: Tensor,
     weight: Tensor,

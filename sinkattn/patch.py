@@ -7,6 +7,7 @@ attention layer reaches `_attention` through transformers' attention interface, 
 
 import contextlib
 import copy
+import functools
 import inspect
 import itertools
 import threading
@@ -14,10 +15,12 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 from . import ops
 from .cache import Plan, SinkCache
+from .fuse import Fused, Observer
 from .rope import (
     Recorder,
     UnsupportedModelError,
@@ -28,6 +31,7 @@ from .rope import (
     takes_positions,
     untouched,
 )
+from .step import Captured, hooks_made, weights_of, why_eager
 
 IMPLEMENTATION = "sinkattn"  # name in transformers' attention registries
 ROUTES = {  # how attention is reached: the implementation that the config names meanwhile, None for the model's own
@@ -36,6 +40,8 @@ ROUTES = {  # how attention is reached: the implementation that the config names
 }
 HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}  # tensors that attention may be given
 IMAGES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+PLAIN = {"input_ids", "attention_mask", "past_key_values", "use_cache", "return_dict", "position_ids", "cache_position",
+         "logits_to_keep"}  # what a step may be given and still be the one that was captured  # fmt: skip
 WATCHED_CHUNK = 512  # of watched attention, which goes on to compute its own (tokens, tokens) scores
 CHUNK = 2048  # tokens of a prompt that go through the model at a time
 
@@ -44,6 +50,9 @@ class _Current(threading.local):
     """What the attention layers of the model that runs in this thread talk to: a SinkCache, or the probe's Recorder."""
 
     step: SinkCache | Recorder | None = None
+
+    def __deepcopy__(self, memo) -> "_Current":
+        return self
 
     @contextlib.contextmanager
     def of(self, step):
@@ -109,11 +118,23 @@ class _NoGradient(torch.autograd.Function):
 class Handle:
     """What `patch` returns: `remove()` brings the model back, and so does leaving ``with patch(model):``.
 
-    Attributes: model, plan (the keywords of `patch` and what was found of each layer).
+    Attributes: model, plan (the keywords of `patch` and what was found of each layer), why_eager (why a step of one
+    token does not replay a CUDA graph; None if it does).
     """
 
-    def __init__(self, model: PreTrainedModel, sink_size: int, window_size: int, prefill: str, backend: str):
-        self.model = model
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sink_size: int,
+        window_size: int,
+        prefill: str,
+        backend: str,
+        fuse: str,
+        cuda_graph: bool,
+    ):
+        self.model, self.why_eager = model, None if cuda_graph else "cuda_graph=False"
+        self._refused = not cuda_graph  # for good, while `why_eager` may change with hooks and devices
+        self._weights, self._hooks = (), -1
         self._configs = [
             (module, module.config)
             for module in model.modules()
@@ -123,12 +144,16 @@ class Handle:
         self._counts_in_three = counts_in_three(model)
         self._takes_positions = takes_positions(model.forward)
         self._parameters = tuple(inspect.signature(model.forward).parameters)
+        self._fused: Fused | None = None
         self._replaced: dict[str, object] = {}
         self._had: dict[str, object] = {}
         capacity = sink_size + window_size
         ids = torch.arange(3, 3 + min(capacity, 8), device=input_device(model))[None]
         with untouched(model), torch.no_grad():
             route, layers = self._reach(capacity, window_size)
+            observer = (
+                self._observe(ids[:, :3], capacity, window_size) if fuse != "none" and route == "interface" else None
+            )
             self._restore_configs()
             ids = ids % model.get_input_embeddings().num_embeddings
             rewind(model)
@@ -142,8 +167,12 @@ class Handle:
             self._replace("_prepare_cache_for_generation", self.prepare_cache)
         model._sinkattn = self
         try:
+            if observer is not None:
+                with torch.no_grad():
+                    self._fused = Fused(model, fuse, observer, _current)
             with untouched(model):
                 self._verify(ids, expected)
+            self._look_at_model()
         except BaseException:
             self.remove()
             raise
@@ -165,6 +194,17 @@ class Handle:
                 if recorder.reached:  # but not served
                     break
         raise refusal
+
+    def _observe(self, ids: Tensor, capacity: int, window_size: int) -> Observer:
+        """What every part of the model does with a few tokens that all stand at position 0."""
+        observer = Observer(self.model, capacity, window_size, watches=False)
+        more = {"position_ids": torch.zeros_like(ids)} if self._takes_positions else {}
+        try:
+            with _current.of(observer):
+                self.model(input_ids=ids, past_key_values=observer, use_cache=True, **more)
+        finally:
+            observer.close()
+        return observer
 
     @torch.no_grad()
     def _verify(self, ids: Tensor, expected: Tensor) -> None:
@@ -235,8 +275,11 @@ class Handle:
             delattr(self.model, name)
             if name in self._had:
                 setattr(self.model, name, self._had[name])
+        if self._fused is not None:
+            self._fused.undo()
         del self.model._sinkattn
         self._restore_configs()
+        self.plan.spare.close()
 
     def __enter__(self) -> "Handle":
         return self
@@ -248,7 +291,8 @@ class Handle:
         plan = self.plan
         return (
             f"<sinkattn on {type(self.model).__name__}: {plan.sink_size} sinks + window {plan.window_size}, "
-            f"prefill={plan.prefill!r}, backend={plan.backend!r}>"
+            f"prefill={plan.prefill!r}, backend={plan.backend!r}, "
+            f"steps {'captured' if self.why_eager is None else f'run eagerly: {self.why_eager}'}>"
         )
 
     # The model's methods while it is patched.
@@ -275,21 +319,27 @@ class Handle:
                 "output_attentions: the fused attention has no weights to show; remove() the patch for that"
             )
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
-        if use_cache is None:
-            use_cache = getattr(self.model.config.get_text_config(decoder=True), "use_cache", True)
-        keep_cache = cache is not None or use_cache
         if cache is None:
+            if use_cache is None:
+                use_cache = getattr(self.model.config.get_text_config(decoder=True), "use_cache", True)
             cache = SinkCache(self.model)
         elif not isinstance(cache, SinkCache):
             raise TypeError(
                 f"past_key_values is a {type(cache).__name__}; a patched model takes a sinkattn.SinkCache or none"
             )
         cache.check(batch, given.device, self.plan)
+        keep_cache = kwargs.get("past_key_values") is not None or use_cache
         mask = self._mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
+        if tokens == 1 and self._may_replay(kwargs, cache):
+            output = self._replay(cache, ids, mask)
+            if output is not None:
+                return self._finished(output, kwargs)
+        mask = None if mask is None else mask.bool()
         places = self._places_of(kwargs, mask, cache)
-        if tokens > 1:  # one look at the values a prompt, none a token
+        if tokens > 1:  # one look at the values and the model a prompt, none a token
+            self._look_at_model()
             self._check_values(ids, mask, None if self._counts_in_three else kwargs.get("position_ids"), cache)
-        return self._run(kwargs, batch, tokens, cache, mask, places, keep_cache)
+        return self._run(kwargs, tokens, cache, mask, places, keep_cache)
 
     def _places_of(self, kwargs: dict, mask: Tensor | None, cache: SinkCache) -> Tensor | None:
         """Three positions of every token, (batch, tokens, 3), where images give them (M-RoPE), else None."""
@@ -311,7 +361,7 @@ class Handle:
         return module.get_rope_index(**given)[0].movedim(0, -1)
 
     def _mask_of(self, attention_mask, batch: int, tokens: int, cache: SinkCache) -> Tensor | None:
-        """The mask's columns of the new tokens, (batch, tokens) bool, or None where nothing is padding."""
+        """The mask's columns of the new tokens, (batch, tokens), or None where nothing is padding."""
         if attention_mask is None:
             return None
         if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
@@ -323,7 +373,7 @@ class Handle:
                 f"attention_mask {tuple(attention_mask.shape)} does not fit {batch} rows of {tokens} new tokens after "
                 f"{cache.seen}: give ({batch}, {tokens}) or ({batch}, {cache.seen + tokens})"
             )
-        return attention_mask[:, -tokens:].bool()
+        return attention_mask[:, -tokens:]
 
     def _check_values(self, ids, mask, position_ids, cache: SinkCache) -> None:
         """Raise ValueError for right padding, ids without an embedding, and positions that are not the text's."""
@@ -342,9 +392,8 @@ class Handle:
                     "counted): leave position_ids out, sinkattn counts them"
                 )
 
-    def _run(self, kwargs: dict, batch: int, tokens: int, cache: SinkCache, mask, places, keep_cache: bool):
+    def _run(self, kwargs: dict, tokens: int, cache: SinkCache, mask, places, keep_cache: bool):
         """Feed the step in chunks and put the outputs together."""
-        as_tuple = kwargs.pop("return_dict", None) is False
         labels, keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
         last = keep if isinstance(keep, int) and keep > 0 else tokens  # tokens at the end whose logits are asked for
         images = any(kwargs.get(name) is not None for name in IMAGES)  # they are not cut
@@ -364,7 +413,7 @@ class Handle:
                 if "logits_to_keep" in kwargs:
                     part["logits_to_keep"] = max(wanted, 1)
             place = None if places is None else places[:, begin:end]
-            pieces.append(self._step(part, cache, batch, end - begin, place, torn=begin > 0))
+            pieces.append(self._step(part, cache, place, torn=begin > 0))
             if wanted == 0:
                 pieces[-1]["logits"] = pieces[-1]["logits"][:, :0]
         output = pieces[0] if len(pieces) == 1 else _joined(pieces)
@@ -377,13 +426,73 @@ class Handle:
                 output = type(output)(loss=loss, **output)
         if not keep_cache:
             output = type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
+        return self._finished(output, kwargs)
+
+    def _finished(self, output, kwargs: dict):
+        """The output as the caller wants it, with gradients that say why there are none."""
         if torch.is_grad_enabled():
             parameter = next((p for p in self.model.parameters() if p.requires_grad), None)
             if parameter is not None:
                 for name in ("loss", "logits", "last_hidden_state"):
                     if output.get(name) is not None:
                         output[name] = _NoGradient.apply(output[name], parameter)
-        return output.to_tuple() if as_tuple else output
+        return output.to_tuple() if kwargs.get("return_dict") is False else output
+
+    # A step of one token, captured.
+
+    def _may_replay(self, kwargs: dict, cache: SinkCache) -> bool:
+        """Whether a one-token step is one that a CUDA graph holds, as far as the host can tell."""
+        if self._hooks != hooks_made():
+            self._look_at_model()
+        if self.why_eager is not None or not cache.seen or not cache.rows.is_warm or cache.has_places:
+            return False
+        if any(name not in PLAIN and value is not None and value is not False for name, value in kwargs.items()):
+            return False
+        return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
+
+    def _look_at_model(self) -> None:
+        """Find out anew whether steps can be captured, and where the weights are that captured ones read."""
+        self._hooks = hooks_made()
+        weights = weights_of(self.model)
+        if weights != self._weights:
+            if self._fused is not None:
+                self._fused.join()
+            self._weights = weights_of(self.model)
+        if self._refused:
+            return
+        self.why_eager = why_eager(self.model)
+        if any(layer.rope is not None and layer.rope.varies for layer in self.plan.layers.values()):
+            self.why_eager = "its rotary frequencies change with the length of a row: S + W exceeds its trained length"
+
+    @torch.no_grad()
+    def _replay(self, cache: SinkCache, ids: Tensor, mask: Tensor | None):
+        """A one-token step as a graph, which is captured if there is none; None if it cannot be. (batch, 1) each."""
+        rows = cache.rows
+        if rows.step is None or rows.weights is not self._weights:
+            try:
+                run = functools.partial(self._one_token, cache)
+                rows.step = Captured(run, ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+            except RuntimeError as error:
+                self.why_eager, self._refused = f"capturing its step failed: {error}", True
+                return None
+            finally:
+                cache.cancel()
+            rows.weights, rows.is_masked = self._weights, False
+        if mask is None and rows.is_masked:
+            rows.step.inputs["mask"].fill_(True)
+        rows.is_masked = mask is not None
+        output = rows.step(ids=ids) if mask is None else rows.step(ids=ids, mask=mask)
+        cache.count(1, are_known=True)
+        copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, dict(output))
+        return type(output)(**copied, past_key_values=cache)
+
+    def _one_token(self, cache: SinkCache, ids: Tensor, mask: Tensor):
+        """What is captured: a step over the cache, on the device."""
+        part = {"input_ids": ids, "past_key_values": cache, "use_cache": True, "return_dict": True}
+        part |= {"attention_mask": mask} if cache.has_state else {}
+        output = self._forward_of(part, cache, mask, None)
+        cache.settle(ids)
+        return type(output)(**{name: x for name, x in output.items() if name != "past_key_values"})
 
     def _ends(self, tokens: int, cache: SinkCache, mask: Tensor | None) -> list[int]:
         """Where the pieces of an input end.
@@ -391,6 +500,8 @@ class Handle:
         Layers with a state of their own mind the padding of the first piece only: in later ones a row has none, or
         nothing else.
         """
+        if tokens == 1:
+            return [1]
         size = CHUNK if self.plan.route == "interface" else min(CHUNK, WATCHED_CHUNK)
         size = size if self.plan.prefill == "streaming" else tokens
         if not cache.has_state:
@@ -405,22 +516,27 @@ class Handle:
             ends |= {width for width in widths if first < width < tokens}
         return sorted(ends)
 
-    def _step(self, part: dict, cache: SinkCache, batch: int, tokens: int, places: Tensor | None, torn: bool):
-        """One chunk through the model's own forward, every position 0, with its attention led to the cache."""
+    def _step(self, part: dict, cache: SinkCache, places: Tensor | None, torn: bool):
+        """One chunk through the model's own forward."""
         ids = part.get("input_ids")
-        device = (part["inputs_embeds"] if ids is None else ids).device
-        if self._takes_positions:
-            part["position_ids"] = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
-        cache.begin(tokens, part.get("attention_mask"), batch, device, places)
         try:
-            # states of layers that transformers keeps must be writable in and out of inference mode
-            with _current.of(cache), torch.inference_mode(False), torch.no_grad():
-                output = self._forward(**part)
+            output = self._forward_of(part, cache, part.get("attention_mask"), places)
         except BaseException:
             cache.abort(torn)
             raise
         cache.advance(ids)
         return output
+
+    def _forward_of(self, part: dict, cache: SinkCache, mask: Tensor | None, places: Tensor | None):
+        """Open a step and run the model's own forward, every position 0, with its attention led to the cache."""
+        given = part["input_ids"] if part.get("input_ids") is not None else part["inputs_embeds"]
+        batch, tokens = given.shape[:2]
+        if self._takes_positions:
+            part["position_ids"] = torch.zeros(batch, tokens, dtype=torch.int64, device=given.device)
+        cache.begin(tokens, mask, batch, given.device, places)
+        # states of layers that transformers keeps must be writable in and out of inference mode
+        with _current.of(cache), torch.inference_mode(False), torch.no_grad():
+            return self._forward(**part)
 
     def generate(self, inputs=None, *args, **kwargs):
         """The model's own `generate` with a SinkCache: its own, or yours with the full history or new ids alone."""
@@ -476,6 +592,8 @@ def patch(
     *,
     prefill: str = "streaming",
     backend: str = "auto",
+    fuse: str = "layers",
+    cuda_graph: bool = True,
 ) -> Handle:
     """Make one transformers decoder endless, in place: attention sinks and a window, positions counted in the cache.
 
@@ -491,6 +609,13 @@ def patch(
     prefill: "streaming" (a text gives the same logits however it is cut), or "dense": an input of several tokens is
         attended densely and only then cut down to sinks and window (quadratic time; what attention_sinks does).
     backend: "auto", "cuda", "triton", "cpu" or "reference", see `sinkattn.ops`.
+    fuse: "layers" computes modules of the usual form by fewer kernels, see fuse.py: attention, decoder layers and, for
+        few rows on a GPU, linear layers; "attention" only the first; "none" leaves every module its own forward.
+        Outputs differ by rounding alone. Weights are laid side by side, and held once.
+    cuda_graph: on a GPU, replay steps of one token as a CUDA graph: captured at the second such step, and kept, with
+        the memory of the last cache, for the next one of as many rows. What cannot be captured runs as it is, and
+        ``handle.why_eager`` tells why. Hooks, adapters and exchanged weights are noticed at the next prompt at the
+        latest; other changes to the model in the middle of a text are not.
 
     Returns a `Handle`: ``handle.remove()``, or ``with patch(model):``.
 
@@ -512,10 +637,12 @@ def patch(
             raise ValueError(f"{name}={size!r}: it needs a whole number of tokens, at least {least}")
     if prefill not in ("streaming", "dense"):
         raise ValueError(f"prefill={prefill!r}: choose 'streaming' or 'dense'")
+    if fuse not in ("layers", "attention", "none"):
+        raise ValueError(f"fuse={fuse!r}: choose 'layers', 'attention' or 'none'")
     if reason := ops.missing_backend(backend, input_device(model).type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; sinkattn serves decoders")
     AttentionInterface.register(IMPLEMENTATION, _attention)
     AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-    return Handle(model, sink_size, window_size, prefill, backend)
+    return Handle(model, sink_size, window_size, prefill, backend, fuse, cuda_graph)

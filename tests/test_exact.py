@@ -74,7 +74,7 @@ def aged(model, cache, shift: int):
             ring = layer.keys[:, :, layer.sink_size :]
             turned = rotate(ring.cpu().double(), angles.cos(), angles.sin(), layer.rope.start, layer.rope.interleaved)
             ring.copy_(turned.to(ring.dtype))
-    cache.lengths += shift
+    cache.lengths.add_(shift)
 
 
 @pytest.mark.parametrize("device", DEVICES)
