@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,21 +13,27 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation import BaseStreamer
 
 from .cache import SinkCache
 from .rope import input_device
+from .step import Captured
 
 
 class Stream:
     """An endless text (or a batch of them) of a patched model: append what comes in, generate what goes out.
 
     Unlike `generate`, it keeps no ids but those of the last C tokens, so its time and memory per token are flat for
-    ever.
+    ever. On a GPU a token is two CUDA graphs, the model's step and the choice of the next token, and the host waits for
+    nothing but a flag that was set a step before.
 
         stream = Stream(model)
         stream.append(tokenizer(text, return_tensors="pt").input_ids)
         for token_ids in stream.generate(max_new_tokens=None):
             ...
+
+    Rows go their own ways: those that have met their end can be `reset` and get a new text by ``append(ids, rows=...)``
+    while the loop over `generate` goes on.
 
     model: a model that `patch` was called on; ValueError otherwise.
 
@@ -38,44 +45,69 @@ class Stream:
         takes = inspect.signature(model.forward).parameters
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._logits: Tensor | None = None  # (batch, vocabulary) of the next token
-        self._sampled: Tensor | None = None  # (batch, 1) handed out, not yet fed
-        self._ids: Tensor | None = None  # (batch, C) ring of the last ids, in no particular order
-        self._next, self._count = 0, 0  # where the ring goes on, and how much of it is filled
+        self._ended: Tensor | None = None  # (batch,) bool, rows that take no tokens now
+        self._ids: Tensor | None = None  # (batch, C) the last ids in no particular order, with repetitions at first
+        self._next: Tensor | None = None  # (batch, 1) how many ids were put there
+        self._waiting: set[int] = set()  # rows that were reset and have no text yet
+        self._noise: Tensor | None = None  # (batch, vocabulary) float32
+        self._settings: _Settings | None = None  # of the last choice, with what belongs to them
+        self._processors: LogitsProcessorList | None = None
+        self._choice: Captured | None = None
 
     @property
     def lengths(self) -> Tensor | None:
         return self.cache.lengths
 
-    def append(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> None:
+    def append(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, rows=None) -> None:
         """Add new tokens to the text: new ones only, any number.
 
         input_ids: (batch, tokens) or (tokens,) int64. attention_mask: like input_ids, 0 for left padding; None for
-        none. Raises ValueError for an empty prompt, another batch size, right padding or ids the model has no embedding
-        for.
+        none. rows: which rows get them, (n,) int64 or a list, each once, with input_ids (n, tokens); None for all.
+        Raises ValueError for an empty prompt, another batch size, rows that are not there, right padding or ids the
+        model has no embedding for.
         """
-        input_ids = torch.as_tensor(input_ids, device=self._device)
-        input_ids = input_ids[None] if input_ids.dim() == 1 else input_ids
-        if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-            raise ValueError(f"input_ids {tuple(input_ids.shape)}: an empty prompt, or not (batch, tokens)")
+        ids = torch.as_tensor(input_ids, device=self._device)
+        ids = ids[None] if ids.dim() == 1 else ids
+        if ids.dim() != 2 or ids.shape[1] == 0:
+            raise ValueError(f"input_ids {tuple(ids.shape)}: an empty prompt, or not (batch, tokens)")
         mask = None
         if attention_mask is not None:
-            mask = torch.as_tensor(attention_mask, device=self._device).reshape(input_ids.shape)
-        fed = input_ids
-        if self._sampled is not None:
-            if len(fed) != len(self._sampled):
-                raise ValueError(f"this Stream holds {len(self._sampled)} rows and cannot go on with {len(fed)}")
-            if mask is None:
-                fed = torch.cat((self._sampled, fed), dim=1)
-            else:  # padding goes in front: the sampled token moves next to the row's first new one
-                width = mask.shape[1] - mask.sum(1, keepdim=True)
-                column = torch.arange(mask.shape[1] + 1, device=mask.device)
-                shifted = torch.cat((self._sampled, fed), dim=1)
-                fed = torch.where(column == width, self._sampled, shifted)
-                mask = (column >= width).to(mask.dtype)
-        self._feed(fed, mask)
-        self._remember(
-            input_ids if mask is None else input_ids.where(mask[:, -input_ids.shape[1] :] > 0, input_ids[:, -1:])
-        )
+            mask = torch.as_tensor(attention_mask, device=self._device).reshape(ids.shape)
+        if rows is None:
+            index = torch.arange(len(ids), device=self._device)
+            logits = self._read(ids, mask, self.cache)
+        else:
+            index = self._index_of(rows)
+            if len(index) != len(ids):
+                raise ValueError(f"input_ids has {len(ids)} rows, for {len(index)} rows of the Stream")
+            cache = self.cache.picked(index)
+            logits = self._read(ids, mask, cache)
+            self.cache.put(index, cache)
+        if self._logits is None:
+            self._start(logits)
+        self._remember(ids, mask, index)
+        self._logits[index] = logits
+        self._ended[index] = False
+        self._waiting.difference_update(index.tolist())
+
+    def _start(self, logits: Tensor) -> None:
+        rows, self._logits = len(logits), torch.empty_like(logits)
+        self._ended = torch.zeros(rows, dtype=torch.bool, device=self._device)
+        self._ids = torch.zeros(rows, self.cache.plan.capacity, dtype=torch.int64, device=self._device)
+        self._next = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
+
+    def reset(self, rows=None) -> None:
+        """Forget the text of some rows and keep the memory: they wait, and yield padding, until they get a new one.
+
+        rows: (n,) int64 or a list; None for all. Raises ValueError for rows that are not there.
+        """
+        if self._logits is None:
+            return
+        index = self._index_of(range(len(self._ended)) if rows is None else rows)
+        self.cache.forget(index)
+        self._ended[index] = True
+        self._next[index] = 0
+        self._waiting.update(index.tolist())
 
     def generate(
         self,
@@ -88,6 +120,7 @@ class Stream:
         repetition_penalty: float | None = None,
         eos_token_id: int | list[int] | None = None,
         seed: int | None = None,
+        streamer: BaseStreamer | None = None,
     ) -> Iterator[Tensor]:
         """Yield the next token of every row, (batch,) int64 on the model's device, step by step.
 
@@ -95,67 +128,133 @@ class Stream:
         do_sample, temperature, top_k, top_p, repetition_penalty, eos_token_id: as in `generate`; None takes the model's
             generation_config. A repetition is one among the last C tokens. ``eos_token_id=[]`` never stops.
         seed: of a generator of this call's own; None uses torch's.
+        streamer: gets the ids of each step, on the CPU, and `end()` when the loop ends.
 
-        Rows that have ended yield the pad token (or the end-of-text token) until all have. Leaving the loop early loses
-        nothing: the last token yielded is fed by the next `append` or `generate`. Raises ValueError if nothing was
-        appended.
+        A row that has ended yields the pad token (or the end-of-text token) and stays as it is until all have, or until
+        it is reset and gets a new text. Leaving the loop early loses nothing: what was yielded belongs to the text.
+        Raises ValueError if nothing was appended.
         """
-        if self._logits is None and self._sampled is None:
+        if self._logits is None or len(self._waiting) == len(self._ended):
             raise ValueError("an empty prompt: append() at least one token first")
         config = self.model.generation_config
         option = lambda value, name: getattr(config, name) if value is None else value  # noqa: E731
-        do_sample, penalty = option(do_sample, "do_sample"), option(repetition_penalty, "repetition_penalty")
-        processors = LogitsProcessorList()
-        if penalty not in (None, 1.0):
-            processors.append(RepetitionPenaltyLogitsProcessor(penalty))
-        if do_sample:
-            for value, name, neutral, warper in (
-                (temperature, "temperature", 1.0, TemperatureLogitsWarper),
-                (top_k, "top_k", 0, TopKLogitsWarper),
-                (top_p, "top_p", 1.0, TopPLogitsWarper),
-            ):
-                value = option(value, name)
-                if value not in (None, neutral):
-                    processors.append(warper(value))
         ends = option(eos_token_id, "eos_token_id")
-        ends = torch.tensor([] if ends is None else ends, dtype=torch.int64, device=self._device).flatten()
+        ends = tuple(torch.as_tensor([] if ends is None else ends, dtype=torch.int64).flatten().tolist())
+        settings = _Settings(
+            bool(option(do_sample, "do_sample")),
+            option(repetition_penalty, "repetition_penalty"),
+            option(temperature, "temperature"),
+            option(top_k, "top_k"),
+            option(top_p, "top_p"),
+            ends,
+            config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0],
+        )
         generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
-        return self._steps(max_new_tokens, processors, do_sample, ends, config.pad_token_id, generator)
+        self._ended.fill_(False)
+        self._ended[list(self._waiting)] = True
+        return self._steps(max_new_tokens, settings, generator, streamer)
 
-    def _steps(self, max_new_tokens, processors, do_sample, ends, pad, generator) -> Iterator[Tensor]:
-        ended = None
-        while max_new_tokens is None or max_new_tokens > 0:
-            if self._sampled is not None:
-                self._feed(self._sampled, None)
-            with torch.no_grad():
-                scores = processors(self._ids[:, : self._count], self._logits.float())
-                if do_sample:
-                    token_ids = torch.multinomial(scores.softmax(-1), 1, generator=generator).squeeze(1)
-                else:
-                    token_ids = scores.argmax(-1)
-                if len(ends):
-                    ended = torch.zeros_like(token_ids, dtype=torch.bool) if ended is None else ended
-                    token_ids = token_ids.where(~ended, ends[0] if pad is None else pad)
-                    ended = ended | torch.isin(token_ids, ends)
-            self._sampled = token_ids[:, None]
-            self._remember(self._sampled)
-            yield token_ids
-            if ended is not None and bool(ended.all()):
-                return
-            max_new_tokens = None if max_new_tokens is None else max_new_tokens - 1
+    def _steps(self, max_new_tokens, settings: "_Settings", generator, streamer) -> Iterator[Tensor]:
+        on_gpu, made = self._device.type == "cuda", 0
+        stops = bool(settings.ends or self._waiting)
+        host = torch.zeros(1 + len(self._ended), dtype=torch.int64, pin_memory=on_gpu)  # whether any goes on, ids
+        try:
+            while max_new_tokens is None or made < max_new_tokens:
+                with torch.no_grad():
+                    ids, fed, report = self._choose(settings, generator)
+                    ids, stops = ids.clone(), stops or bool(self._waiting)
+                    if stops or streamer is not None:
+                        host.copy_(report, non_blocking=True)
+                    if on_gpu:  # the model's step is under way while the host looks at what it was given
+                        arrived = torch.cuda.current_stream(self._device).record_event()
+                        self._feed(ids, fed if stops else None)
+                        if stops or streamer is not None:
+                            arrived.synchronize()
+                    if stops and not host[0]:
+                        return
+                    if not on_gpu:
+                        self._feed(ids, fed if stops else None)
+                if streamer is not None:
+                    streamer.put(host[1:].clone())
+                made += 1
+                yield ids
+        finally:
+            if streamer is not None:
+                streamer.end()
+
+    def _choose(self, settings: "_Settings", generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The next ids, (batch,), which rows take them, (batch,) bool, and for the host whether any does, and ids."""
+        if settings.do_sample:
+            if self._noise is None:
+                self._noise = torch.empty(self._logits.shape, device=self._device)
+            self._noise.exponential_(generator=generator)
+        if settings != self._settings:  # captured at the second token of the same settings
+            self._settings, self._processors, self._choice = settings, settings.processors(), None
+        elif self._choice is None and self._device.type == "cuda" and self.model._sinkattn.why_eager is None:
+            self._choice = Captured(lambda: self._next_ids(settings))
+        return self._next_ids(settings) if self._choice is None else self._choice()
+
+    def _next_ids(self, settings: "_Settings") -> tuple[Tensor, Tensor, Tensor]:
+        fed = ~self._ended
+        scores = self._processors(self._ids, self._logits.float())
+        if settings.do_sample:
+            scores = scores.softmax(-1) / self._noise  # exponentially distributed: the largest is a draw
+        ids = scores.argmax(-1).where(fed, settings.pad)
+        for end in settings.ends:
+            self._ended |= ids == end
+        at = self._next % self._ids.shape[1]
+        self._ids.scatter_(1, at, torch.where(fed[:, None], ids[:, None], self._ids.gather(1, at)))
+        self._next += fed[:, None]
+        return ids, fed, torch.cat((fed.any()[None], ids))
+
+    def _feed(self, ids: Tensor, fed: Tensor | None) -> None:
+        """One token a row through the model, (batch,); rows that are not fed stay as they are."""
+        logits = self._read(ids[:, None], None if fed is None else fed[:, None], self.cache)
+        self._logits.copy_(logits if fed is None else torch.where(fed[:, None], logits, self._logits))
 
     @torch.no_grad()
-    def _feed(self, ids: Tensor, mask: Tensor | None) -> None:
-        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=self.cache, **self._last_logits)
-        self._logits, self._sampled = output.logits[:, -1], None
+    def _read(self, ids: Tensor, mask: Tensor | None, cache: SinkCache) -> Tensor:
+        """The logits after some tokens, (rows, vocabulary)."""
+        return self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, **self._last_logits).logits[:, -1]
 
-    def _remember(self, ids: Tensor) -> None:
+    def _index_of(self, rows) -> Tensor:
+        index = torch.as_tensor(list(rows) if isinstance(rows, range) else rows, dtype=torch.int64).flatten().tolist()
+        held = self.cache.batch_size
+        if not index or len(set(index)) < len(index) or min(index) < 0 or max(index) >= held:
+            raise ValueError(f"rows={index}: this Stream holds rows 0 to {held - 1}, name some of them, each once")
+        return torch.tensor(index, device=self._device)
+
+    def _remember(self, ids: Tensor, mask: Tensor | None, index: Tensor) -> None:
         capacity = self.cache.plan.capacity
-        if self._ids is None:
-            self._ids = torch.zeros(len(ids), capacity, dtype=torch.int64, device=self._device)
-        ids = ids[:, -capacity:]
-        end = self._next + ids.shape[1]
-        first = ids[:, : capacity - self._next]
-        self._ids[:, self._next : self._next + first.shape[1]] = first
-        self._ids[:, : max(end - capacity, 0)] = ids[:, first.shape[1] :]
-        self._next, self._count = end % capacity, min(self._count + ids.shape[1], capacity)
+        ids = ids if mask is None else ids.where(mask > 0, ids[:, -1:])
+        ids, before = ids[:, -capacity:], self._next[index]
+        held = torch.where(before == 0, ids[:, -1:], self._ids[index])
+        self._ids[index] = held.scatter(1, (before + torch.arange(ids.shape[1], device=ids.device)) % capacity, ids)
+        self._next[index] = before + ids.shape[1]
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How the next ids are chosen; the numbers are those of `generate`."""
+
+    do_sample: bool
+    penalty: float | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    ends: tuple[int, ...]
+    pad: int
+
+    def processors(self) -> LogitsProcessorList:
+        processors = LogitsProcessorList()
+        if self.penalty not in (None, 1.0):
+            processors.append(RepetitionPenaltyLogitsProcessor(self.penalty))
+        if self.do_sample:
+            for value, neutral, warper in (
+                (self.temperature, 1.0, TemperatureLogitsWarper),
+                (self.top_k, 0, TopKLogitsWarper),
+                (self.top_p, 1.0, TopPLogitsWarper),
+            ):
+                if value not in (None, neutral):
+                    processors.append(warper(value))
+        return processors

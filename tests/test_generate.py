@@ -183,7 +183,7 @@ def test_stream_equals_generate(model):
     history = torch.cat((expected, more), dim=1)
     longer = model.generate(history, attention_mask=torch.ones_like(history), do_sample=False, max_new_tokens=5)
     assert torch.equal(torch.stack(list(stream.generate(5)), dim=1), longer[:, -5:])
-    assert stream.lengths.tolist() == [31 + 60 + 6 + 4] * 2
+    assert stream.lengths.tolist() == [31 + 60 + 6 + 5] * 2
 
 
 def test_stream_with_left_padding_after_sampling(model):
