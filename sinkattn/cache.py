@@ -152,8 +152,9 @@ class Rows:
     """What a batch of texts keeps on its device, at fixed addresses: layers, lengths, and the graph that was captured.
 
     layers: one per layer of the model, as transformers' `Cache` has them. rings: whatever attends, as in `Plan.layers`.
-    lengths: (batch,) int64. recent: (batch, RECENT) int64, the ids last fed.
-    step: a one-token step over these tensors, captured (`step.Captured`), or None. weights, is_masked: what it was
+    lengths: (batch,) int64. recent: (batch, RECENT) int64, the ids last fed. Where images have given tokens three
+        positions (M-RoPE): top, (batch,) int64, the largest of a row, and anchor, (batch, 3), those of token C - 1.
+    step: a one-token step over these tensors, captured (`step.Captured`), or None. captured_for, is_masked: what it was
         captured with, see `patch.Handle`. is_warm: whether a one-token step has run and left everything in place.
     """
 
@@ -162,8 +163,10 @@ class Rows:
         with torch.inference_mode(False):
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
             self.recent = torch.zeros(batch, RECENT, dtype=torch.int64, device=device)
+            self.top = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.anchor = torch.zeros(batch, 3, dtype=torch.int64, device=device)
         self.stream = _stream_of(device)
-        self.step, self.weights, self.is_masked, self.is_warm = None, None, False, False
+        self.step, self.captured_for, self.is_masked, self.is_warm = None, None, False, False
 
     def states(self) -> list[Tensor]:
         """What layers keep besides rings, (batch, ...) each."""
@@ -171,8 +174,8 @@ class Rows:
 
     def tensors(self) -> list[Tensor]:
         """All that the rows hold, (batch, ...) each."""
-        rings = [ring for ring in self.rings.values() if ring.is_initialized]
-        return [self.lengths, self.recent, *self.states(), *(x for ring in rings for x in (ring.keys, ring.values))]
+        rings = [x for ring in self.rings.values() if ring.is_initialized for x in (ring.keys, ring.values)]
+        return [self.lengths, self.recent, self.top, self.anchor, *self.states(), *rings]
 
     @torch.inference_mode(False)
     def picked(self, index: Tensor) -> "Rows":
@@ -192,14 +195,14 @@ class Rows:
         """Row i of the result is what row ``index[i]`` was: in place, captured step and all, if there are as many."""
         for layer in self.each():
             layer.reorder_cache(index)
-        index = index.to(self.lengths.device)
-        lengths, recent = self.lengths.index_select(0, index), self.recent.index_select(0, index)
+        small = {name: getattr(self, name) for name in ("lengths", "recent", "top", "anchor")}
+        taken = {name: x.index_select(0, index.to(x.device)) for name, x in small.items()}
         if len(index) == len(self.lengths):
-            self.lengths.copy_(lengths)
-            self.recent.copy_(recent)
+            for name, x in small.items():
+                x.copy_(taken[name])
             return self
         other = copy.copy(self)
-        other.lengths, other.recent, other.step, other.is_warm = lengths, recent, None, False
+        vars(other).update(taken, step=None, is_warm=False)
         return other
 
 
@@ -272,8 +275,7 @@ class SinkCache(Cache):
         self._open = False  # whether a step is under way
         self._known = 0  # how many of the last ids fed are known, at the end of `rows.recent`
         self._places: Tensor | None = None  # (batch, tokens, 3) of a step with images before or in it, see `begin`
-        self._top: Tensor | None = None  # (batch,) largest of a row's places, None while they are its positions
-        self._anchor: Tensor | None = None  # (batch, 3) the place of token C - 1
+        self.has_places = False  # whether places are not positions any more
         self._broken = False
 
     def _use(self, rows: Rows) -> None:
@@ -343,18 +345,16 @@ class SinkCache(Cache):
         self._written, self._open = False, True
 
     def _start_places(self, places: Tensor | None) -> None:
-        if places is None and self._top is not None:
-            held = self.lengths[:, None]
-            places = (self._top[:, None] + 1 + self._positions - held)[..., None].expand(-1, -1, 3)
-        self._places = places
+        if places is None and self.has_places:
+            after = self._positions - self.lengths[:, None]
+            places = (self.rows.top[:, None] + 1 + after)[..., None].expand(-1, -1, 3)
+        self._places, self.has_places = places, places is not None
         if places is None:
             return
-        if self._anchor is None:
-            self._anchor = torch.zeros_like(places[:, 0])
-        last = self.plan.capacity - 1
+        anchor, last = self.rows.anchor, self.plan.capacity - 1
         at = (self._positions == last)[..., None]
-        self._anchor = torch.where(at.any(1), (places * at).sum(1), self._anchor)
-        self._sink_places = torch.where((self._positions <= last)[..., None], places, self._anchor[:, None])
+        anchor.copy_(torch.where(at.any(1), (places * at).sum(1), anchor))
+        self._sink_places = torch.where((self._positions <= last)[..., None], places, anchor[:, None])
 
     def check_mask(self, mask_function, device) -> None:
         """Raise ValueError if a transformers mask function shows any token of the step what comes after it."""
@@ -370,22 +370,18 @@ class SinkCache(Cache):
     def _addresses(self) -> list[int]:
         return [x.data_ptr() for x in self.rows.states()]
 
-    @property
-    def has_places(self) -> bool:
-        """Whether images have given tokens three positions each."""
-        return self._top is not None
-
     def advance(self, ids: Tensor | None) -> None:
         """End the step: its tokens now belong to the rows. ids: (batch, tokens), None if only embeddings are known."""
-        if self._places is not None:
-            new = (self._positions >= self.lengths[:, None])[..., None]
-            self._top = self._places.masked_fill(~new, -1).amax((1, 2))
         self.settle(ids)
         self.rows.is_warm = self._tokens == 1 and (not self.has_state or self._held_at == self._addresses())
         self.count(self._tokens, ids is not None)
 
     def settle(self, ids: Tensor | None) -> None:
         """What the end of a step changes on the device."""
+        if self._places is not None:
+            new = (self._positions >= self.lengths[:, None])[..., None]
+            top = self._places.masked_fill(~new, -1).amax((1, 2))
+            self.rows.top.copy_(torch.where(new.flatten(1).any(1), top, self.rows.top))
         self.lengths.add_(self._tokens if self._counts is None else self._counts)
         if self.has_state and self._counts is not None:
             self._keep_states()
@@ -534,7 +530,7 @@ class SinkCache(Cache):
     def reset(self) -> None:
         """Forget the text and keep the memory."""
         self.seen, self._known, self._broken = 0, 0, False
-        self._top = self._anchor = None
+        self.has_places = False
         if self.rows is not None:
             self.rows.reset()
 
@@ -543,9 +539,6 @@ class SinkCache(Cache):
         other = copy.copy(self)
         other._keeper = None
         other._use(self.rows.picked(index))
-        for name in ("_top", "_anchor"):
-            held = getattr(self, name)
-            setattr(other, name, None if held is None else held.index_select(0, index.to(held.device)))
         return other
 
     def put(self, index: Tensor, other: "SinkCache") -> None:
@@ -564,10 +557,6 @@ class SinkCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other rows: row i becomes what row ``beam_idx[i]`` was. Any number of them."""
         self._use(self.rows.reordered(beam_idx))
-        for name in ("_top", "_anchor"):
-            held = getattr(self, name)
-            if held is not None:
-                setattr(self, name, held.index_select(0, beam_idx.to(held.device)))
 
     batch_select_indices = reorder_cache
 

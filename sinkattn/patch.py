@@ -444,7 +444,7 @@ class Handle:
         """Whether a one-token step is one that a CUDA graph holds, as far as the host can tell."""
         if self._hooks != hooks_made():
             self._look_at_model()
-        if self.why_eager is not None or not cache.seen or not cache.rows.is_warm or cache.has_places:
+        if self.why_eager is not None or not cache.seen or not cache.rows.is_warm:
             return False
         if any(name not in PLAIN and value is not None and value is not False for name, value in kwargs.items()):
             return False
@@ -467,8 +467,8 @@ class Handle:
     @torch.no_grad()
     def _replay(self, cache: SinkCache, ids: Tensor, mask: Tensor | None):
         """A one-token step as a graph, which is captured if there is none; None if it cannot be. (batch, 1) each."""
-        rows = cache.rows
-        if rows.step is None or rows.weights is not self._weights:
+        rows, wanted = cache.rows, (self._weights, cache.has_places)
+        if rows.step is None or rows.captured_for != wanted:
             try:
                 run = functools.partial(self._one_token, cache)
                 rows.step = Captured(run, ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
@@ -477,7 +477,7 @@ class Handle:
                 return None
             finally:
                 cache.cancel()
-            rows.weights, rows.is_masked = self._weights, False
+            rows.captured_for, rows.is_masked = wanted, False
         if mask is None and rows.is_masked:
             rows.step.inputs["mask"].fill_(True)
         rows.is_masked = mask is not None

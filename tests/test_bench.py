@@ -2,10 +2,12 @@
 
 import csv
 import json
+import subprocess
 import sys
 import types
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 import transformers
@@ -519,3 +521,18 @@ def test_endless_generation(endless, monkeypatch, capsys):
     monkeypatch.delattr(transformers.GenerationMixin if endless else Stream, "generate")  # the other way
     output = run(endless_generation.main, "--text", "import os", "--max-new-tokens", 40, "--window-size", 20, *endless)
     assert output.startswith("import os") and len(output) > 60
+
+
+def test_generate_bench(tmp_path):
+    """Every method gives a row, and the text's length does not matter to memory."""
+    command = [sys.executable, "bench/generate.py", "--models", "tiny", "--tokens", "5", "--lengths", "24,48"]
+    command += ["--length-model", "tiny", "--capacity", "16", "--flatness", "200", "--output-dir", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT)
+    rows = list(csv.DictReader((tmp_path / "generate.csv").open()))
+    methods = {row["method"] for row in rows if row["batch"] == "2"}
+    assert methods == {"floor", "dynamic", "static_compiled", "recompute", "generate", "stream"}
+    assert all(float(row["ms_per_token"]) > 0 for row in rows)
+    assert [row["tokens"] for row in csv.DictReader((tmp_path / "lengths.csv").open())] == ["24"] * 3 + ["48"] * 3
+    assert json.loads((tmp_path / "flatness.json").read_text())["lengths"] == [204]
+    for name in ("figure10.png", "lengths.png"):
+        assert plt.imread(tmp_path / name).std() > 0.01

@@ -1,0 +1,344 @@
+"""Whole decode steps on one GPU: python bench/generate.py --output-dir bench/results/h200
+
+Models of real shapes with random weights in bfloat16, greedy, and these ways to the next token of a text of C tokens:
+
+    dynamic           transformers' generate with its default cache
+    static_compiled   generate(cache_implementation="static"), which compiles the step by itself
+    recompute         the last C tokens through the model for every token (the paper's sliding window baseline)
+    generate          sinkattn.patch(model, 4, C - 4) and plain generate()
+    stream            the same, sinkattn.Stream
+
+ms_per_token and p99_ms are of the time between successive tokens as the host sees them, memory_gb is the most that was
+allocated, first_token_s the seconds from the start, patch() and compilation or capture included, to the third token:
+that is when all of it has happened. "floor" is what the memory allows: the bytes of weights (embeddings left out) and
+of the cache over the read bandwidth of the same run; ms_per_token only.
+
+Writes generate.csv, generate.json (device, versions, bandwidth), figure10.png (the paper's Figure 10: time per token
+over the cache's size, beside re-computation). --lengths adds lengths.csv and lengths.png (time per token over the
+length of the text), --flatness flatness.csv, flatness.json: so many tokens through one Stream of the model that ships
+with the package; ms_per_token is the mean over 10,000 tokens from there on (for the last row: up to there).
+"""
+
+import csv
+import gc
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import torch
+import transformers
+import typer
+from decode import console, read_bandwidth
+from rich.progress import Progress, track
+from rich.table import Table
+
+import sinkattn
+from sinkattn.demo import MODEL
+
+LLAMA = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
+QWEN = dict(vocab_size=151936, head_dim=128, num_key_value_heads=8, rope_parameters={"rope_theta": 1e6})
+SHAPES = {
+    "llama-2-7b": ("Llama", dict(LLAMA, vocab_size=32000, intermediate_size=11008)),
+    "llama-3-8b": ("Llama", dict(LLAMA, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)),
+    "qwen3-0.6b": (
+        "Qwen3",
+        dict(
+            QWEN, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "qwen3-14b": (
+        "Qwen3",
+        dict(QWEN, hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40),
+    ),
+    "tiny": (
+        "Llama",
+        dict(
+            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            vocab_size=128,
+        ),
+    ),
+}  # fmt: skip
+METHODS = ("dynamic", "static_compiled", "recompute", "generate", "stream")
+COLUMNS = ("model", "batch", "capacity", "method", "ms_per_token", "p99_ms", "memory_gb", "first_token_s")
+SINKS = 4
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def rows_of(model: str) -> list[tuple[int, int]]:
+    """(batch, capacity) that a model is measured at."""
+    if model == "tiny":
+        return [(1, 16), (2, 16)]
+    sizes = [(1, 256), (1, 512), (1, 2048), (1, 4096)] if model == "llama-2-7b" else []
+    return [(1, 1024), *sizes, (8, 1024), *([(64, 1024)] if model.startswith("llama") else [])]
+
+
+def make(name: str) -> transformers.PreTrainedModel:
+    kind, shape = SHAPES[name]
+    config = getattr(transformers, f"{kind}Config")(
+        **shape, max_position_embeddings=1 << 20, bos_token_id=1, eos_token_id=None, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.eval()
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def clear() -> None:
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+class _Clock(transformers.LogitsProcessor):
+    """Notes when `generate` chooses a token."""
+
+    def __init__(self):
+        self.times = []
+
+    def __call__(self, input_ids, scores):
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def generate_times(model, ids, tokens: int, **how) -> list[float]:
+    clock = _Clock()
+    model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens,
+        logits_processor=transformers.LogitsProcessorList([clock]), **how,
+    )  # fmt: skip
+    synchronize()
+    return clock.times
+
+
+@torch.no_grad()
+def recompute_times(model, ids, tokens: int) -> list[float]:
+    times, capacity = [], ids.shape[1]
+    for _ in range(tokens):
+        logits = model(ids[:, -capacity:], use_cache=False, logits_to_keep=1).logits
+        ids = torch.cat((ids, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
+        synchronize()
+        times.append(time.perf_counter())
+    return times
+
+
+def stream_times(model, ids, tokens: int) -> list[float]:
+    stream, times = sinkattn.Stream(model), []
+    stream.append(ids)
+    for token_ids in stream.generate(tokens, do_sample=False, eos_token_id=[]):
+        token_ids.tolist()  # read on the host, as whoever prints the text does
+        times.append(time.perf_counter())
+    return times
+
+
+def measure(model, method: str, batch: int, capacity: int, tokens: int) -> dict:
+    """One row of generate.csv, less its first columns."""
+    clear()
+    ids = torch.randint(3, 100, (batch, capacity), device=DEVICE)
+    run = {"recompute": recompute_times, "stream": stream_times}.get(method, generate_times)
+    how = {"cache_implementation": "static"} if method == "static_compiled" else {}
+    synchronize()
+    start = time.perf_counter()
+    patched = method in ("generate", "stream")
+    handle = sinkattn.patch(model, SINKS, capacity - SINKS) if patched else None
+    try:
+        first = run(model, ids, 4, **how)[2] - start
+        if method == "static_compiled":  # its cache is as long as text and tokens together: compile for these too
+            run(model, ids, tokens, **how)
+        times = run(model, ids, tokens, **how)
+    finally:
+        if handle is not None:
+            handle.remove()
+    steps = sorted((b - a) * 1e3 for a, b in zip(times[2:], times[3:], strict=False))
+    memory = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
+    return dict(
+        ms_per_token=round(steps[len(steps) // 2], 4),
+        p99_ms=round(steps[int(len(steps) * 0.99)], 4),
+        memory_gb=round(memory / 1e9, 3),
+        first_token_s=round(first, 3),
+    )
+
+
+def floor_ms(model, batch: int, capacity: int, bandwidth: float) -> float:
+    """Every weight that a step uses, and the whole cache, once."""
+    embedding = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is embedding
+    weights = sum(x.nbytes for x in model.parameters()) - (0 if tied else embedding.nbytes)
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 2 * batch * capacity * config.num_key_value_heads * head_dim * 2 * config.num_hidden_layers
+    return (weights + cache) / bandwidth * 1e3
+
+
+def methods_of(model: str, batch: int, capacity: int) -> list[str]:
+    """Compilation takes half a minute a row, and re-computation of a large batch seconds a token: where it is asked."""
+    compiled = capacity == 1024 and (batch == 1 or (model == "llama-3-8b" and batch == 64))
+    left_out = {*([] if compiled or model == "tiny" else ["static_compiled"]), *(["recompute"] if batch > 8 else [])}
+    return [method for method in METHODS if method not in left_out]
+
+
+def write(path: Path, rows: list[dict], columns=None) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns or list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def steps(models: list[str], output_dir: Path, tokens: int, bandwidth: float) -> list[dict]:
+    rows = []
+    for name in models:
+        model = make(name)
+        for batch, capacity in track(rows_of(name), description=name, console=console):
+            about = dict(model=name, batch=batch, capacity=capacity)
+            floor = round(floor_ms(model, batch, capacity, bandwidth), 4)
+            rows.append(dict(about, method="floor", ms_per_token=floor))
+            for method in methods_of(name, batch, capacity):
+                few = 12 if method == "recompute" or batch > 8 else tokens
+                rows.append(dict(about, method=method, **measure(model, method, batch, capacity, few)))
+                torch.compiler.reset()
+                write(output_dir / "generate.csv", rows, COLUMNS)
+        del model
+        clear()
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    table = Table(*COLUMNS, title="one decode step")
+    for row in rows:
+        table.add_row(*(str(row.get(name, "")) for name in COLUMNS))
+    console.print(table)
+
+
+def plot_figure10(rows: list[dict], path: Path) -> None:
+    model = rows[0]["model"]
+    chosen = sorted({row["capacity"] for row in rows if row["model"] == model and row["batch"] == 1})
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for method in ("recompute", "dynamic", "generate", "stream", "floor"):
+        at = {r["capacity"]: r for r in rows if (r["model"], r["batch"], r["method"]) == (model, 1, method)}
+        line = [at[c]["ms_per_token"] for c in chosen if c in at]
+        axes.plot(
+            [c for c in chosen if c in at], line, marker="o", label=method, linestyle="-" if method != "floor" else ":"
+        )
+    axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms a token", title=f"{model}, batch 1")
+    axes.set_xticks(chosen, [str(c) for c in chosen])
+    axes.set_xticks([], minor=True)
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=120)
+
+
+def lengths(name: str, output_dir: Path, texts: list[int], capacity: int, tokens: int) -> None:
+    """Time per token after texts of several lengths."""
+    model, rows = make(name), []
+    for text in track(texts, description="lengths", console=console):
+        for method in ("dynamic", "generate", "stream"):
+            clear()
+            ids = torch.randint(3, 100, (1, text), device=DEVICE)
+            run = stream_times if method == "stream" else generate_times
+            handle = None if method == "dynamic" else sinkattn.patch(model, SINKS, capacity - SINKS)
+            try:
+                run(model, ids[:, :64], 4)
+                times = run(model, ids, tokens)
+            finally:
+                if handle is not None:
+                    handle.remove()
+            steps = sorted((b - a) * 1e3 for a, b in zip(times[2:], times[3:], strict=False))
+            memory = torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else 0
+            row = dict(model=name, method=method, tokens=text, ms_per_token=round(steps[len(steps) // 2], 4))
+            rows.append(dict(row, memory_gb=round(memory, 3)))
+            write(output_dir / "lengths.csv", rows)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for method in ("dynamic", "generate", "stream"):
+        mine = [row for row in rows if row["method"] == method]
+        for axes, column in (left, "ms_per_token"), (right, "memory_gb"):
+            axes.plot([r["tokens"] for r in mine], [r[column] for r in mine], marker="o", label=method)
+    left.set(ylabel="ms a token", title=f"{name}, batch 1, C = {capacity}")
+    right.set(ylabel="GB allocated at most (the prompt's activations too)")
+    for axes in left, right:
+        axes.set(xscale="log", xlabel="tokens of text", ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(output_dir / "lengths.png", dpi=120)
+
+
+def flatness(output_dir: Path, total: int) -> None:
+    """`total` tokens through one Stream of the model that ships with the package."""
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).to(DEVICE).eval()
+    span = min(10_000, total // 4)
+    marks = [m for m in (2_000, 10_000, 100_000) if m + span < total] or [span // 2]
+    starts = {**{m: m for m in marks}, total: total - span}
+    rows, host = [], {}
+    with sinkattn.patch(model, SINKS, 252):
+        stream, made = sinkattn.Stream(model), 0
+        stream.append(torch.tensor([[1, 2, 3, 4]]))
+        tokens = stream.generate(None, do_sample=False, eos_token_id=[])
+        with Progress(console=console) as progress:
+            task = progress.add_task("flatness", total=total)
+            for mark, start in sorted(starts.items(), key=lambda x: x[1]):
+                while made < start:
+                    next(tokens)
+                    made += 1
+                    if made % 1000 == 0:
+                        progress.update(task, completed=made)
+                synchronize()
+                memory = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+                began = time.perf_counter()
+                for _ in range(span):
+                    next(tokens)
+                synchronize()
+                ms = (time.perf_counter() - began) / span * 1e3
+                made += span
+                host[mark] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                rows.append(dict(tokens=mark, ms_per_token=round(ms, 5), memory_bytes=memory))
+        finite = bool(stream._logits.isfinite().all())
+    write(output_dir / "flatness.csv", rows)
+    about = dict(total=total, lengths=stream.lengths.tolist(), finite=finite, host_peak_bytes=host, span=span)
+    (output_dir / "flatness.json").write_text(json.dumps(about, indent=1) + "\n")
+    for row in rows:
+        console.print(row)
+
+
+def main(
+    output_dir: Annotated[Path, typer.Option(help="Where CSV and plots go.")] = Path("bench/results"),
+    models: Annotated[str, typer.Option(help=f"Some of {', '.join(SHAPES)}, by commas; 'none' for no steps.")] = (
+        "llama-2-7b,llama-3-8b,qwen3-0.6b,qwen3-14b"
+    ),
+    tokens: Annotated[int, typer.Option(help="Tokens whose times are taken.")] = 100,
+    texts: Annotated[str, typer.Option("--lengths", help="Lengths of texts, by commas; none by default.")] = "",
+    length_model: Annotated[str, typer.Option(help="Whose time is taken over lengths.")] = "llama-3-8b",
+    capacity: Annotated[int, typer.Option(help="C, of --lengths.")] = 1024,
+    total: Annotated[int, typer.Option("--flatness", help="Tokens of the long run; 0 for none.")] = 0,
+) -> None:
+    """Time whole steps; print tables, write CSV and plots."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if models != "none":
+        bandwidth = read_bandwidth() if DEVICE == "cuda" else 1e10
+        rows = steps(models.split(","), output_dir, tokens, bandwidth)
+        show(rows)
+        plot_figure10(rows, output_dir / "figure10.png")
+        about = dict(
+            device=torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
+            torch=torch.__version__,
+            transformers=transformers.__version__,
+            read_gb_per_s=round(bandwidth / 1e9, 1),
+        )
+        (output_dir / "generate.json").write_text(json.dumps(about, indent=1) + "\n")
+    if texts:
+        lengths(length_model, output_dir, [int(x) for x in texts.split(",")], capacity, min(tokens, 30))
+    if total:
+        flatness(output_dir, total)
+
+
+if __name__ == "__main__":
+    typer.run(main)
