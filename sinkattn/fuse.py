@@ -66,11 +66,11 @@ class Joined:
     """Linear layers with one input as one product: ``y = x [W1; W2; ...]^T + [b1; b2; ...]``.
 
     weight (rows, in_features), bias (rows,) or None: once `join` was called, and if all parts are plain; else None and
-    the parts are called one by one.
+    the parts are called one by one. is_plain: whether they still are, as `Fused.look` found.
     """
 
     def __init__(self, parts: list[nn.Module]):
-        self.parts, self.weight, self.bias = parts, None, None
+        self.parts, self.weight, self.bias, self.is_plain = parts, None, None, True
 
     def join(self, shared: set[int]) -> None:
         """Lay the weights side by side. shared: ids of parameters that several modules have: they stay in place."""
@@ -109,11 +109,9 @@ class Joined:
 
     @property
     def is_joined(self) -> bool:
-        """Whether the parts' weights are still what `weight` holds: somebody may have moved them, or added a hook."""
-        return self.weight is not None and all(is_plain(part) for part in self.parts) and self._is_in_place()
-
-    def _is_in_place(self) -> bool:
-        return self.parts[0].weight.data_ptr() == self.weight.data_ptr()
+        """Whether one tensor holds what the parts multiply by: somebody may have moved them, or added a hook."""
+        weight = self.weight
+        return weight is not None and self.is_plain and self.parts[0].weight.data_ptr() == weight.data_ptr()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., sum of out_features)."""
@@ -322,7 +320,11 @@ class Layer:
     def __init__(self, module, seen: Seen, attention: Attention, norms, gate_up, down, activation: str):
         self.module, self.original, self.attention = module, module.forward, attention
         self.norms, self.gate_up, self.down = norms, Joined(gate_up), Joined([down])
-        self.activation, self.returned = activation, seen.returned()
+        self.activation, self.returned, self.has_hooks = activation, seen.returned(), False
+
+    @property
+    def products(self) -> tuple[Joined, ...]:
+        return self.attention.projection, self.attention.output, self.gate_up, self.down
 
     @classmethod
     def of(cls, module: nn.Module, seen: dict[nn.Module, Seen], attention: Attention) -> "Layer | None":
@@ -334,7 +336,7 @@ class Layer:
         for mlp in module.children():
             gate_up = next((parts for names in GATED if all(parts := [getattr(mlp, n, None) for n in names])), None)
             down, activation = getattr(mlp, "down_proj", None), _activation_of(mlp)
-            if gate_up is None or down is None or activation is None or mlp._forward_hooks or mlp._forward_pre_hooks:
+            if gate_up is None or down is None or activation is None:
                 continue
             if not all(is_plain(x) for x in (*gate_up, down, *attention.projection.parts, *attention.output.parts)):
                 continue
@@ -347,9 +349,9 @@ class Layer:
         return None
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
-        attention = self.attention
-        step, products = attention.current.step, (attention.projection, attention.output, self.gate_up, self.down)
-        if not isinstance(step, SinkCache) or self.module.training or not all(x.is_joined for x in products):
+        attention, step = self.attention, self.attention.current.step
+        is_itself = self.has_hooks or self.module.training or not all(x.is_joined for x in self.products)
+        if is_itself or not isinstance(step, SinkCache):
             return self.original(hidden_states, *args, **kwargs)
         x = hidden_states.flatten(0, 1)
         y = product(x, attention.projection, self.norms[0]).unflatten(0, hidden_states.shape[:2])
@@ -388,20 +390,28 @@ class Fused:
         found = [Attention.of(module, seen, current) for module, seen in observer.of.items()]
         self.attentions = [attention for attention in found if attention is not None]
         of = {attention.module: attention for attention in self.attentions}
-        layers, few = [], []
+        self.layers, few = [], []
         if what == "layers":
             pairs = [(module, of[child]) for module in model.modules() for child in module.children() if child in of]
-            layers = [layer for module, a in pairs if (layer := Layer.of(module, observer.of, a)) is not None]
+            self.layers = [layer for module, a in pairs if (layer := Layer.of(module, observer.of, a)) is not None]
         self.model = model
         self.joined = [x for a in self.attentions for x in (a.projection, a.output)]
-        self.joined += [x for layer in layers for x in (layer.gate_up, layer.down)]
+        self.joined += [x for layer in self.layers for x in (layer.gate_up, layer.down)]
         self.join()
         if what == "layers":
             taken = {part for joined in self.joined for part in joined.parts}
             few = [Few(module) for module in model.modules() if is_plain(module) and module not in taken]
-        self.replaced = [*self.attentions, *layers, *few]
+        self.replaced = [*self.attentions, *self.layers, *few]
         for new in self.replaced:
             new.module.forward = new.forward
+
+    def look(self) -> None:
+        """Find out which modules have hooks, or were exchanged: they are then called."""
+        for joined in self.joined:
+            joined.is_plain = all(is_plain(part) for part in joined.parts)
+        for layer in self.layers:
+            inner = [module for module in layer.module.modules() if module is not layer.module]
+            layer.has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in inner)
 
     def join(self) -> None:
         """Lay weights side by side, again if they were moved."""

@@ -454,10 +454,12 @@ class Handle:
         """Find out anew whether steps can be captured, and where the weights are that captured ones read."""
         self._hooks = hooks_made()
         weights = weights_of(self.model)
-        if weights != self._weights:
-            if self._fused is not None:
+        if self._fused is not None:
+            self._fused.look()
+            if weights != self._weights:
                 self._fused.join()
-            self._weights = weights_of(self.model)
+                weights = weights_of(self.model)
+        self._weights = self._weights if weights == self._weights else weights
         if self._refused:
             return
         self.why_eager = why_eager(self.model)

@@ -1,5 +1,6 @@
 """Stream: one endless text, or a batch of them, with nothing that grows."""
 
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ class Stream:
     """
 
     def __init__(self, model):
-        self.model, self.cache, self._device = model, SinkCache(model), input_device(model)
+        self.model, self._cache, self._device = model, SinkCache(model), input_device(model)
         takes = inspect.signature(model.forward).parameters
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._logits: Tensor | None = None  # (batch, vocabulary) of the next token
@@ -53,6 +54,13 @@ class Stream:
         self._settings: _Settings | None = None  # of the last choice, with what belongs to them
         self._processors: LogitsProcessorList | None = None
         self._choice: Captured | None = None
+
+    @property
+    def cache(self) -> SinkCache:
+        """What `generate` has under way counts for whatever comes next."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).wait_stream(_aside(self._device))
+        return self._cache
 
     @property
     def lengths(self) -> Tensor | None:
@@ -93,7 +101,7 @@ class Stream:
     def _start(self, logits: Tensor) -> None:
         rows, self._logits = len(logits), torch.empty_like(logits)
         self._ended = torch.zeros(rows, dtype=torch.bool, device=self._device)
-        self._ids = torch.zeros(rows, self.cache.plan.capacity, dtype=torch.int64, device=self._device)
+        self._ids = torch.zeros(rows, self._cache.plan.capacity, dtype=torch.int64, device=self._device)
         self._next = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
 
     def reset(self, rows=None) -> None:
@@ -155,30 +163,43 @@ class Stream:
         return self._steps(max_new_tokens, settings, generator, streamer)
 
     def _steps(self, max_new_tokens, settings: "_Settings", generator, streamer) -> Iterator[Tensor]:
+        """On a GPU, tokens are made on a stream of their own: whoever reads one waits until it was chosen, and not
+        until the model has read it. The host looks at what it was given while the model is at work.
+        """
         on_gpu, made = self._device.type == "cuda", 0
         stops = bool(settings.ends or self._waiting)
         host = torch.zeros(1 + len(self._ended), dtype=torch.int64, pin_memory=on_gpu)  # whether any goes on, ids
+        here, aside = (torch.cuda.current_stream(self._device), _aside(self._device)) if on_gpu else (None, None)
         try:
             while max_new_tokens is None or made < max_new_tokens:
-                with torch.no_grad():
+                stops = stops or bool(self._waiting)
+                reads = stops or streamer is not None
+                with torch.no_grad(), torch.cuda.stream(aside):
+                    if on_gpu:
+                        aside.wait_stream(here)
                     ids, fed, report = self._choose(settings, generator)
-                    ids, stops = ids.clone(), stops or bool(self._waiting)
-                    if stops or streamer is not None:
+                    ids = ids.clone()
+                    if reads:
                         host.copy_(report, non_blocking=True)
-                    if on_gpu:  # the model's step is under way while the host looks at what it was given
-                        arrived = torch.cuda.current_stream(self._device).record_event()
-                        self._feed(ids, fed if stops else None)
-                        if stops or streamer is not None:
-                            arrived.synchronize()
+                    if on_gpu:
+                        chosen = aside.record_event()
+                    elif stops and not host[0]:
+                        return
+                    self._feed(ids, fed if stops else None)
+                if on_gpu:
+                    ids.record_stream(here)
+                    here.wait_event(chosen)
+                    if reads:
+                        chosen.synchronize()
                     if stops and not host[0]:
                         return
-                    if not on_gpu:
-                        self._feed(ids, fed if stops else None)
                 if streamer is not None:
                     streamer.put(host[1:].clone())
                 made += 1
                 yield ids
         finally:
+            if on_gpu:
+                here.wait_stream(aside)
             if streamer is not None:
                 streamer.end()
 
@@ -209,7 +230,7 @@ class Stream:
 
     def _feed(self, ids: Tensor, fed: Tensor | None) -> None:
         """One token a row through the model, (batch,); rows that are not fed stay as they are."""
-        logits = self._read(ids[:, None], None if fed is None else fed[:, None], self.cache)
+        logits = self._read(ids[:, None], None if fed is None else fed[:, None], self._cache)
         self._logits.copy_(logits if fed is None else torch.where(fed[:, None], logits, self._logits))
 
     @torch.no_grad()
@@ -219,18 +240,23 @@ class Stream:
 
     def _index_of(self, rows) -> Tensor:
         index = torch.as_tensor(list(rows) if isinstance(rows, range) else rows, dtype=torch.int64).flatten().tolist()
-        held = self.cache.batch_size
+        held = self._cache.batch_size
         if not index or len(set(index)) < len(index) or min(index) < 0 or max(index) >= held:
             raise ValueError(f"rows={index}: this Stream holds rows 0 to {held - 1}, name some of them, each once")
         return torch.tensor(index, device=self._device)
 
     def _remember(self, ids: Tensor, mask: Tensor | None, index: Tensor) -> None:
-        capacity = self.cache.plan.capacity
+        capacity = self._cache.plan.capacity
         ids = ids if mask is None else ids.where(mask > 0, ids[:, -1:])
         ids, before = ids[:, -capacity:], self._next[index]
         held = torch.where(before == 0, ids[:, -1:], self._ids[index])
         self._ids[index] = held.scatter(1, (before + torch.arange(ids.shape[1], device=ids.device)) % capacity, ids)
         self._next[index] = before + ids.shape[1]
+
+
+@functools.cache
+def _aside(device: torch.device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
 
 
 @dataclass(frozen=True)
