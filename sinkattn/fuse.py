@@ -5,7 +5,7 @@ with a short text: its query, key and value, and its output. Everything else run
 
     Attention   q, k and v as one product, attention over the cache (which turns them by itself), output product
     Layer       norm, attention, residual, norm, gated MLP, residual: five kernels for few rows
-    Few         any other linear layer, for few rows
+    Few, Normed any other linear layer, for few rows; any other RMSNorm
 
 Weights that share their input are laid next to each other in memory, and the model's parameters become views of that:
 nothing is held twice, and `Joined.undo` gives each its own memory back.
@@ -124,9 +124,13 @@ class Joined:
 class Norm:
     """An RMSNorm over the last dim: ``(shift + weight) * x / sqrt(mean(x^2) + eps)``."""
 
-    weight: Tensor
+    module: nn.Module
     eps: float
     shift: float
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight
 
     @classmethod
     def of(cls, module: nn.Module | None) -> "Norm | None":
@@ -138,7 +142,7 @@ class Norm:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             return None
         x = torch.linspace(-2, 3, 2 * len(weight), dtype=weight.dtype, device=weight.device).view(2, -1)
-        for norm in (cls(weight, eps, 0.0), cls(weight, eps, 1.0)):
+        for norm in (cls(module, eps, 0.0), cls(module, eps, 1.0)):
             if _agree(norm(x), module(x)):
                 return norm
         return None
@@ -360,6 +364,18 @@ class Layer:
         return self.returned(product(gated, self.down, residual=x).view_as(hidden_states))
 
 
+class Normed:
+    """An RMSNorm as it is, but on a GPU one kernel."""
+
+    def __init__(self, module: nn.Module, norm: Norm):
+        self.module, self.original, self.norm = module, module.forward, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda or torch.is_grad_enabled():
+            return self.original(x)
+        return self.norm(x)
+
+
 class Few:
     """A linear layer as it is, but few rows by `ops.linear`."""
 
@@ -401,6 +417,8 @@ class Fused:
         if what == "layers":
             taken = {part for joined in self.joined for part in joined.parts}
             few = [Few(module) for module in model.modules() if is_plain(module) and module not in taken]
+            norms = ((module, Norm.of(module)) for module in model.modules() if "RMSNorm" in type(module).__name__)
+            few += [Normed(module, norm) for module, norm in norms if norm is not None]
         self.replaced = [*self.attentions, *self.layers, *few]
         for new in self.replaced:
             new.module.forward = new.forward

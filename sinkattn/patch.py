@@ -41,7 +41,7 @@ ROUTES = {  # how attention is reached: the implementation that the config names
 HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}  # tensors that attention may be given
 IMAGES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
 PLAIN = {"input_ids", "attention_mask", "past_key_values", "use_cache", "return_dict", "position_ids", "cache_position",
-         "logits_to_keep"}  # what a step may be given and still be the one that was captured  # fmt: skip
+         "logits_to_keep", "mm_token_type_ids"}  # what a step may be given and still be the one that was captured  # fmt: skip
 WATCHED_CHUNK = 512  # of watched attention, which goes on to compute its own (tokens, tokens) scores
 CHUNK = 2048  # tokens of a prompt that go through the model at a time
 
@@ -141,6 +141,7 @@ class Handle:
             if isinstance(vars(module).get("config"), PreTrainedConfig)
         ]
         self._forward, self._generate = model.forward, getattr(model, "generate", None)
+        self._prepare_inputs = getattr(model, "prepare_inputs_for_generation", None)
         self._counts_in_three = counts_in_three(model)
         self._takes_positions = takes_positions(model.forward)
         self._parameters = tuple(inspect.signature(model.forward).parameters)
@@ -165,6 +166,7 @@ class Handle:
         if hasattr(model, "generate"):
             self._replace("generate", self.generate)
             self._replace("_prepare_cache_for_generation", self.prepare_cache)
+            self._replace("prepare_inputs_for_generation", self.prepare_inputs)
         model._sinkattn = self
         try:
             if observer is not None:
@@ -446,7 +448,7 @@ class Handle:
             self._look_at_model()
         if self.why_eager is not None or not cache.seen or not cache.rows.is_warm:
             return False
-        if any(name not in PLAIN and value is not None and value is not False for name, value in kwargs.items()):
+        if not _is_plain(kwargs):
             return False
         return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
@@ -558,6 +560,15 @@ class Handle:
                 kwargs["attention_mask"] = torch.cat((before.to(new.dtype), new), dim=1)
         return self._generate(inputs, *args, **kwargs)
 
+    def prepare_inputs(self, input_ids: Tensor, *args, **kwargs) -> dict:
+        """`GenerationMixin.prepare_inputs_for_generation`: one more token of a text needs no positions."""
+        cache = kwargs.get("past_key_values")
+        is_next = kwargs.get("next_sequence_length") == 1 and isinstance(cache, SinkCache) and cache.seen
+        if not is_next or not _is_plain(kwargs, "next_sequence_length"):
+            return self._prepare_inputs(input_ids, *args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        return dict(input_ids=input_ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+
     def _padding_of(self, ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """The mask `generate` would infer: pad ids are padding, unless they also end a text."""
         config = kwargs.get("generation_config") or (args[0] if args else None) or self.model.generation_config
@@ -571,6 +582,12 @@ class Handle:
             model_kwargs["past_key_values"]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = SinkCache(self.model)
+
+
+def _is_plain(kwargs: dict, *more: str) -> bool:
+    """Whether nothing is asked of a step but the next logits; more: other names that may be given."""
+    given = (name for name, value in kwargs.items() if value is not None and value is not False)
+    return all(name in PLAIN or name in more for name in given)
 
 
 def _joined(pieces: list):
