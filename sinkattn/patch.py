@@ -40,8 +40,9 @@ ROUTES = {  # how attention is reached: the implementation that the config names
 }
 HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}  # tensors that attention may be given
 IMAGES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+# What a step may be given and still be the one that was captured
 PLAIN = {"input_ids", "attention_mask", "past_key_values", "use_cache", "return_dict", "position_ids", "cache_position",
-         "logits_to_keep", "mm_token_type_ids"}  # what a step may be given and still be the one that was captured  # fmt: skip
+         "logits_to_keep", "mm_token_type_ids"}  # fmt: skip
 WATCHED_CHUNK = 512  # of watched attention, which goes on to compute its own (tokens, tokens) scores
 CHUNK = 2048  # tokens of a prompt that go through the model at a time
 
