@@ -12,6 +12,7 @@ nothing is held twice, and `Joined.undo` gives each its own memory back.
 """
 
 import copy
+import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable
@@ -60,6 +61,14 @@ def is_plain(module: nn.Module | None) -> bool:
         and not (module._forward_hooks or module._forward_pre_hooks)
         and "forward" not in vars(module)
     )
+
+
+def _takes_one(module) -> bool:
+    """Whether something is a module that needs one input and no more."""
+    if not isinstance(module, nn.Module):
+        return False
+    parameters = inspect.signature(module.forward).parameters.values()
+    return sum(x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD for x in parameters) == 1
 
 
 class Joined:
@@ -140,6 +149,8 @@ class Norm:
         if type(weight) is not nn.Parameter or weight.dim() != 1 or not isinstance(eps, float):
             return None
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            return None
+        if not _takes_one(module) or len(inspect.signature(module.forward).parameters) > 1:  # some take a gate too
             return None
         x = torch.linspace(-2, 3, 2 * len(weight), dtype=weight.dtype, device=weight.device).view(2, -1)
         for norm in (cls(module, eps, 0.0), cls(module, eps, 1.0)):
@@ -260,7 +271,7 @@ class Attention:
             return None
         if seen.learned_logits is not None and id(seen.learned_logits) not in parameters:
             return None
-        child = lambda names: [getattr(module, name, None) for name in names]  # noqa: E731
+        child = lambda names: [x if _takes_one(x := getattr(module, n, None)) else None for n in names]  # noqa: E731
         projections = [parts for names in PROJECTIONS if all(parts := child(names))]
         norms = [None, *(pair for names in QK_NORMS if all(pair := child(names)))]
         for parts, output, pair in itertools.product(projections, filter(None, child(OUTPUTS)), norms):
