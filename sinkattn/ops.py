@@ -54,6 +54,7 @@ torch.library.define(
 @torch.library.register_fake("sinkattn::prefill_cuda")
 @torch.library.register_fake("sinkattn::prefill_triton")
 def _fake(q, k, v, *args, **kwargs):
+    _check_devices((q, k, v, *args, *kwargs.values()))  # one meta tensor among others is enough to get here
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
 
 
@@ -131,6 +132,13 @@ def missing_backend(backend: str, device_type: str) -> str | None:
     return None if device_type == "cpu" else f"no backend runs on {device_type!r}; backend='reference' might"
 
 
+def _check_devices(arguments: tuple) -> None:
+    device = arguments[0].device
+    for x in arguments:
+        if isinstance(x, Tensor) and x.device != device:
+            raise ValueError(f"tensors on {x.device} and {device}: all must be on one device")
+
+
 def _check(
     q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes,
     sink_size, window_size, scale, rotary_start,
@@ -182,9 +190,7 @@ def _check(
     for name, tensor in (("learned_logits", learned_logits), ("alibi_slopes", alibi_slopes)):
         if tensor is not None and tensor.shape != (num_heads,):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs ({num_heads},)")
-    for tensor in (k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes):
-        if tensor is not None and tensor.device != q.device:
-            raise ValueError(f"tensors on {tensor.device} and {q.device}: all must be on one device")
+    _check_devices((q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes))
 
 
 def _is_aligned(x: Tensor) -> bool:
@@ -267,7 +273,34 @@ def _chosen(op: str, backend: str, tensors: tuple, sink_size: int, rotary_start:
     return f"{op}_triton"
 
 
+_COMPILED: dict[tuple, torch._ops.OpOverload] = {}  # which op of csrc/cuda took calls of this kind
+
+
 def _run(op: str, backend: str, tensors: tuple, sizes: tuple) -> Tensor:
+    """The ops of csrc/cuda refuse what `_check` refuses, so they are asked first: words cost more than a launch."""
+    if torch.compiler.is_compiling():
+        return _run_checked(op, backend, tensors, sizes)
+    q, v = tensors[0], tensors[2]
+    kind = op, backend, q.device, q.dtype, q.shape[1::2], v.shape[1::2]
+    compiled = _COMPILED.get(kind)
+    if compiled is not None and type(q) is Tensor and not _wants_gradients(tensors):
+        try:
+            return compiled(*tensors, *sizes)
+        except (RuntimeError, ValueError, TypeError):
+            pass  # nothing is written yet: what follows finds the words, or another op
+    return _run_checked(op, backend, tensors, sizes, kind)
+
+
+def _wants_gradients(tensors: tuple) -> bool:
+    q, k, v, k_cache, v_cache, *_ = tensors
+    return torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or k_cache.requires_grad or v_cache.requires_grad
+    )
+
+
+def _run_checked(op: str, backend: str, tensors: tuple, sizes: tuple, kind: tuple | None = None) -> Tensor:
+    if op == "decode" and tensors[0].dim() == 4 and tensors[0].shape[2] != 1:
+        raise ValueError(f"decode takes one token a row, q has {tensors[0].shape[2]}; use prefill")
     if reason := missing_backend(backend, tensors[0].device.type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     _check(*tensors, *sizes[:3], sizes[4])
@@ -279,7 +312,12 @@ def _run(op: str, backend: str, tensors: tuple, sizes: tuple) -> Tensor:
         if q.dtype == torch.bfloat16:
             raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; on the CPU take float32 or float16")
         return _TRITON[op](*tensors, *sizes)
-    return getattr(torch.ops.sinkattn, chosen)(*tensors, *sizes)
+    overload = getattr(torch.ops.sinkattn, chosen).default
+    if kind and chosen.endswith("_cuda"):
+        _COMPILED[kind] = overload
+    elif kind:
+        _COMPILED.pop(kind, None)
+    return overload(*tensors, *sizes)
 
 
 def decode(
@@ -337,8 +375,6 @@ def decode(
 
     Source: arXiv 2309.17453, section 3.2; the definition in code is `sinkattn.reference.attention`.
     """
-    if q.dim() == 4 and q.shape[2] != 1:
-        raise ValueError(f"decode takes one token a row, q has {q.shape[2]}; use prefill")
     tensors = (q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
     return _run("decode", backend, tensors, (sink_size, window_size, scale, softcap, rotary_start, interleaved))
 

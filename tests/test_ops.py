@@ -343,8 +343,8 @@ BAD_INPUTS = {
     "unknown backend": ({}, {"backend": "fast"}, ValueError, "unknown backend 'fast'"),
     "missing backend": ({}, {"backend": "cuda" if DEVICES == ("cpu",) else "cpu"}, RuntimeError, "is not available"),
     "q of 3 dims": ({"q": lambda x: x[0]}, {}, ValueError, "q has shape"),
-    "two tokens": ({"q": lambda x: x.repeat(1, 1, 2, 1)}, {}, ValueError, "decode takes one token a row, q has 2"),
-    "k of another dtype": ({"k": lambda x: x.half()}, {}, TypeError, "k is torch.float16, q is torch.float32"),
+    "two tokens": ({"q": lambda x: x.repeat(1, 1, 2, 1)}, {}, ValueError, "one token a row, q has 2|do not fit"),
+    "k of another dtype": ({"k": lambda x: x.double()}, {}, TypeError, "k is torch.float64, q is torch.float"),
     "last stride": ({"k_cache": lambda x: x.mT.contiguous().mT}, {}, ValueError, "k_cache has strides"),
     "cache of another dtype": ({"v_cache": lambda x: x.double()}, {}, TypeError, "v_cache is torch.float64"),
     "v of another head count": ({"v": lambda x: x[:, :1]}, {}, ValueError, "do not fit"),
@@ -357,9 +357,9 @@ BAD_INPUTS = {
     "lengths of int32": ({"lengths": lambda x: x.int()}, {}, ValueError, "lengths is torch.int32"),
     "counts of another batch": ({"counts": lambda x: x[:1]}, {}, ValueError, "counts is torch.int64"),
     "rotation of 4 dims": ({"rotation": lambda x: x[:, 0]}, {}, ValueError, "rotation .* does not fit"),
-    "rotation beyond the head": ({}, {"rotary_start": 1}, ValueError, "rotary_start . r <= head_dim = 16"),
+    "rotation beyond the head": ({}, {"rotary_start": 1}, ValueError, "rotary_start . r <= head_dim = 64"),
     "rotation of half precision": ({"rotation": lambda x: x.half()}, {}, TypeError, "rotation is torch.float16"),
-    "slopes of another head count": ({"alibi_slopes": lambda x: x[1:]}, {}, ValueError, "alibi_slopes has shape"),
+    "slopes of another head count": ({"alibi_slopes": lambda x: torch.rand(3)}, {}, ValueError, "slopes has shape"),
     "logits of another head count": ({"learned_logits": lambda x: x[1:]}, {}, ValueError, "learned_logits has shape"),
     "a negative scale": ({}, {"scale": -0.25}, ValueError, "scale=-0.25: scores are multiplied by it"),
     "gradients": ({"q": lambda x: x.clone().requires_grad_()}, {}, RuntimeError, "these ops are for inference"),
@@ -367,19 +367,48 @@ BAD_INPUTS = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("op", ["decode", "prefill"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", BAD_INPUTS)
-def test_errors(name):
-    """Bad input is named, and the cache is left alone."""
+def test_errors(name, dtype, op):
+    """Bad input is named, and the cache is left alone: also after good calls, when the compiled op is asked first."""
     change, sizes, error, message = BAD_INPUTS[name]
-    case = Case((3, 20), (1, 1), heads=4, learned=True, alibi=True)
+    case = Case((3, 20), (1, 1), heads=4, head_dim=64, learned=True)
     names = ("q", "k", "v", "k_cache", "v_cache", "lengths", "counts", "rotation", "learned_logits", "alibi_slopes")
-    tensors = dict(zip(names, case.tensors(torch.float32, DEVICES[-1]), strict=True))
+    tensors = dict(zip(names, case.tensors(dtype, DEVICES[-1]), strict=True))
+    getattr(ops, op)(*copies(tuple(tensors.values())), **case.sizes)
     tensors |= {key: function(tensors[key]) for key, function in change.items()}
     before = {key: tensors[key].clone() for key in ("k_cache", "v_cache")}
     with pytest.raises(error, match=message):
-        ops.decode(**tensors, **case.sizes | sizes)
+        getattr(ops, op)(**tensors, **case.sizes | sizes)
     for key, cache in before.items():
         torch.testing.assert_close(tensors[key], cache, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("op", ["decode", "prefill"])
+def test_what_the_compiled_op_refuses(monkeypatch, op):
+    """It is asked first, unless gradients are wanted; what it refuses goes the careful way, and then that is known."""
+    case, asked = Case((3, 20), heads=4), []
+
+    def refuse(*args):
+        asked.append(args)
+        raise RuntimeError("not this")
+
+    class Known(dict):
+        def get(self, kind):
+            return self.setdefault(kind, refuse)
+
+    monkeypatch.setattr(ops, "_COMPILED", known := Known())
+    tensors = case.tensors(torch.float32)
+    expected, again = copies(tensors), copies(tensors)
+    out = getattr(ops, op)(*tensors, **case.sizes)
+    assert len(asked) == 1 and not known
+    torch.testing.assert_close(out, reference.attention(*expected, **case.sizes))
+    torch.testing.assert_close(tensors[3:5], expected[3:5], equal_nan=True)
+    again[0].requires_grad_()
+    with pytest.raises(RuntimeError, match="q requires gradients"):
+        getattr(ops, op)(*again, **case.sizes)
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(("backend", "device"), BACKENDS)

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <vector>
 
 #include "decode.h"
 #include "prefill.h"
@@ -47,15 +48,117 @@ bool has_shape(const Tensor& x, std::initializer_list<int64_t> shape) {
 }
 
 bool is_aligned(const Tensor& x) {
+  auto sizes = x.sizes(), strides = x.strides();
   bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
-  for (int dim = 0; dim < 3; ++dim) aligned = aligned && (x.stride(dim) % 8 == 0 || x.size(dim) < 2);
+  for (int dim = 0; dim < 3; ++dim) aligned = aligned && (strides[dim] % 8 == 0 || sizes[dim] < 2);
   return aligned;
 }
 
-// As contiguous float32; `copy` keeps what had to be copied.
-const float* floats_of(const Tensor& x, Tensor& copy) {
-  copy = torch::stable::contiguous(x.scalar_type() == ScalarType::Float ? x : torch::stable::to(x, ScalarType::Float));
-  return static_cast<const float*>(copy.data_ptr());
+// The data of x, contiguous and of that type; `copies` keeps what had to be copied.
+template <typename T>
+const T* data_of(const Tensor& x, ScalarType type, std::vector<Tensor>& copies) {
+  if (x.scalar_type() == type && x.is_contiguous()) return static_cast<const T*>(x.data_ptr());  // asking is cheaper
+  copies.push_back(torch::stable::contiguous(torch::stable::to(x, type)));
+  return static_cast<const T*>(copies.back().data_ptr());
+}
+
+// What new_empty gives, without the dispatcher, which takes longer than everything else here.
+Tensor empty_like(const Tensor& x, std::initializer_list<int64_t> shape) {
+  std::array<int64_t, 4> strides;
+  int64_t size = 1;
+  for (int dim = int(shape.size()); dim-- > 0; size *= shape.begin()[dim]) strides[dim] = size;
+  int32_t dtype = 0, device = 0;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(), strides.data(), dtype,
+                                                         device, x.get_device_index(), &made));
+  return Tensor(made);
+}
+
+// The arguments that both ops take.
+struct Arguments {
+  const Tensor &q, &k, &v, &k_cache, &v_cache, &lengths;
+  const std::optional<Tensor>&counts, &rotation, &learned_logits, &alibi_slopes;
+  int64_t sink_size, window_size;
+  double scale, softcap;
+  int64_t rotary_start;
+  bool interleaved;
+};
+
+// Checks the arguments and unpacks them. sinkattn/ops.py calls this first and words the error where it refuses, so what
+// is refused there has to be refused here, before anything is written: but gradients, which it asks for itself.
+Tensor unpack(const Arguments& a, Call& c, std::vector<Tensor>& copies) {
+  const auto& [q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, sink_size,
+               window_size, scale, softcap, rotary_start, interleaved] = a;
+  const ScalarType dtype = q.scalar_type();
+  for (const Tensor* x : {&q, &k, &v, &k_cache, &v_cache}) {
+    STD_TORCH_CHECK(x->dim() == 4 && (x->size(3) < 2 || x->stride(3) == 1),
+                    "sinkattn: q, k, v, k_cache and v_cache must have 4 dims, the last of stride 1");
+    STD_TORCH_CHECK(x->scalar_type() == dtype, "sinkattn: q, k, v, k_cache and v_cache must have one dtype");
+  }
+  const int index = q.get_device_index();
+  for (const Tensor* x : {&k, &v, &k_cache, &v_cache, &lengths})
+    STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == index, "sinkattn: all tensors must be on one device");
+  for (const auto* x : {&counts, &rotation, &learned_logits, &alibi_slopes})
+    STD_TORCH_CHECK(!*x || ((*x)->is_cuda() && (*x)->get_device_index() == index),
+                    "sinkattn: all tensors must be on one device");
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "sinkattn: the CUDA C++ ops take float16 and bfloat16");
+
+  const int64_t batch = q.size(0), num_heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
+  const int64_t num_kv_heads = v.size(1), v_dim = v.size(3), slots = k_cache.size(2), limit = 1 << 29;
+  STD_TORCH_CHECK(num_kv_heads > 0 && num_heads % num_kv_heads == 0 && tokens < limit && slots < limit &&
+                      has_shape(k, {batch, num_kv_heads, tokens, head_dim}) &&
+                      has_shape(v, {batch, num_kv_heads, tokens, v_dim}) &&
+                      has_shape(k_cache, {batch, num_kv_heads, slots, head_dim}) &&
+                      has_shape(v_cache, {batch, num_kv_heads, slots, v_dim}),
+                  "sinkattn: the shapes of q, k, v, k_cache and v_cache do not fit");
+  STD_TORCH_CHECK(sink_size >= 0 && window_size >= 1 && sink_size <= slots && window_size <= slots - sink_size,
+                  "sinkattn: sink_size and window_size do not fit the cache");
+  STD_TORCH_CHECK(scale > 0, "sinkattn: scale must be positive");
+  STD_TORCH_CHECK(is_aligned(k_cache) && is_aligned(v_cache), "sinkattn: the cache must be aligned to 16 bytes");
+  STD_TORCH_CHECK(has_shape(lengths, {batch}) && lengths.scalar_type() == ScalarType::Long &&
+                      (!counts || (has_shape(*counts, {batch}) && counts->scalar_type() == ScalarType::Long)),
+                  "sinkattn: lengths and counts must be int64 (batch,)");
+  for (const auto* x : {&learned_logits, &alibi_slopes})
+    STD_TORCH_CHECK(!*x || has_shape(**x, {num_heads}), "sinkattn: what is per head must be (num_heads,)");
+  if (rotation) {
+    const int64_t half = rotation->dim() == 5 ? rotation->size(4) : 0;
+    STD_TORCH_CHECK(has_shape(*rotation, {batch, tokens, 2, 2, half}) && rotary_start >= 0 &&
+                        rotary_start <= head_dim - 2 * half,
+                    "sinkattn: rotation must be (batch, tokens, 2, 2, r / 2), r dims from rotary_start");
+    STD_TORCH_CHECK(rotation->scalar_type() == ScalarType::Float || rotation->scalar_type() == ScalarType::Double,
+                    "sinkattn: rotation must be float32");
+    c.rotary_start = int(rotary_start), c.rotary_half = int(half);
+    if (half > 0) c.rotation = data_of<float>(*rotation, ScalarType::Float, copies);
+  }
+
+  c.q = q.data_ptr(), c.k = k.data_ptr(), c.v = v.data_ptr();
+  c.k_cache = k_cache.data_ptr(), c.v_cache = v_cache.data_ptr();
+  c.q_row = q.stride(0), c.q_head = q.stride(1), c.k_row = k.stride(0), c.k_head = k.stride(1);
+  c.v_row = v.stride(0), c.v_head = v.stride(1);
+  c.k_cache_row = k_cache.stride(0), c.k_cache_head = k_cache.stride(1), c.k_cache_slot = k_cache.stride(2);
+  c.v_cache_row = v_cache.stride(0), c.v_cache_head = v_cache.stride(1), c.v_cache_slot = v_cache.stride(2);
+  c.lengths = data_of<int64_t>(lengths, ScalarType::Long, copies);
+  if (counts) c.counts = data_of<int64_t>(*counts, ScalarType::Long, copies);
+  if (learned_logits) c.learned_logits = data_of<float>(*learned_logits, ScalarType::Float, copies);
+  c.batch = int(batch), c.num_kv_heads = int(num_kv_heads), c.group = int(num_heads / num_kv_heads);
+  c.tokens = int(tokens), c.head_dim = int(head_dim), c.v_dim = int(v_dim);
+  c.sink_size = int(sink_size), c.ring_size = int(slots - sink_size), c.window_size = int(window_size);
+  c.is_bfloat16 = dtype == ScalarType::BFloat16, c.interleaved = interleaved;
+  const double LOG2E = 1.4426950408889634;
+  c.query_scale = float(LOG2E * (softcap > 0 ? 2 * scale / softcap : scale)), c.softcap = float(softcap);
+  Tensor out = empty_like(q, {batch, tokens, num_heads, v_dim});
+  c.out = out.data_ptr();
+  return out;
+}
+
+cudaStream_t stream_of(int index) {
+  void* stream = nullptr;
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(index, &stream),
+                  "sinkattn: this torch has no CUDA stream");
+  return static_cast<cudaStream_t>(stream);
 }
 
 Tensor decode_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
@@ -63,76 +166,21 @@ Tensor decode_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
                  const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes,
                  int64_t sink_size, int64_t window_size, double scale, double softcap, int64_t rotary_start,
                  bool interleaved, int64_t splits) {
-  // sinkattn/ops.py checks with better messages; these keep a direct call from reading or writing out of bounds.
-  for (const Tensor* x : {&q, &k, &v, &k_cache, &v_cache}) {
-    STD_TORCH_CHECK(x->dim() == 4 && (x->size(3) < 2 || x->stride(3) == 1),
-                    "sinkattn: q, k, v, k_cache and v_cache must have 4 dims, the last of stride 1");
-    STD_TORCH_CHECK(x->scalar_type() == q.scalar_type(), "sinkattn: q, k, v, k_cache and v_cache must have one dtype");
-  }
-  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Half || q.scalar_type() == ScalarType::BFloat16,
-                  "sinkattn: the CUDA C++ decode takes float16 and bfloat16");
-  const int64_t batch = q.size(0), num_heads = q.size(1), head_dim = q.size(3);
-  const int64_t num_kv_heads = v.size(1), v_dim = v.size(3), slots = k_cache.size(2);
-  STD_TORCH_CHECK(q.size(2) == 1 && num_kv_heads > 0 && num_heads % num_kv_heads == 0 &&
-                      has_shape(k, {batch, num_kv_heads, 1, head_dim}) &&
-                      has_shape(v, {batch, num_kv_heads, 1, v_dim}) &&
-                      has_shape(k_cache, {batch, num_kv_heads, slots, head_dim}) &&
-                      has_shape(v_cache, {batch, num_kv_heads, slots, v_dim}),
-                  "sinkattn: the shapes of q, k, v, k_cache and v_cache do not fit");
-  STD_TORCH_CHECK(sink_size >= 0 && window_size >= 1 && sink_size + window_size <= slots && slots < (1 << 30),
-                  "sinkattn: sink_size and window_size do not fit the cache");
-  STD_TORCH_CHECK(is_aligned(k_cache) && is_aligned(v_cache), "sinkattn: the cache must be aligned to 16 bytes");
-  Tensor out = torch::stable::new_empty(q, {batch, 1, num_heads, v_dim});
-  if (batch == 0) return out;
-
+  std::vector<Tensor> copies;
   Params p = {};
-  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
-  p.k_cache = k_cache.data_ptr(), p.v_cache = v_cache.data_ptr(), p.out = out.data_ptr();
-  p.q_row = q.stride(0), p.q_head = q.stride(1), p.k_row = k.stride(0), p.k_head = k.stride(1);
-  p.v_row = v.stride(0), p.v_head = v.stride(1);
-  p.k_cache_row = k_cache.stride(0), p.k_cache_head = k_cache.stride(1), p.k_cache_slot = k_cache.stride(2);
-  p.v_cache_row = v_cache.stride(0), p.v_cache_head = v_cache.stride(1), p.v_cache_slot = v_cache.stride(2);
-  p.batch = int(batch), p.num_kv_heads = int(num_kv_heads), p.group = int(num_heads / num_kv_heads);
-  p.head_dim = int(head_dim), p.v_dim = int(v_dim);
-  p.sink_size = int(sink_size), p.ring_size = int(slots - sink_size), p.window_size = int(window_size);
-  p.is_bfloat16 = q.scalar_type() == ScalarType::BFloat16, p.interleaved = interleaved;
-  const double LOG2E = 1.4426950408889634;
-  p.query_scale = float(LOG2E * (softcap > 0 ? 2 * scale / softcap : scale)), p.softcap = float(softcap);
-
-  Tensor row_lengths = torch::stable::contiguous(lengths), row_counts = lengths, angles = q, logits = q, slopes = q;
-  STD_TORCH_CHECK(has_shape(lengths, {batch}) && lengths.scalar_type() == ScalarType::Long,
-                  "sinkattn: lengths must be int64 (batch,)");
-  p.lengths = static_cast<const int64_t*>(row_lengths.data_ptr());
-  if (counts) {
-    STD_TORCH_CHECK(has_shape(*counts, {batch}) && counts->scalar_type() == ScalarType::Long,
-                    "sinkattn: counts must be int64 (batch,)");
-    row_counts = torch::stable::contiguous(*counts);
-    p.counts = static_cast<const int64_t*>(row_counts.data_ptr());
-  }
-  if (rotation) {
-    const int64_t half = rotation->dim() == 5 ? rotation->size(4) : 0;
-    STD_TORCH_CHECK(has_shape(*rotation, {batch, 1, 2, 2, half}) && rotary_start >= 0 &&
-                        rotary_start + 2 * half <= head_dim,
-                    "sinkattn: rotation must be (batch, 1, 2, 2, r / 2), r dims from rotary_start");
-    p.rotary_start = int(rotary_start), p.rotary_half = int(half);
-    if (half > 0) p.rotation = floats_of(*rotation, angles);
-  }
-  for (const auto* x : {&learned_logits, &alibi_slopes})
-    STD_TORCH_CHECK(!*x || has_shape(**x, {num_heads}), "sinkattn: what is per head must be (num_heads,)");
-  if (learned_logits) p.learned_logits = floats_of(*learned_logits, logits);
-  if (alibi_slopes) p.alibi_slopes = floats_of(*alibi_slopes, slopes);
+  Tensor out = unpack({q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, sink_size,
+                       window_size, scale, softcap, rotary_start, interleaved}, p, copies);
+  STD_TORCH_CHECK(p.tokens == 1, "sinkattn: decode takes one token a row");
+  if (alibi_slopes) p.alibi_slopes = data_of<float>(*alibi_slopes, ScalarType::Float, copies);
 
   const int index = q.get_device_index();
   const Device& device = device_of(index);
   torch::stable::accelerator::DeviceGuard guard(index);
   const int chosen = splits >= 0 ? int(std::min<int64_t>(splits, 1 << 30)) : splits_of(p, device);
-  STD_TORCH_CHECK(serves(p, chosen, device), "sinkattn: the CUDA C++ decode does not take head_dim ", head_dim,
-                  ", v_head_dim ", v_dim, ", groups of ", p.group, ", ", batch, " rows and ", chosen,
+  STD_TORCH_CHECK(serves(p, chosen, device), "sinkattn: the CUDA C++ decode does not take head_dim ", p.head_dim,
+                  ", v_head_dim ", p.v_dim, ", groups of ", p.group, ", ", p.batch, " rows and ", chosen,
                   " splits on this GPU");
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(index, &stream),
-                  "sinkattn: this torch has no CUDA stream");
-  check(decode(p, chosen, static_cast<cudaStream_t>(stream)), "launch of decode");
+  if (p.batch > 0) check(decode(p, chosen, stream_of(index)), "launch of decode");
   return out;
 }
 
@@ -141,78 +189,28 @@ Tensor prefill_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
                   const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes,
                   int64_t sink_size, int64_t window_size, double scale, double softcap, int64_t rotary_start,
                   bool interleaved, int64_t dense_window) {
-  for (const Tensor* x : {&q, &k, &v, &k_cache, &v_cache}) {
-    STD_TORCH_CHECK(x->dim() == 4 && (x->size(3) < 2 || x->stride(3) == 1),
-                    "sinkattn: q, k, v, k_cache and v_cache must have 4 dims, the last of stride 1");
-    STD_TORCH_CHECK(x->scalar_type() == q.scalar_type(), "sinkattn: q, k, v, k_cache and v_cache must have one dtype");
-    STD_TORCH_CHECK(is_aligned(*x), "sinkattn: q, k, v, k_cache and v_cache must be aligned to 16 bytes");
-  }
-  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Half || q.scalar_type() == ScalarType::BFloat16,
-                  "sinkattn: the CUDA C++ prefill takes float16 and bfloat16");
-  const int64_t batch = q.size(0), num_heads = q.size(1), tokens = q.size(2), dim = q.size(3);
-  const int64_t num_kv_heads = v.size(1), slots = k_cache.size(2);
-  STD_TORCH_CHECK(num_kv_heads > 0 && num_heads % num_kv_heads == 0 && tokens < (1 << 29) &&
-                      has_shape(k, {batch, num_kv_heads, tokens, dim}) &&
-                      has_shape(v, {batch, num_kv_heads, tokens, dim}) &&
-                      has_shape(k_cache, {batch, num_kv_heads, slots, dim}) &&
-                      has_shape(v_cache, {batch, num_kv_heads, slots, dim}),
-                  "sinkattn: the shapes of q, k, v, k_cache and v_cache do not fit");
-  STD_TORCH_CHECK(sink_size >= 0 && window_size >= 1 && sink_size + window_size <= slots && slots < (1 << 29),
-                  "sinkattn: sink_size and window_size do not fit the cache");
-  STD_TORCH_CHECK(!alibi_slopes && dense_window >= 0, "sinkattn: the CUDA C++ prefill takes no ALiBi");
-  Tensor out = torch::stable::new_empty(q, {batch, tokens, num_heads, dim});
-  if (batch == 0 || tokens == 0) return out;
-
+  std::vector<Tensor> copies;
   Prefill p = {};
-  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr();
-  p.k_cache = k_cache.data_ptr(), p.v_cache = v_cache.data_ptr(), p.out = out.data_ptr();
-  p.q_row = q.stride(0), p.q_head = q.stride(1), p.q_token = q.stride(2);
-  p.k_row = k.stride(0), p.k_head = k.stride(1), p.k_token = k.stride(2);
-  p.v_row = v.stride(0), p.v_head = v.stride(1), p.v_token = v.stride(2);
-  p.k_cache_row = k_cache.stride(0), p.k_cache_head = k_cache.stride(1), p.k_cache_slot = k_cache.stride(2);
-  p.v_cache_row = v_cache.stride(0), p.v_cache_head = v_cache.stride(1), p.v_cache_slot = v_cache.stride(2);
-  p.batch = int(batch), p.num_kv_heads = int(num_kv_heads), p.group = int(num_heads / num_kv_heads);
-  p.tokens = int(tokens), p.head_dim = int(dim);
-  p.sink_size = int(sink_size), p.ring_size = int(slots - sink_size), p.window_size = int(window_size);
-  p.reach = int(std::min(dense_window > 0 ? dense_window : window_size, window_size + tokens));  // beyond, nothing is
-  p.is_bfloat16 = q.scalar_type() == ScalarType::BFloat16, p.interleaved = interleaved;
-  const double LOG2E = 1.4426950408889634;
-  p.query_scale = float(LOG2E * (softcap > 0 ? 2 * scale / softcap : scale)), p.softcap = float(softcap);
-
-  Tensor row_lengths = torch::stable::contiguous(lengths), row_counts = lengths, angles = q, logits = q;
-  STD_TORCH_CHECK(has_shape(lengths, {batch}) && lengths.scalar_type() == ScalarType::Long,
-                  "sinkattn: lengths must be int64 (batch,)");
-  p.lengths = static_cast<const int64_t*>(row_lengths.data_ptr());
-  if (counts) {
-    STD_TORCH_CHECK(has_shape(*counts, {batch}) && counts->scalar_type() == ScalarType::Long,
-                    "sinkattn: counts must be int64 (batch,)");
-    row_counts = torch::stable::contiguous(*counts);
-    p.counts = static_cast<const int64_t*>(row_counts.data_ptr());
-  }
-  if (rotation) {
-    const int64_t half = rotation->dim() == 5 ? rotation->size(4) : 0;
-    STD_TORCH_CHECK(has_shape(*rotation, {batch, tokens, 2, 2, half}) && rotary_start >= 0 &&
-                        rotary_start + 2 * half <= dim && rotary_start % 4 == 0 && half % 4 == 0,
-                    "sinkattn: rotation must be (batch, tokens, 2, 2, r / 2), r / 2 and rotary_start multiples of 4");
-    p.rotary_start = int(rotary_start), p.rotary_half = int(half);
-    if (half > 0) p.rotation = floats_of(*rotation, angles);
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.rotation) % 16 == 0, "sinkattn: rotation must be aligned to 16 bytes");
-  }
-  STD_TORCH_CHECK(!learned_logits || has_shape(*learned_logits, {num_heads}),
-                  "sinkattn: what is per head must be (num_heads,)");
-  if (learned_logits) p.learned_logits = floats_of(*learned_logits, logits);
-  STD_TORCH_CHECK(serves(p), "sinkattn: the CUDA C++ prefill does not take head_dim ", dim, " and ", sink_size, " sinks");
-  Tensor scratch = torch::stable::new_empty(q, {scratch_elements(p)});
-  p.scratch = scratch.data_ptr();
+  Tensor out = unpack({q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, sink_size,
+                       window_size, scale, softcap, rotary_start, interleaved}, p, copies);
+  STD_TORCH_CHECK(is_aligned(q) && is_aligned(k) && is_aligned(v) && reinterpret_cast<uintptr_t>(p.rotation) % 16 == 0,
+                  "sinkattn: q, k, v and rotation must be aligned to 16 bytes");
+  STD_TORCH_CHECK(p.rotary_start % 4 == 0 && p.rotary_half % 4 == 0,
+                  "sinkattn: r / 2 and rotary_start must be multiples of 4");
+  STD_TORCH_CHECK(!alibi_slopes && dense_window >= 0, "sinkattn: the CUDA C++ prefill takes no ALiBi");
+  STD_TORCH_CHECK(p.v_dim == p.head_dim && serves(p), "sinkattn: the CUDA C++ prefill does not take head_dim ",
+                  p.head_dim, ", v_head_dim ", p.v_dim, " and ", p.sink_size, " sinks");
+  p.q_token = q.stride(2), p.k_token = k.stride(2), p.v_token = v.stride(2);
+  p.reach = int(std::min(dense_window > 0 ? dense_window : window_size, window_size + p.tokens));  // beyond, nothing is
 
   const int index = q.get_device_index();
   const Device& device = device_of(index);
   STD_TORCH_CHECK(device.compute_major == 9, "sinkattn: the CUDA C++ prefill takes GPUs of compute capability 9.0");
+  if (p.batch == 0 || p.tokens == 0) return out;
+  Tensor scratch = empty_like(q, {scratch_elements(p)});
+  p.scratch = scratch.data_ptr();
   torch::stable::accelerator::DeviceGuard guard(index);
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(index, &stream),
-                  "sinkattn: this torch has no CUDA stream");
-  check(prefill(p, device.multiprocessors, static_cast<cudaStream_t>(stream)), "launch of prefill");
+  check(prefill(p, device.multiprocessors, stream_of(index)), "launch of prefill");
   return out;
 }
 
