@@ -12,11 +12,14 @@ are rotated and stored already, and do nothing else:
 
 Times are medians of CUDA graph replays, each graph a round through enough caches to exceed the L2 four times. The
 floor is the bytes of K and V, 2 * batch * num_kv_heads * C * head_dim * 2, over the read bandwidth of the same run.
-Without --tables-only there are more batch sizes, capacities, head dims and float16. decode.png shows it all.
+Without --tables-only there are more batch sizes, capacities, head dims and float16. decode.png shows it all, and
+decode.json says where it ran.
 """
 
 import csv
+import importlib.metadata
 import itertools
+import json
 import time
 from pathlib import Path
 from typing import Annotated
@@ -161,6 +164,18 @@ def cases(tables_only: bool) -> list[tuple[str, int, int, int, int]]:
     return rows
 
 
+def write_about(path: Path, **more) -> None:
+    """Where a bench ran, and what else its figures depend on."""
+    versions = {}
+    for name in ("torch", "triton", "flashinfer-python"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    about = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "versions": versions, **more}
+    path.write_text(json.dumps(about, indent=1) + "\n")
+
+
 def plot(rows: list[tuple], path: Path) -> None:
     """Share of the floor over size, a line per peer; heads of 128 in bfloat16."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
@@ -233,6 +248,7 @@ def main(
         torch.cuda.empty_cache()
         write(rows, output_dir / "decode.csv")
     console.print(table)
+    write_about(output_dir / "decode.json", read_bytes_a_second=bandwidth)
     plot(rows, output_dir / "decode.png")
 
 

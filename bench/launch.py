@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import triton
 import typer
-from decode import console
+from decode import console, write_about
 from rich.table import Table
 
 from sinkattn import ops
@@ -63,6 +63,7 @@ def main(output_dir: Annotated[Path, typer.Option(help="Where launch.csv goes.")
         writer = csv.writer(file)
         writer.writerow(("op", "backend", "host_us"))
         writer.writerows(rows)
+    write_about(output_dir / "launch.json")
 
 
 if __name__ == "__main__":

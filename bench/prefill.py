@@ -9,18 +9,20 @@ cache:
     sdpa_cudnn, sdpa_flash          scaled_dot_product_attention, that backend forced, causal over all T tokens
 
 Times are medians with an L2 that is flushed before each. TFLOP/s count 4 * head_dim * num_heads * batch for each pair
-of query and key that the provider looks at by its definition: sinks and window, the window alone, all before.
+of query and key that the provider looks at by its definition: sinks and window, the window alone, all before. Without
+--tables-only there are more batch sizes, capacities, head dims and float16. prefill.png shows the rows of heads of 128,
+and prefill.json says where it ran and what a large matrix product reaches there.
 """
 
 import csv
-import itertools
 from pathlib import Path
 from typing import Annotated
 
+import matplotlib.pyplot as plt
 import torch
 import triton
 import typer
-from decode import DTYPES, SINKS, console
+from decode import DTYPES, SINKS, console, write_about
 from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -64,8 +66,6 @@ def call(provider, num_heads, num_kv_heads, head_dim, batch, tokens, capacity, d
     if provider.startswith("flashinfer"):
         from flashinfer import single_prefill_with_kv_cache
 
-        if batch > 1:
-            raise RuntimeError("single_prefill_with_kv_cache takes one row")
         rows = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]
         backend = provider.removeprefix("flashinfer_")
         return lambda: single_prefill_with_kv_cache(*rows, causal=True, window_left=capacity - 1, backend=backend)
@@ -78,53 +78,95 @@ def call(provider, num_heads, num_kv_heads, head_dim, batch, tokens, capacity, d
     return sdpa
 
 
+def matmul_tflops(dtype: torch.dtype) -> float:
+    """What a large matrix product reaches on random data."""
+    x, y = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
+    return 2 * 8192**3 / triton.testing.do_bench(lambda: x @ y, warmup=50, rep=200, return_mode="median") * 1e-9
+
+
+def cases(tables_only: bool) -> list[tuple[str, int, int, int, int, int]]:
+    """(dtype, head_dim, num_kv_heads, batch, tokens, capacity), the rows of the tables first."""
+    sizes = ((8192, 1024), (32768, 1024), (32768, 4096))
+    rows = [("bfloat16", 128, kv, 1, *size) for kv in (8, 32) for size in sizes]
+    if not tables_only:
+        rows += [("bfloat16", 128, 8, 1, tokens, capacity) for tokens, capacity in ((8192, 256), (32768, 16384))]
+        rows += [
+            ("bfloat16", 128, 8, batch, tokens, 1024)
+            for batch, tokens in ((8, 2048), (16, 2048), (128, 512), (256, 512))
+        ]
+        rows += [("bfloat16", dim, 8, 1, *size) for dim in (64, 256) for size in sizes[:2]]
+        rows += [("float16", 128, 8, 1, *size) for size in sizes]
+    return rows
+
+
+def plot(rows: list[tuple], ceiling: float, path: Path) -> None:
+    """TFLOP/s of every peer, a group a case; heads of 128 in bfloat16, one row of tokens."""
+    shown = [row for row in rows if row[2:4] == (128, 1) and row[6] == "bfloat16"]
+    groups = list(dict.fromkeys((row[1], *row[4:6]) for row in shown))
+    figure, axis = plt.subplots(figsize=(11, 4))
+    for i, provider in enumerate(PROVIDERS):
+        points = [(groups.index((row[1], *row[4:6])), float(row[-1])) for row in shown if row[7] == provider]
+        if points:
+            x, y = zip(*points, strict=True)
+            axis.bar([g + (i - 2.5) * 0.14 for g in x], y, width=0.13, label=provider, alpha=1 if i == 0 else 0.6)
+    axis.axhline(ceiling, color="black", linewidth=0.8, linestyle="--", label="a large matrix product")
+    labels = [f"32/{kv} heads\nT {tokens}\nC {capacity}" for kv, tokens, capacity in groups]
+    axis.set_xticks(range(len(groups)), labels, fontsize=8)
+    axis.set(ylabel="TFLOP/s of what is looked at")
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.2))
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Where prefill.csv goes.")] = Path("bench/results"),
-    heads: Annotated[str, typer.Option(help="Query heads / key heads.")] = "32/8,32/32",
-    sizes: Annotated[str, typer.Option(help="Tokens x capacity.")] = "8192x1024,32768x1024,32768x4096",
-    batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1",
-    head_dims: Annotated[str, typer.Option(help="Sizes of a head.")] = "128",
-    dtypes: Annotated[str, typer.Option(help="bfloat16, float16.")] = "bfloat16",
-    providers: Annotated[str, typer.Option(help="Who is measured.")] = ",".join(PROVIDERS),
+    output_dir: Annotated[Path, typer.Option(help="Where prefill.csv, .json and .png go.")] = Path("bench/results"),
+    tables_only: Annotated[bool, typer.Option(help="Batch 1, bfloat16, heads of 128, T and C of the table.")] = False,
 ) -> None:
-    """Time sinkattn's prefill beside its peers; print the table, write prefill.csv."""
-    chosen = providers.split(",")
+    """Time sinkattn's prefill beside its peers; print the table, write prefill.csv, plot it."""
+    providers = list(PROVIDERS)
     try:
         import flashinfer  # noqa: F401
     except ImportError as error:
         console.print(f"[yellow]missing peers:[/yellow] flashinfer_fa2, flashinfer_fa3 ({error})")
-        chosen = [name for name in chosen if not name.startswith("flashinfer")]
+        providers = [name for name in providers if not name.startswith("flashinfer")]
+    ceiling = matmul_tflops(torch.bfloat16)
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    title = f"ms (TFLOP/s); {torch.cuda.get_device_name()}, {versions}"
-    table = Table("heads/kv", "dim", "dtype", "batch", "T", "C", *chosen, title=title)
+    title = f"ms (TFLOP/s); {torch.cuda.get_device_name()}, {versions}, matrix products {ceiling:.0f} TFLOP/s"
+    table = Table("heads/kv", "dim", "dtype", "batch", "T", "C", *providers, title=title)
     rows = []
     output_dir.mkdir(parents=True, exist_ok=True)
-    integers = lambda text: [int(x) for x in text.split(",")]  # noqa: E731
-    cases = itertools.product(
-        dtypes.split(","), integers(head_dims), heads.split(","), integers(batches), sizes.split(",")
-    )
-    for dtype, head_dim, pair, batch, size in cases:
-        (num_heads, num_kv_heads), (tokens, capacity) = map(int, pair.split("/")), map(int, size.split("x"))
+    in_tables = cases(tables_only=True)
+    for case in cases(tables_only):
+        dtype, head_dim, num_kv_heads, batch, tokens, capacity = case
         cells = []
-        for provider in chosen:
+        for provider in providers:
+            if (provider == "flex" and case not in in_tables) or (
+                provider.startswith("flashinfer") and (dtype, head_dim, batch) != ("bfloat16", 128, 1)
+            ):
+                cells.append("")  # both compile for a while, and FlashInfer's call takes one row
+                continue
             try:
-                run = call(provider, num_heads, num_kv_heads, head_dim, batch, tokens, capacity, DTYPES[dtype])
+                run = call(provider, 32, num_kv_heads, head_dim, batch, tokens, capacity, DTYPES[dtype])
                 ms = triton.testing.do_bench(run, warmup=50, rep=100, return_mode="median")
             except (RuntimeError, OSError, ValueError) as error:
-                console.print(f"[yellow]{provider} cannot do this row:[/yellow] {str(error)[:120]}")
+                console.print(f"[yellow]{provider} cannot do[/yellow] {case}: {str(error)[:120]}")
                 cells.append("-")
                 continue
-            flops = 4 * head_dim * num_heads * batch * pairs_seen(provider, tokens, capacity)
+            flops = 4 * head_dim * 32 * batch * pairs_seen(provider, tokens, capacity)
             tflops = flops / ms * 1e-9
             cells.append(f"{ms:.3f} ({tflops:.0f})")
-            key = (num_heads, num_kv_heads, head_dim, batch, tokens, capacity, dtype, provider)
+            key = (32, num_kv_heads, head_dim, batch, tokens, capacity, dtype, provider)
             rows.append((*key, f"{ms:.4f}", f"{tflops:.1f}"))
-        table.add_row(pair, str(head_dim), dtype, str(batch), str(tokens), str(capacity), *cells)
+        table.add_row(f"32/{num_kv_heads}", str(head_dim), dtype, str(batch), str(tokens), str(capacity), *cells)
+        torch.cuda.empty_cache()
         with (output_dir / "prefill.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(COLUMNS)
             writer.writerows(rows)
     console.print(table)
+    write_about(output_dir / "prefill.json", matmul_tflops=ceiling)
+    plot(rows, ceiling, output_dir / "prefill.png")
 
 
 if __name__ == "__main__":
