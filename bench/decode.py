@@ -177,22 +177,26 @@ def write_about(path: Path, **more) -> None:
 
 
 def plot(rows: list[tuple], path: Path) -> None:
-    """Share of the floor over size, a line per peer; heads of 128 in bfloat16."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axis, num_kv_heads in zip(axes, (32, 8), strict=True):
+    """Share of the floor over the batch, a line per peer, a panel a shape; heads of 128 in bfloat16."""
+    shown = [row for row in rows if (row[2], row[5]) == (128, "bfloat16")]
+    capacities = sorted({row[4] for row in shown})
+    figure, axes = plt.subplots(
+        2, len(capacities), figsize=(3.2 * len(capacities), 6), sharex=True, sharey=True, squeeze=False
+    )
+    for (i, num_kv_heads), (j, capacity) in itertools.product(enumerate((32, 8)), enumerate(capacities)):
+        axis = axes[i][j]
         for provider in PROVIDERS:
-            points = sorted(
-                (floor, floor / us)
-                for _, kv, dim, _, _, dtype, name, us, floor in rows
-                if (name, kv, dim, dtype) == (provider, num_kv_heads, 128, "bfloat16")
-            )
-            if points:
-                style = {"linewidth": 2.5, "zorder": 3} if provider == "sinkattn" else {"alpha": 0.8}
-                axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=provider, **style)
-        axis.set(xscale="log", xlabel="bytes of the cache over read bandwidth (us)", title=f"32 / {num_kv_heads} heads")
+            of = [row for row in shown if (row[1], row[4], row[6]) == (num_kv_heads, capacity, provider)]
+            points = sorted((row[3], row[8] / row[7]) for row in of)
+            style = {"linewidth": 2.5, "zorder": 3} if provider == "sinkattn" else {"alpha": 0.8}
+            axis.plot(*(zip(*points, strict=True) if points else ([], [])), marker="o", ms=3, label=provider, **style)
+        axis.set(xscale="log", title=f"32/{num_kv_heads} heads, C {capacity}", ylim=(0, 1.05))
+        axis.set_xticks((1, 8, 64, 256), ("1", "8", "64", "256"), minor=False)
+        axis.tick_params(which="minor", bottom=False, labelbottom=False)
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel="share of the floor reached", ylim=(0, 1.05))
-    axes[1].legend(fontsize=8)
+    figure.supxlabel("batch", fontsize=10)
+    figure.supylabel("share of the floor reached", fontsize=10)
+    axes[0][-1].legend(fontsize=8, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

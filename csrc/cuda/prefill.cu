@@ -808,6 +808,24 @@ template <typename T, int DIM, bool CAPPED>
 cudaError_t launch(const Prefill& p, int multiprocessors, cudaStream_t stream) {
   const Scratch<T> scratch(p);
   const int kv_heads = p.num_kv_heads, heads = kv_heads * p.group;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  auto configured = [&](dim3 grid, int threads, int bytes, bool overlaps) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes, config.stream = stream;
+    config.attrs = &overlap, config.numAttrs = overlaps ? 1 : 0;
+    return config;
+  };
+  auto blocks = [&](int64_t threads) {
+    return dim3((threads + MOVERS - 1) / MOVERS, p.batch, (kv_heads + HEADS - 1) / HEADS);
+  };
+
+  // What the copy engine needs is written down while the first kernel runs.
+  const auto gather = configured(blocks(int64_t(p.tokens + ring_rows(p) + sink_rows(p)) * (DIM / 8)), MOVERS, 0, false);
+  cudaError_t error = cudaLaunchKernelEx(&gather, gather_kernel<T>, p);
+  if (error != cudaSuccess) return error;
+
   Maps maps;
   auto packed = [&](CUtensorMap& map, const void* x, int rows, int box_rows) {
     const int64_t head = int64_t(rows) * DIM;
@@ -824,23 +842,6 @@ cudaError_t launch(const Prefill& p, int multiprocessors, cudaStream_t stream) {
       mapped && (p.rotation ? packed(maps.keys, scratch.turned, p.tokens, KEYS)
                             : map_of<T>(maps.keys, p, p.k, kv_heads, p.tokens, p.k_row, p.k_head, p.k_token, KEYS));
   if (!mapped) return cudaErrorInvalidValue;
-
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  auto configured = [&](dim3 grid, int threads, int bytes, bool overlaps) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes, config.stream = stream;
-    config.attrs = &overlap, config.numAttrs = overlaps ? 1 : 0;
-    return config;
-  };
-  auto blocks = [&](int64_t threads) {
-    return dim3((threads + MOVERS - 1) / MOVERS, p.batch, (kv_heads + HEADS - 1) / HEADS);
-  };
-
-  const auto gather = configured(blocks(int64_t(p.tokens + ring_rows(p) + sink_rows(p)) * (DIM / 8)), MOVERS, 0, false);
-  cudaError_t error = cudaLaunchKernelEx(&gather, gather_kernel<T>, p);
-  if (error != cudaSuccess) return error;
 
   const auto kernel = attend_kernel<T, DIM, CAPPED>;
   error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Shape<DIM>::SHARED);
