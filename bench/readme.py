@@ -1,7 +1,7 @@
-"""Put the measured figures into README.md and docs/faq.md, between their markers: python bench/readme.py
+"""Put the measured figures into README.md and docs, between their markers: python bench/readme.py
 
 They come from bench/results/proof, where the results of bench/proof.py lie (what was not measured stays as it is), and
-from bench/results/h200/decode.csv, which bench/decode.py writes. `--check` only says whether both are up to date.
+from bench/results/h200, where those of the benches of kernels do. `--check` only says whether all are up to date.
 """
 
 import contextlib
@@ -14,7 +14,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PROOF = ROOT / "bench/results/proof"
+PROOF, GPU = ROOT / "bench/results/proof", ROOT / "bench/results/h200"
+
+# What the kernels are meant to take, 32 query heads of 128 in bfloat16. decode: (key heads, batch, C): us; prefill:
+# (key heads, T, C): ms.
+DECODE_AIMS = {
+    (32, 1, 1024): 6, (32, 1, 4096): 18, (32, 8, 1024): 33, (32, 8, 4096): 122, (32, 64, 1024): 242,
+    (32, 64, 4096): 950, (8, 1, 1024): 5, (8, 1, 4096): 8, (8, 8, 1024): 11, (8, 8, 4096): 33, (8, 64, 1024): 63,
+    (8, 64, 4096): 240,
+}  # fmt: skip
+PREFILL_AIMS = {(8, 8192, 1024): 0.31, (8, 32768, 1024): 1.30, (8, 32768, 4096): 3.8}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -22,30 +31,153 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def decode_table() -> str:
-    """Microseconds of a layer's decode step, a row a shape, from bench/decode.py's CSV."""
-    with (ROOT / "bench/results/h200/decode.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    lines = [line for line in lines if (line["head_dim"], line["dtype"]) == ("128", "bfloat16")]
-    lines = [line for line in lines if line["batch"] in ("1", "8", "64") and line["capacity"] in ("1024", "4096")]
-    providers = list(dict.fromkeys(line["provider"] for line in lines))
+def gpu_csv(name: str) -> list[dict]:
+    with (GPU / name).open() as file:
+        return list(csv.DictReader(file))
+
+
+def made_on_gpu(bench: str, ceiling: str = "") -> str:
+    """The command behind a result of the kernels, and where it ran."""
+    about = json.loads((GPU / f"{bench}.json").read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
+    reached = {
+        "read_bytes_a_second": lambda x: f"; reads {x / 1e12:.2f} TB/s",
+        "matmul_tflops": lambda x: f"; a large matrix product {x:.0f} TFLOP/s",
+    }
+    more = reached[ceiling](about[ceiling]) if ceiling else ""
+    return f"`python bench/{bench}.py --output-dir bench/results/h200`, {about['device']}, {versions}{more}."
+
+
+def by_shape(bench: str, shape: tuple[str, ...], measured: str) -> dict[tuple, dict]:
+    """Times by provider, of bfloat16 and heads of 128."""
     times: dict[tuple, dict] = {}
-    for line in lines:
-        shape = f"{line['num_heads']}/{line['num_kv_heads']}", line["batch"], line["capacity"], line["floor_us"]
-        times.setdefault(shape, {})[line["provider"]] = line["us"]
+    for line in gpu_csv(f"{bench}.csv"):
+        if (line["head_dim"], line["dtype"]) == ("128", "bfloat16"):
+            row = times.setdefault(tuple(int(line[name]) for name in shape), {})
+            row[line["provider"]] = float(line[measured])
+            row["floor"] = float(line.get("floor_us", "nan"))
+    return times
+
+
+def decode_times() -> dict[tuple, dict]:
+    times = by_shape("decode", ("num_kv_heads", "batch", "capacity"), "us")
+    return {shape: times[shape] for shape in DECODE_AIMS}
+
+
+def prefill_times() -> dict[tuple, dict]:
+    times = by_shape("prefill", ("num_kv_heads", "batch", "tokens", "capacity"), "ms")
+    shapes = [(kv, 1, tokens, capacity) for kv in (8, 32) for _, tokens, capacity in PREFILL_AIMS]
+    return {(kv, tokens, capacity): times[kv, 1, tokens, capacity] for kv, _, tokens, capacity in shapes}
+
+
+def decode_table() -> str:
+    """Microseconds of a layer's decode step, a row a shape."""
+    times = decode_times()
+    providers = [name for name in next(iter(times.values())) if name != "floor"]
     rows = [
-        [*shape[:3], f"{float(shape[3]):.1f}", *(f"{float(row[p]):.1f}" if p in row else "-" for p in providers)]
-        for shape, row in times.items()
+        [f"32/{kv}", str(batch), str(capacity), *(f"{row[name]:.1f}" for name in ("floor", *providers))]
+        for (kv, batch, capacity), row in times.items()
     ]
-    return f"\n{table(['heads/kv', 'batch', 'C', 'floor', *providers], rows)}\n"
+    header = ["heads/kv", "batch", "C", "floor", *providers]
+    return f"\n{table(header, rows)}\n\n{made_on_gpu('decode', 'read_bytes_a_second')}\n"
+
+
+def prefill_table() -> str:
+    """Milliseconds of a prompt in one layer, a row a shape."""
+    times = prefill_times()
+    providers = [name for name in next(iter(times.values())) if name != "floor"]
+    rows = [
+        [f"32/{kv}", str(tokens), str(capacity), *(f"{row[name]:.2f}" for name in providers)]
+        for (kv, tokens, capacity), row in times.items()
+    ]
+    header = ["heads/kv", "T", "C", *providers]
+    return f"\n{table(header, rows)}\n\n{made_on_gpu('prefill', 'matmul_tflops')}\n"
+
+
+def off(time: float, aim: float | None) -> str:
+    return "-" if aim is None else "met" if time <= aim else f"{100 * (time / aim - 1):+.0f} %"
+
+
+def decode_aims_table() -> str:
+    rows = []
+    for shape, row in decode_times().items():
+        us, aim = row["sinkattn"], DECODE_AIMS[shape]
+        share = f"{100 * row['floor'] / us:.0f} %"
+        peers = [f"{row[name] / us:.2f}" for name in ("sdpa_cudnn", "flashinfer_none", "flashinfer_rope")]
+        rows.append([f"32/{shape[0]}", *map(str, shape[1:]), f"{us:.1f}", share, str(aim), off(us, aim), *peers])
+    header = [
+        "heads/kv",
+        "batch",
+        "C",
+        "us",
+        "of the floor",
+        "aim",
+        "off it",
+        "x cuDNN",
+        "x FlashInfer",
+        "x its ROPE_LLAMA",
+    ]
+    return f"\n{table(header, rows)}\n"
+
+
+def prefill_aims_table() -> str:
+    rows = []
+    for shape, row in prefill_times().items():
+        ms, aim = row["sinkattn"], PREFILL_AIMS.get(shape)
+        peers = [f"{row[name] / ms:.2f}" for name in ("flex", "flashinfer_fa3", "sdpa_cudnn")]
+        rows.append([f"32/{shape[0]}", *map(str, shape[1:]), f"{ms:.3f}", str(aim or "-"), off(ms, aim), *peers])
+    header = ["heads/kv", "T", "C", "ms", "aim", "off it", "x Flex", "x FlashInfer FA3", "x cuDNN, dense"]
+    return f"\n{table(header, rows)}\n"
+
+
+def launch_table() -> str:
+    rows = [[line["op"], line["backend"], line["host_us"]] for line in gpu_csv("launch.csv")]
+    return f"\n{table(['what is called', 'by', 'us'], rows)}\n\n{made_on_gpu('launch')}\n"
+
+
+def counters_table() -> str:
+    rows = []
+    for line in gpu_csv("counters.csv"):
+        where = f"32/{line['num_kv_heads']}, batch {line['batch']}, T {line['tokens']}, C {line['capacity']}"
+        shares = [f"{line[name]} %" for name in ("dram", "pipeline", "active")]
+        rows.append([where, line["kernel"], line["us"], *shares, line["waves"]])
+    header = ["shape", "kernel", "us", "of the memory's rate", "of the busiest pipeline's", "time at work", "waves"]
+    return f"\n{table(header, rows)}\n\n`python bench/counters.py --output-dir bench/results/h200`.\n"
+
+
+def errors_table() -> str:
+    """The largest over the numbers of heads."""
+    errors: dict[tuple, list] = {}
+    for line in gpu_csv("errors.csv"):
+        pair = float(line["sinkattn"]), float(line["sdpa"])
+        errors.setdefault((line["op"], line["dtype"], line["scale"]), []).append(pair)
+    rows = [
+        [*shape, *(f"{max(column):.1e}" for column in zip(*pairs, strict=True)), f"{max(x / y for x, y in pairs):.2f}"]
+        for shape, pairs in errors.items()
+    ]
+    header = ["op", "dtype", "scale", "sinkattn", "SDPA", "ratio, at most"]
+    return f"\n{table(header, rows)}\n\n{made_on_gpu('errors')}\n"
+
+
+def tensor_parallel_table() -> str:
+    about = json.loads((GPU / "tensor_parallel.json").read_text())
+    lines = gpu_csv("tensor_parallel.csv")
+    ms = {(line["gpus"], line["batch"], line["mode"]): f"{float(line['ms']):.1f}" for line in lines}
+    alone, split = "1", str(about["gpus"])
+    rows = [[batch, mode, ms[alone, batch, mode], ms[split, batch, mode]] for gpus, batch, mode in ms if gpus == alone]
+    header = ["rows", "as", "one GPU, ms a step", f"{split} GPUs, ms a step"]
+    return (
+        f"\n{table(header, rows)}\n\n{about['model']}, C {lines[0]['capacity']}, bfloat16; {about['device']}, torch "
+        f"{about['torch']}, transformers {about['transformers']}. Off one GPU's float32 logits, relative to their "
+        f"spread: {about['float32_split']:.1e} in float32 over {split}; in bfloat16 {about['bfloat16_alone']:.1e} on "
+        f"one and {about['bfloat16_split']:.1e} over {split}.\n"
+    )
 
 
 def history_table() -> str:
     """What each version of decode.cu took, a column a shape: heads of the keys / batch / capacity."""
-    with (ROOT / "bench/results/h200/decode_history.csv").open() as file:
-        lines = list(csv.DictReader(file))
     times: dict[str, dict] = {}
-    for line in lines:
+    for line in gpu_csv("decode_history.csv"):
         shape = f"{line['num_kv_heads']}/{line['batch']}/{line['capacity']}"
         times.setdefault(line["version"], {})[shape] = line["us"]
     shapes = list(dict.fromkeys(shape for row in times.values() for shape in row))
@@ -210,7 +342,14 @@ def figures() -> dict[str, str]:
         "first line table": (first_line_table, first_line),
         "both ways table": (both_ways_table,),
         "decode table": (decode_table,),
+        "decode aims table": (decode_aims_table,),
         "decode history table": (history_table,),
+        "prefill table": (prefill_table,),
+        "prefill aims table": (prefill_aims_table,),
+        "launch table": (launch_table,),
+        "counters table": (counters_table,),
+        "errors table": (errors_table,),
+        "tensor parallel table": (tensor_parallel_table,),
     }
     found = {}
     for name, (make, *arguments) in makers.items():
