@@ -24,7 +24,6 @@ namespace {
 constexpr int KC = 64, PIECES = KC / 8, ROWS_AT_A_TIME = 32 / PIECES;  // of a warp's copy: 16 bytes a lane
 constexpr int WARPS = 16, THREADS = WARPS * 32;
 constexpr int MAX_STAGES = 8;
-constexpr int EARLY = 1;  // stages asked for before the kernel ahead is done: what it wrote must not queue behind more
 
 __device__ void wait_for_launch() {
 #if __CUDA_ARCH__ >= 900
@@ -184,7 +183,8 @@ __global__ void __launch_bounds__(THREADS) linear_kernel(const __grid_constant__
     }
     end_of_copies();
   };
-  const int start = warp < chunks ? begin : end, early = min(stages, EARLY);
+  // Not all of the ring is asked for before the kernel ahead is done: what that wrote would queue behind it.
+  const int start = warp < chunks ? begin : end, early = max(1, stages - 1);
   enter(start);
   for (int stage = 0; stage < early; ++stage) fetch_weight(stage), advance();
   let_next_launch();
