@@ -259,10 +259,7 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
 
   const int index = x.get_device_index();
   torch::stable::accelerator::DeviceGuard guard(index);
-  void* stream = nullptr;
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream && !aoti_torch_get_current_cuda_stream(index, &stream),
-                  "sinkattn: this torch has no CUDA stream");
-  check(linear(p, device_of(index), static_cast<cudaStream_t>(stream)), "launch of linear");
+  check(linear(p, device_of(index), stream_of(index)), "launch of linear");
   return out;
 }
 
