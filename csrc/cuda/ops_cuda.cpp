@@ -1,5 +1,6 @@
-// sinkattn::decode_cuda and prefill_cuda for CUDA tensors: checks, unpacking, stream. LibTorch's stable ABI is all that is
-// used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/ops.py, which loads this.
+// sinkattn::decode_cuda, prefill_cuda and linear for CUDA tensors: checks, unpacking, stream. LibTorch's stable ABI is
+// all that is used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/ops.py, which loads
+// this.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -10,9 +11,11 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "decode.h"
+#include "linear.h"
 #include "prefill.h"
 
 // Only torch builds for CUDA have it, and this library must link without one.
@@ -214,11 +217,58 @@ Tensor prefill_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   return out;
 }
 
+Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                 const std::optional<Tensor>& norm_weight, double norm_eps, double norm_shift,
+                 const std::optional<Tensor>& residual, const std::string& activation) {
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+                  "sinkattn: the CUDA C++ linear takes float16 and bfloat16");
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.size(0) <= MAX_LINEAR_ROWS &&
+                      x.size(1) > 0 && x.size(1) % 8 == 0 && x.size(1) < (1 << 28) && weight.size(0) < (1 << 28),
+                  "sinkattn: linear takes x (up to 16 rows, in_features) and weight (out_features, in_features), "
+                  "in_features a multiple of 8");
+  Linear p = {};
+  p.rows = int(x.size(0)), p.in_features = int(x.size(1)), p.out_features = int(weight.size(0));
+  p.activation = activation.empty()          ? Activation::none
+                 : activation == "silu"      ? Activation::silu
+                 : activation == "gelu_tanh" ? Activation::gelu_tanh
+                                             : Activation::gelu;
+  STD_TORCH_CHECK(p.activation != Activation::gelu || activation == "gelu", "sinkattn: unknown activation ",
+                  activation);
+  const int64_t halves = p.activation == Activation::none ? 1 : 2, outputs = weight.size(0) / halves;
+  STD_TORCH_CHECK(weight.size(0) % halves == 0, "sinkattn: a gated weight needs an even number of rows");
+  auto pointer = [&](const Tensor& tensor, std::initializer_list<int64_t> shape, uintptr_t alignment) {
+    STD_TORCH_CHECK(has_shape(tensor, shape) && tensor.scalar_type() == dtype && tensor.is_contiguous(),
+                    "sinkattn: the tensors of linear must fit, be contiguous and have one dtype");
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % alignment == 0,
+                    "sinkattn: x, weight and norm_weight must be aligned to 16 bytes");
+    return tensor.data_ptr();
+  };
+  p.x = pointer(x, {p.rows, p.in_features}, 16);
+  if (bias) p.bias = pointer(*bias, {p.out_features}, 2);
+  if (norm_weight) p.norm_weight = pointer(*norm_weight, {p.in_features}, 16);
+  if (residual) p.residual = pointer(*residual, {p.rows, outputs}, 2);
+  STD_TORCH_CHECK(weight.scalar_type() == dtype && weight.stride(1) == 1 && weight.stride(0) % 8 == 0 &&
+                      reinterpret_cast<uintptr_t>(weight.data_ptr()) % 16 == 0,
+                  "sinkattn: weight must have the dtype of x and contiguous rows, aligned to 16 bytes");
+  p.weight = weight.data_ptr(), p.weight_row = weight.stride(0);
+  p.norm_eps = float(norm_eps), p.norm_shift = float(norm_shift), p.is_bfloat16 = dtype == ScalarType::BFloat16;
+  Tensor out = empty_like(x, {p.rows, outputs});
+  if (p.rows == 0 || outputs == 0) return out;
+  p.out = out.data_ptr();
+
+  const int index = x.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(index);
+  check(linear(p, device_of(index), stream_of(index)), "launch of linear");
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sinkattn, CUDA, m) {
   m.impl("decode_cuda", TORCH_BOX(&decode_op));
   m.impl("prefill_cuda", TORCH_BOX(&prefill_op));
+  m.impl("linear", TORCH_BOX(&linear_op));
 }
 
 // Whether the driver runs what this CUDA compiled. For ctypes.

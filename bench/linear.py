@@ -1,0 +1,159 @@
+"""Products of a few rows on one GPU: python bench/linear.py --output-dir bench/results/h200
+
+The products of three models' layers and their heads, bfloat16, 1 to 16 rows. sinkattn's figure holds what lies around
+the product as well: the norm before qkv, gate and up, and head, the gate, the residual after o and down. The peer is
+`torch.nn.functional.linear` (cuBLAS), which does the product alone. "layers" is all of a model's layers in a row, but
+no attention: qkv, o, gate and up, down, with norms, gates and residuals, which the peer leaves to torch's own kernels.
+
+Times are medians of CUDA graph replays, each graph a round through enough weights to exceed the L2 four times: every
+product is one of several in a row. The floor is the bytes of the weights over the read bandwidth of the same run.
+linear.png shows it all.
+"""
+
+import csv
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import torch
+import typer
+from decode import console, graph_us, read_bandwidth
+from rich.progress import track
+from rich.table import Table
+from torch.nn.functional import linear, rms_norm, silu
+
+from sinkattn import ops
+
+ROWS = (1, 2, 4, 8, 16)
+PROVIDERS = ("sinkattn", "torch")
+EPS = 1e-5
+LAYERS = {"Llama-2-7B": 32, "Llama-3-8B": 32, "Qwen3-0.6B": 28}
+PRODUCTS = {  # model: product: (out_features, in_features)
+    "Llama-2-7B": {
+        "qkv": (12288, 4096), "o": (4096, 4096), "gate_up": (22016, 4096), "down": (4096, 11008), "head": (32000, 4096)
+    },
+    "Llama-3-8B": {
+        "qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336), "head": (128256, 4096)
+    },
+    "Qwen3-0.6B": {
+        "qkv": (4096, 1024), "o": (1024, 2048), "gate_up": (6144, 1024), "down": (1024, 3072), "head": (151936, 1024)
+    },
+}  # fmt: skip
+COLUMNS = ("model", "product", "out_features", "in_features", "rows", "provider", "us", "floor_us")
+
+
+def new(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+
+
+def weights(shape: tuple[int, int], count: int) -> list[torch.Tensor]:
+    return [new(*shape) * shape[1] ** -0.5 for _ in range(count)]
+
+
+def ours(product: str, x, weight, norm_weight, residual):
+    """One product with what lies around it."""
+    if product in ("o", "down"):
+        return ops.linear(x, weight, residual=residual)
+    activation = "silu" if product == "gate_up" else ""
+    return ops.linear(x, weight, norm_weight=norm_weight, norm_eps=EPS, activation=activation)
+
+
+def theirs(product: str, x, weight, norm_weight, residual):
+    """The same by torch's own kernels."""
+    if product in ("o", "down"):
+        return residual + linear(x, weight)
+    y = linear(rms_norm(x, x.shape[1:], norm_weight, EPS), weight)
+    if product != "gate_up":
+        return y
+    gate, up = y.chunk(2, dim=-1)
+    return silu(gate) * up
+
+
+def measure(provider: str, product: str, layers: list[torch.Tensor], rows: int) -> float:
+    """Microseconds of one product, one after the other with the weights of `layers`."""
+    x, norm_weight, residual = new(rows, layers[0].shape[1]), new(layers[0].shape[1]), new(rows, layers[0].shape[0])
+    if provider == "torch":
+        return graph_us([lambda weight=weight: linear(x, weight) for weight in layers])
+    return graph_us([lambda weight=weight: ours(product, x, weight, norm_weight, residual) for weight in layers])
+
+
+def measure_layers(provider: str, layers: dict[str, list[torch.Tensor]], rows: int) -> float:
+    """Microseconds of a model's layers, without attention."""
+    call, norm_weight = ours if provider == "sinkattn" else theirs, new(layers["qkv"][0].shape[1])
+    start, attended = new(rows, layers["qkv"][0].shape[1]), new(rows, layers["o"][0].shape[1])
+
+    def run():
+        x = start
+        for qkv, o, gate_up, down in zip(*(layers[name] for name in ("qkv", "o", "gate_up", "down")), strict=True):
+            call("qkv", x, qkv, norm_weight, None)
+            x = call("o", attended, o, None, x)
+            x = call("down", call("gate_up", x, gate_up, norm_weight, None), down, None, x)
+
+    return graph_us([run])
+
+
+def plot(rows: list[tuple], path: Path) -> None:
+    """Share of the floor over size, a panel for 1 and for 8 rows of x."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
+    for axis, wanted in zip(axes, (1, 8), strict=True):
+        for provider in PROVIDERS:
+            points = sorted(
+                {
+                    (floor, floor / us)
+                    for _, product, _, _, count, name, us, floor in rows
+                    if (name, count) == (provider, wanted) and product != "layers"
+                }
+            )
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=provider)
+        axis.set(xscale="log", xlabel="bytes of the weight over read bandwidth (us)", title=f"rows: {wanted}")
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="share of the floor reached", ylim=(0, 1.05))
+    axes[1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main(
+    output_dir: Annotated[Path, typer.Option(help="For linear.csv and linear.png.")] = Path("bench/results"),
+) -> None:
+    """Time sinkattn's products beside torch's; print the table, write linear.csv, plot it."""
+    bandwidth = read_bandwidth()
+    least = 4 * torch.cuda.get_device_properties(0).L2_cache_size
+    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    title = f"TB/s of weights read, {' / '.join(PROVIDERS)}; {device}, reads {bandwidth / 1e12:.2f} TB/s"
+    table = Table("model", "product", "weight", "floor us", *(f"{count} rows" for count in ROWS), title=title)
+    rows = []
+
+    def add(model, product, shape, size, times):
+        floor = size / bandwidth * 1e6
+        for count, by_provider in times.items():
+            rows.extend((model, product, *shape, count, provider, us, floor) for provider, us in by_provider.items())
+        cells = [" / ".join(f"{size / us * 1e-6:.2f}" for us in by_provider.values()) for by_provider in times.values()]
+        table.add_row(model, product, "x".join(map(str, shape)), f"{floor:.1f}", *cells)
+
+    for model, products in track(PRODUCTS.items(), "measuring", console=console):
+        layers = {name: weights(shape, LAYERS[model]) for name, shape in products.items() if name != "head"}
+        for product, shape in products.items():
+            size = 2 * shape[0] * shape[1]
+            count = max(8, -(-least // size))
+            some = layers.get(product, [])[:count]
+            if len(some) < count:
+                some = weights(shape, count)
+            times = {rows: {name: measure(name, product, some, rows) for name in PROVIDERS} for rows in ROWS}
+            add(model, product, shape, size, times)
+        size = sum(weight.nbytes for name in layers for weight in layers[name])
+        times = {rows: {name: measure_layers(name, layers, rows) for name in PROVIDERS} for rows in ROWS}
+        add(model, "layers", ("", ""), size, times)
+        del layers, some
+        torch.cuda.empty_cache()
+    console.print(table)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with (output_dir / "linear.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows((*row[:-2], f"{row[-2]:.2f}", f"{row[-1]:.2f}") for row in rows)
+    plot(rows, output_dir / "linear.png")
+
+
+if __name__ == "__main__":
+    typer.run(main)

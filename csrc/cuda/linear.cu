@@ -1,0 +1,355 @@
+// Products of a few rows with a weight, the norm before and the gate and residual after, in one launch.
+//
+// Floor: the bytes of the weight, read once. What it takes to get there:
+//
+// * Warps share the columns of the weight in chunks of KC. A warp asks for its chunks of 16 or 32 rows by cp.async,
+//   whole lines of memory, well ahead, in a ring in shared memory of its own: it waits for nobody. x and the norm's
+//   weight come in the same chunks, so any size fits, and every warp normalises what it multiplies.
+// * Products don't mind the order of what they sum over, so 16 bytes of a row are fragments of the tensor cores as they
+//   lie in memory. The weight is the operand of 16 rows, x the one of 8. Warps meet once for each group of rows.
+// * Blocks, one for each multiprocessor, share the rows of the weight evenly, and let the kernel behind them launch at
+//   once: where one ends the next asks for its first chunks, and only then waits for what all of them write. So the
+//   weight must not be what the kernel ahead writes.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <type_traits>
+
+#include "linear.h"
+
+namespace sinkattn::cuda {
+namespace {
+
+constexpr int KC = 64, PIECES = KC / 8, ROWS_AT_A_TIME = 32 / PIECES;  // of a warp's copy: 16 bytes a lane
+constexpr int WARPS = 16, THREADS = WARPS * 32;
+constexpr int MAX_STAGES = 8;
+
+__device__ void wait_for_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ void let_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ void copy_once(unsigned shared, const void* global, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+               "l"(policy)
+               : "memory");
+}
+__device__ void copy(unsigned shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+}
+__device__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but the last `pending` < MAX_STAGES groups of copies are there.
+__device__ void wait_for_copies(int pending) {
+  switch (pending) {
+    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
+    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
+    case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
+    case 4: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
+    case 5: asm volatile("cp.async.wait_group 5;" ::: "memory"); break;
+    case 6: asm volatile("cp.async.wait_group 6;" ::: "memory"); break;
+    case 7: asm volatile("cp.async.wait_group 7;" ::: "memory"); break;
+    default: asm volatile("cp.async.wait_group 0;" ::: "memory");
+  }
+}
+
+template <typename T>
+__device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ float to_float(__half x) { return __half2float(x); }
+__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ float2 to_floats(__half2 x) { return __half22float2(x); }
+__device__ float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+template <typename T>
+__device__ T from_float(float x) {
+  if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(x);
+  else
+    return __float2bfloat16_rn(x);
+}
+template <typename T>
+__device__ auto from_floats(float x, float y) {
+  if constexpr (std::is_same_v<T, __half>)
+    return __floats2half2_rn(x, y);
+  else
+    return __floats2bfloat162_rn(x, y);
+}
+
+// 8 numbers of x, normalised.
+template <typename T>
+__device__ uint4 normal(uint4 x, uint4 weight, float scale, float shift) {
+  using Two = decltype(from_floats<T>(0, 0));
+  Two* a = reinterpret_cast<Two*>(&x);
+  const Two* w = reinterpret_cast<const Two*>(&weight);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 n = to_floats(a[i]);
+    if (shift == 0) {
+      a[i] = __hmul2(w[i], from_floats<T>(n.x * scale, n.y * scale));
+    } else {
+      const float2 v = to_floats(w[i]);
+      a[i] = from_floats<T>((shift + v.x) * (n.x * scale), (shift + v.y) * (n.y * scale));
+    }
+  }
+  return x;
+}
+
+__device__ float activated(float x, Activation activation) {
+  if (activation == Activation::silu) return x / (1 + __expf(-x));
+  if (activation == Activation::gelu) return 0.5f * x * (1 + erff(x * 0.70710678f));
+  return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+}
+
+// Rows of the weight that a block multiplies at a time, with an activation half of them gates.
+template <int TILES>
+constexpr int ROWS = 16 * TILES;
+template <int TILES>
+constexpr int SUMS = ROWS<TILES> + 4;  // how far sums for a row of x lie apart, so that lanes meet different banks
+
+// A stage of a ring: pieces of 16 bytes, PIECES for each row of the weight, of x, and for the norm's weight. 8 lanes,
+// which read 4 pieces of two neighbouring rows at a time, meet 32 different banks.
+__device__ int place(int row, int piece) { return row * PIECES + (piece ^ (row & 1) << 2); }
+
+// Blocks share the results evenly, `size` at a time. TILES of 16 rows of the weight, COLUMNS of 8 rows of x.
+template <typename T, int TILES, int COLUMNS>
+__global__ void __launch_bounds__(THREADS) linear_kernel(const __grid_constant__ Linear p, int stages) {
+  constexpr int ROWS = cuda::ROWS<TILES>, SUMS = cuda::SUMS<TILES>;
+  extern __shared__ uint4 shared[];
+  __shared__ float squares[WARPS][MAX_LINEAR_ROWS];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool has_norm = p.norm_weight != nullptr, gated = p.activation != Activation::none;
+  const int norm_row = ROWS + p.rows, stage_size = (norm_row + has_norm) * PIECES;
+  const int pieces = p.in_features / 8, chunks = (pieces + PIECES - 1) / PIECES;
+  uint4* ring = shared + warp * stages * stage_size;
+  float* sums = reinterpret_cast<float*>(shared + WARPS * stages * stage_size);  // (WARPS, rows, SUMS)
+
+  // The results of the block, and how many it takes at a time.
+  const int count = gated ? p.out_features / 2 : p.out_features, most = gated ? ROWS / 2 : ROWS;
+  const int begin = int64_t(count) * blockIdx.x / gridDim.x, end = int64_t(count) * (blockIdx.x + 1) / gridDim.x;
+  const int groups = (end - begin + most - 1) / most, size = groups ? (end - begin + groups - 1) / groups : 1;
+
+  // What a warp asks for next, 16 bytes a lane, ROWS_AT_A_TIME rows at a time: chunk after chunk of group after group.
+  uint64_t once;  // it is read once a step, and need not stay in the L2
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  const int first_row = lane / PIECES, lane_piece = lane % PIECES;
+  const int64_t row_bytes = p.weight_row * 2, jump = gated ? (count - most) * row_bytes : 0;  // from gates to the rest
+  const unsigned lane_place = __cvta_generic_to_shared(ring + place(first_row, lane_piece));
+  int next_first, next_chunk;
+  const char* next_line;
+  auto enter = [&](int first) {
+    next_first = first, next_chunk = warp;
+    next_line = static_cast<const char*>(p.weight) + (first + first_row) * row_bytes + lane_piece * 16;
+  };
+  auto advance = [&] {
+    next_chunk += WARPS;
+    if (next_chunk >= chunks) enter(next_first + size);
+  };
+  auto fetch_weight = [&](int stage) {
+    const int limit = min(size, end - next_first), limit_of_rest = gated ? limit + most : limit;
+    if (limit <= 0 || next_chunk * PIECES + lane_piece >= pieces) return;
+    const char* line = next_line + next_chunk * (KC * 2);
+    const unsigned at = lane_place + stage * stage_size * 16;
+#pragma unroll
+    for (int row = 0; row < ROWS; row += ROWS_AT_A_TIME) {
+      if (row == ROWS / 2) line += jump;
+      if (row + first_row < (row < ROWS / 2 ? limit : limit_of_rest)) copy_once(at + row * PIECES * 16, line, once);
+      line += ROWS_AT_A_TIME * row_bytes;
+    }
+    if (has_norm && first_row == 0)
+      copy(unsigned(__cvta_generic_to_shared(ring + stage * stage_size + place(norm_row, lane_piece))),
+           static_cast<const uint4*>(p.norm_weight) + next_chunk * PIECES + lane_piece);
+  };
+  auto fetch_x = [&](int stage) {
+    if (next_first < end && next_chunk * PIECES + lane_piece < pieces) {
+      const uint4* x = static_cast<const uint4*>(p.x) + next_chunk * PIECES + lane_piece;
+      for (int row = first_row; row < p.rows; row += ROWS_AT_A_TIME)
+        copy(lane_place + (stage * stage_size + (ROWS + row - first_row) * PIECES) * 16, x + row * pieces);
+    }
+    end_of_copies();
+  };
+  // Not all of the ring is asked for before the kernel ahead is done: what that wrote would queue behind it.
+  const int start = warp < chunks ? begin : end, early = max(1, stages - 1);
+  enter(start);
+  for (int stage = 0; stage < early; ++stage) fetch_weight(stage), advance();
+  let_next_launch();
+  wait_for_launch();
+
+  const int g = lane / 4, c = lane % 4;
+  float scale[COLUMNS] = {};
+  if (has_norm) {
+    float total[8 * COLUMNS] = {};
+    const uint4* x = static_cast<const uint4*>(p.x);
+#pragma unroll 2
+    for (int i = threadIdx.x; i < pieces; i += THREADS) {
+#pragma unroll
+      for (int row = 0; row < 8 * COLUMNS; ++row) {
+        if (row >= p.rows) break;
+        const uint4 piece = x[row * pieces + i];
+        const T* a = reinterpret_cast<const T*>(&piece);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) total[row] += to_float(a[j]) * to_float(a[j]);
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < 8 * COLUMNS; ++row) {
+      if (row >= p.rows) break;
+#pragma unroll
+      for (int apart = 16; apart > 0; apart /= 2) total[row] += __shfl_xor_sync(~0u, total[row], apart);
+      if (lane == 0) squares[warp][row] = total[row];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < COLUMNS; ++n) {
+      float sum = 0;
+      if (n * 8 + g < p.rows)
+        for (int w = 0; w < WARPS; ++w) sum += squares[w][n * 8 + g];
+      scale[n] = rsqrtf(sum / p.in_features + p.norm_eps);
+    }
+  }
+
+  enter(start);
+  for (int stage = 0; stage < early; ++stage) fetch_x(stage), advance();
+  for (int stage = early; stage < stages; ++stage) fetch_weight(stage), fetch_x(stage), advance();
+  int stage = 0;
+  for (int first = begin; first < end; first += size) {
+    // What is added to the results, asked for before it is needed.
+    constexpr int MOST = (ROWS * 8 * COLUMNS + THREADS - 1) / THREADS;
+    const int limit = min(size, end - first);
+    T residual[MOST], bias[MOST][2];
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) {
+      const int number = threadIdx.x + i * THREADS, row = number / most, output = number % most;
+      if (row >= p.rows || output >= limit) continue;
+      if (p.residual) residual[i] = static_cast<const T*>(p.residual)[int64_t(row) * count + first + output];
+      if (p.bias) {
+        bias[i][0] = static_cast<const T*>(p.bias)[first + output];
+        if (gated) bias[i][1] = static_cast<const T*>(p.bias)[count + first + output];
+      }
+    }
+    float products[TILES][COLUMNS][4] = {};
+    for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+      const uint4* rows = ring + stage * stage_size;
+      wait_for_copies(stages - 1);
+      __syncwarp();
+#pragma unroll
+      for (int k = 0; k < PIECES; k += 4) {
+        const bool inside = chunk * PIECES + k + c < pieces;
+        uint4 x[COLUMNS];
+#pragma unroll
+        for (int n = 0; n < COLUMNS; ++n) {
+          x[n] = make_uint4(0, 0, 0, 0);
+          if (inside && n * 8 + g < p.rows) {
+            x[n] = rows[place(ROWS + n * 8 + g, k + c)];
+            if (has_norm) x[n] = normal<T>(x[n], rows[place(norm_row, k + c)], scale[n], p.norm_shift);
+          }
+        }
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+          uint4 a = make_uint4(0, 0, 0, 0), b = a;  // rows g and g + 8
+          if (inside) a = rows[place(tile * 16 + g, k + c)], b = rows[place(tile * 16 + 8 + g, k + c)];
+#pragma unroll
+          for (int n = 0; n < COLUMNS; ++n) {
+            multiply<T>(products[tile][n], a.x, b.x, a.y, b.y, x[n].x, x[n].y);
+            multiply<T>(products[tile][n], a.z, b.z, a.w, b.w, x[n].z, x[n].w);
+          }
+        }
+      }
+      __syncwarp();
+      fetch_weight(stage), fetch_x(stage), advance();
+      if (++stage == stages) stage = 0;
+    }
+
+    // Warps meet. A lane has rows g and g + 8 of its tiles, columns 2 c and 2 c + 1.
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+      for (int n = 0; n < COLUMNS; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int row = n * 8 + c * 2 + i % 2;
+          if (row < p.rows) sums[(warp * p.rows + row) * SUMS + tile * 16 + g + i / 2 * 8] = products[tile][n][i];
+        }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < MOST; ++i) {
+      const int number = threadIdx.x + i * THREADS, row = number / most, output = number % most;
+      if (row >= p.rows || output >= limit) continue;
+      auto sum = [&](int number) {
+        float total = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; ++w) total += sums[(w * p.rows + row) * SUMS + number];
+        return total;
+      };
+      float y = sum(output) + (p.bias ? to_float(bias[i][0]) : 0);
+      if (gated)
+        y = activated(y, p.activation) * (sum(most + output) + (p.bias ? to_float(bias[i][1]) : 0));
+      if (p.residual) y += to_float(residual[i]);
+      static_cast<T*>(p.out)[int64_t(row) * count + first + output] = from_float<T>(y);
+    }
+    __syncthreads();
+  }
+}
+
+// Stages of a ring that fit, and shared memory in bytes.
+template <int TILES>
+int stages_of(const Linear& p, const Device& device, int* bytes) {
+  const int stage_bytes = WARPS * (ROWS<TILES> + p.rows + (p.norm_weight != nullptr)) * KC * 2;
+  const int sums_bytes = WARPS * p.rows * SUMS<TILES> * 4;
+  const int stages = std::min((device.shared_bytes - 2048 - sums_bytes) / stage_bytes, MAX_STAGES);
+  *bytes = stages * stage_bytes + sums_bytes;
+  return stages;
+}
+
+template <typename T, int TILES, int COLUMNS>
+cudaError_t launch(const Linear& p, const Device& device, cudaStream_t stream) {
+  const auto kernel = linear_kernel<T, TILES, COLUMNS>;
+  int bytes = 0;
+  const int stages = stages_of<TILES>(p, device, &bytes);
+  if (stages < 1) return cudaErrorInvalidConfiguration;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(device.multiprocessors);
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = device.compute_major >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, p, stages);
+}
+
+template <typename T>
+cudaError_t launch(const Linear& p, const Device& device, cudaStream_t stream) {
+  int bytes = 0;
+  const bool wide = p.rows > 8;
+  if (p.out_features > 16 * device.multiprocessors && stages_of<2>(p, device, &bytes) > 0)
+    return (wide ? launch<T, 2, 2> : launch<T, 2, 1>)(p, device, stream);
+  return (wide ? launch<T, 1, 2> : launch<T, 1, 1>)(p, device, stream);
+}
+
+}  // namespace
+
+cudaError_t linear(const Linear& p, const Device& device, cudaStream_t stream) {
+  return (p.is_bfloat16 ? launch<__nv_bfloat16> : launch<__half>)(p, device, stream);
+}
+
+}  // namespace sinkattn::cuda

@@ -1,0 +1,309 @@
+"""`ops.linear` against its formula in float64: the reference on the CPU, the compiled op on a GPU.
+
+Weights lie in something larger that holds NaN, and outputs in memory that held NaN, so a wrong read shows, and a row
+that is not written.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sinkattn import ops
+
+on_gpu = pytest.mark.skipif(
+    not (torch.cuda.is_available() and ops.HAS_CUDA_LIBRARY), reason="needs a GPU and the compiled CUDA ops"
+)
+DEVICES = ["cpu", pytest.param("cuda", marks=on_gpu)]
+DTYPES = [torch.bfloat16, torch.float16]
+# dtype: error of one number, relative to itself and to the mean of all, and of a tensor; 2^-8 and 2^-11 by one rounding
+TOLERANCES = {
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (2e-5, 2e-6),
+    torch.float16: (1e-2, 1e-3),
+    torch.bfloat16: (6e-2, 6e-3),
+}
+WAYS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "residual": {"residual": True},
+    "norm": {"norm": True},
+    "norm of Gemma, bias": {"norm": True, "norm_shift": 1.0, "bias": True},
+    "silu": {"activation": "silu"},
+    "gelu_tanh, norm": {"activation": "gelu_tanh", "norm": True},
+    "gelu, bias, residual": {"activation": "gelu", "bias": True, "residual": True},
+    "all": {"activation": "silu", "norm": True, "bias": True, "residual": True},
+}
+
+
+def make(
+    rows, in_features, outputs, dtype, device, norm=False, bias=False, residual=False, activation="", norm_shift=0.0
+):
+    """(x, weight, bias) and the keywords of `ops.linear`; outputs of about 1, weight rows 24 numbers apart."""
+    out_features = outputs * (2 if activation else 1)
+
+    def new(*shape, scale=1.0):
+        return (scale * torch.randn(shape)).to(dtype).to(device)
+
+    large = torch.full((out_features, in_features + 24), torch.nan, dtype=dtype, device=device)
+    weight = large[:, 8 : 8 + in_features]
+    weight.copy_(new(out_features, in_features, scale=in_features**-0.5))
+    keywords = dict(activation=activation, norm_shift=norm_shift, norm_eps=1e-5)
+    keywords["norm_weight"] = new(in_features) if norm else None
+    keywords["residual"] = new(rows, outputs) if residual else None
+    return (new(rows, in_features, scale=3.0 if norm else 1.0), weight, new(out_features) if bias else None), keywords
+
+
+def exact(x, weight, bias, norm_weight, norm_eps, norm_shift, residual, activation):
+    """The formula of the docstring, another way, in float64 and without any rounding."""
+    x, weight = x.double().cpu(), weight.double().cpu()
+    if norm_weight is not None:
+        x = (
+            x
+            / (x.pow(2).sum(-1, keepdim=True) / x.shape[1] + norm_eps).sqrt()
+            * (norm_weight.double().cpu() + norm_shift)
+        )
+    y = torch.einsum("ri,oi->ro", x, weight)
+    if bias is not None:
+        y += bias.double().cpu()
+    if activation:
+        half = y.shape[1] // 2
+        gate, up = y[:, :half], y[:, half:]
+        if activation == "silu":
+            gate = gate / (1 + torch.exp(-gate))
+        elif activation == "gelu":
+            gate = gate * torch.special.ndtr(gate)
+        else:
+            gate = gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3)))
+        y = gate * up
+    return y if residual is None else y + residual.double().cpu()
+
+
+def assert_close(out, expected, dtype):
+    single, whole = TOLERANCES[dtype]
+    assert out.dtype == dtype and out.shape == expected.shape and out.is_contiguous()
+    error = out.double().cpu() - expected
+    assert not error.isnan().any()
+    if expected.numel():
+        assert (error.abs() <= single * (expected.abs() + expected.square().mean().sqrt())).all()
+        assert error.norm() <= whole * expected.norm()
+
+
+def poison(*shape, dtype):
+    """What `ops.linear` will get as its output holds NaN."""
+    torch.full(shape, torch.nan, dtype=dtype, device="cuda")
+
+
+def check(rows, in_features, outputs, dtype, device, **way):
+    tensors, keywords = make(rows, in_features, outputs, dtype, device, **way)
+    if device == "cuda":
+        poison(rows, outputs, dtype=dtype)
+    out = ops.linear(*tensors, **keywords)
+    assert_close(out, exact(*tensors, **keywords), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+class TestValues:
+    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("rows", range(17))
+    def test_rows(self, device, rows, way):
+        for dtype in DTYPES:
+            check(rows, 264, 75, dtype, device, **WAYS[way])
+
+    @pytest.mark.parametrize("outputs", [1, 7, 16, 31, 32, 33, 2049, 4500])
+    @pytest.mark.parametrize("way", ["plain", "all"])
+    def test_outputs(self, device, outputs, way):
+        for rows in (1, 5):
+            check(rows, 128, outputs, torch.bfloat16, device, **WAYS[way])
+
+    @pytest.mark.parametrize("in_features", [8, 24, 32, 248, 256, 1000, 4096, 14336])
+    @pytest.mark.parametrize("way", ["plain", "norm", "all"])
+    def test_inputs(self, device, in_features, way):
+        for rows in (1, 8, 16):
+            check(rows, in_features, 48, torch.bfloat16, device, **WAYS[way])
+
+    def test_many_rounds(self, device):
+        """Blocks that go through the weight several times as deep as their ring."""
+        for rows in (1, 8, 11):
+            check(rows, 1032, 20000, torch.bfloat16, device, residual=True)
+            check(rows, 520, 10001, torch.float16, device, norm=True, activation="silu")
+
+    def test_gates_far_out(self, device):
+        """Gates where an exponential overflows."""
+        x = torch.tensor([[-1000.0, 1000.0, 0, 0, 0, 0, 0, 0]], dtype=torch.bfloat16, device=device)
+        weight = torch.eye(8, dtype=torch.bfloat16, device=device)[[0, 1, 2, 1, 1, 1]]
+        for activation in ("silu", "gelu", "gelu_tanh"):
+            out = ops.linear(x, weight, activation=activation)
+            assert out.tolist() == [[0, 999424.0, 0]], activation
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", WAYS)
+def test_wide_dtypes(way, dtype):
+    for rows in (0, 1, 16):
+        check(rows, 37, 21, dtype, "cpu", **WAYS[way])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("model", ["llama", "gemma"])
+def test_norm_of_transformers(model, device):
+    """Bit for bit, through a weight that changes nothing: nothing is rounded elsewhere."""
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    for dtype in DTYPES:
+        norm = (LlamaRMSNorm if model == "llama" else GemmaRMSNorm)(64, eps=1e-5)
+        norm.weight.data = torch.randn(64)
+        norm = norm.to(device, dtype)
+        x, weight = 5 * torch.randn(9, 64, device=device).to(dtype), torch.eye(64, device=device).to(dtype)
+        with torch.no_grad():
+            shift = 0.0 if model == "llama" else 1.0
+            out = ops.linear(x, weight, norm_weight=norm.weight, norm_eps=1e-5, norm_shift=shift)
+            # the mean's last bit may round a few numbers the other way
+            wrong = (out != norm(x)).float().mean().item()
+            assert wrong < 0.02 and torch.allclose(
+                out.float(), norm(x).float(), rtol=2 * torch.finfo(dtype).eps, atol=0
+            )
+
+
+@on_gpu
+def test_same_bits():
+    for rows in (1, 8, 16):
+        tensors, keywords = make(rows, 1096, 3000, torch.bfloat16, "cuda", **WAYS["all"])
+        first = ops.linear(*tensors, **keywords).view(torch.int16)
+        for _ in range(20):
+            assert torch.equal(ops.linear(*tensors, **keywords).view(torch.int16), first)
+
+
+@on_gpu
+def test_neighbours_do_not_matter():
+    """A row gives the same bits alone and among others."""
+    tensors, keywords = make(8, 1096, 3000, torch.bfloat16, "cuda", **WAYS["all"])
+    whole = ops.linear(*tensors, **keywords)
+    for row in range(8):
+        keywords["residual"], of_all = keywords["residual"][row : row + 1], keywords["residual"]
+        alone = ops.linear(tensors[0][row : row + 1], *tensors[1:], **keywords)
+        keywords["residual"] = of_all
+        assert torch.equal(alone[0].view(torch.int16), whole[row].view(torch.int16))
+
+
+@on_gpu
+def test_chain_in_a_graph():
+    """Layers that wait for each other while the next one's weights are on their way, captured, replayed, and eager."""
+    layers = [make(2, 512, 512, torch.bfloat16, "cuda", norm=True, residual=True) for _ in range(12)]
+    gates = [make(2, 512, 512, torch.bfloat16, "cuda", activation="silu", norm=True) for _ in range(12)]
+
+    def step(x):
+        for ((_, weight, _), keywords), ((_, gate, _), gate_keywords) in zip(layers, gates, strict=True):
+            y = ops.linear(x, gate, **gate_keywords)
+            x = ops.linear(y, weight, **keywords | {"residual": x})
+        return x
+
+    def expected(x):
+        x = x.cpu()
+        for ((_, weight, _), keywords), ((_, gate, _), gate_keywords) in zip(layers, gates, strict=True):
+            y = exact(x, gate, None, **gate_keywords).to(torch.bfloat16)
+            x = exact(y, weight, None, **keywords | {"residual": x}).to(torch.bfloat16)
+        return x.double()
+
+    x = torch.randn(2, 512, device="cuda").bfloat16()
+    eager = step(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(x)
+    for _ in range(5):
+        x.copy_(torch.randn(2, 512))
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(step(x), out)
+        error = out.double().cpu() - expected(x)
+        assert error.norm() <= 3e-2 * expected(x).norm()
+    assert not eager.isnan().any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    for way in ("plain", "all"):
+        (x, weight, bias), k = make(3, 64, 20, torch.bfloat16, device, **WAYS[way])
+        arguments = (x, weight, bias, k["norm_weight"], 1e-5, 0.0, k["residual"], k["activation"])
+        torch.library.opcheck(torch.ops.sinkattn.linear.default, arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_into_one_graph(device):
+    tensors, keywords = make(3, 64, 20, torch.bfloat16, device, **WAYS["all"])
+    compiled = torch.compile(lambda *x: ops.linear(*x, **keywords), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*tensors), ops.linear(*tensors, **keywords))
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        x, weight = torch.empty(3, 64), torch.empty(40, 64)
+        assert ops.linear(x, weight).shape == (3, 40) and ops.linear(x, weight, activation="silu").shape == (3, 20)
+
+
+def bad(**changes):
+    arguments = {"x": torch.randn(2, 16), "weight": torch.randn(8, 16)} | changes
+    return lambda: ops.linear(arguments.pop("x"), arguments.pop("weight"), arguments.pop("bias", None), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (bad(x=torch.randn(17, 16)), ValueError, "up to 16 rows, x has 17"),
+        (bad(x=torch.randn(1, 2, 16)), ValueError, "do not fit"),
+        (bad(x=torch.randn(2, 8)), ValueError, "do not fit"),
+        (
+            bad(activation="relu"),
+            ValueError,
+            "unknown activation 'relu'; choose one of '', 'silu', 'gelu_tanh', 'gelu'",
+        ),
+        (bad(weight=torch.randn(7, 16), activation="silu"), ValueError, "even number"),
+        (bad(bias=torch.randn(4)), ValueError, "bias has shape"),
+        (bad(norm_weight=torch.randn(8)), ValueError, "norm_weight has shape"),
+        (
+            bad(residual=torch.randn(2, 8), activation="silu"),
+            ValueError,
+            r"residual has shape \(2, 8\); it needs \(2, 4\)",
+        ),
+        (bad(weight=torch.randn(8, 16).half()), TypeError, "weight is torch.float16, x is torch.float32"),
+        (bad(norm_weight=torch.randn(16).double()), TypeError, "norm_weight is torch.float64"),
+        (
+            bad(x=torch.ones(2, 16, dtype=torch.int64), weight=torch.ones(8, 16, dtype=torch.int64)),
+            TypeError,
+            "floating",
+        ),
+        (bad(weight=torch.randn(8, 16, device="meta")), ValueError, "one device"),
+        (bad(weight=torch.randn(8, 16, requires_grad=True)), RuntimeError, "no_grad"),
+    ],
+)
+def test_errors(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@on_gpu
+def test_errors_on_a_gpu():
+    def new(*shape):
+        return torch.randn(shape, device="cuda").bfloat16()
+
+    x, weight = new(2, 16), new(8, 16)
+    for call, error, message in (
+        (lambda: ops.linear(x.float(), weight.float()), TypeError, "takes float16 and bfloat16"),
+        (lambda: ops.linear(new(2, 12), new(8, 12)), ValueError, "multiples of 8"),
+        (lambda: ops.linear(new(2, 32)[:, :16], weight), ValueError, "x has strides"),
+        (lambda: ops.linear(x, new(16, 8).T), ValueError, "weight has strides"),
+        (lambda: ops.linear(x, new(8, 20)[:, :16]), ValueError, "weight begins or has rows off"),
+        (lambda: ops.linear(x, new(8, 24)[:, 4:20]), ValueError, "weight begins or has rows off"),
+        (lambda: ops.linear(new(40)[4:36].view(2, 16), weight), ValueError, "x begins"),
+        (lambda: ops.linear(x, weight, norm_weight=new(20)[4:]), ValueError, "norm_weight begins"),
+        (lambda: ops.linear(x, weight.cpu()), ValueError, "one device"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    nothing = (None, None, 0.0, 0.0, None, "")
+    for arguments in ((new(17, 16), weight), (x.float(), weight), (x, new(8, 20)[:, :16]), (x, new(8, 24)[:, 4:20])):
+        with pytest.raises(RuntimeError, match="sinkattn"):
+            torch.ops.sinkattn.linear(*arguments, *nothing)
+    with pytest.raises(RuntimeError, match="unknown activation"):
+        torch.ops.sinkattn.linear(x, weight, *nothing[:-1], "relu")
