@@ -2,7 +2,7 @@
 
 Stream over a model of bench/generate.py, batch 1, a full cache of C tokens, under torch's profiler. Every kernel is
 charged with the time from the end of the kernel before it to its own end, so that the parts add up to the step. The
-floor of a part is the bytes it has to read, its weights or its keys and values, over the read bandwidth of the same run.
+floor of a part is the bytes it has to read, its weights or its keys and values, over the read bandwidth of that run.
 
 Writes step.csv (model, part, kernels, us, floor_us; medians over steps, all layers together) and step.png.
 """

@@ -334,7 +334,9 @@ class SinkCache(Cache):
         self._tokens = tokens
         self._counts = None if mask is None else mask.sum(1)
         first = self.lengths if mask is None else self.lengths - (tokens - self._counts)
-        self._positions = first[:, None] + torch.arange(tokens, device=device)
+        self._positions = first[:, None]
+        if tokens > 1:
+            self._positions = self._positions + torch.arange(tokens, device=device)
         self._start_places(places)
         self._rotations: dict = {}
         self._calls: dict[int, int] = {}  # how often each layer has attended in this step

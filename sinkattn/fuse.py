@@ -6,6 +6,7 @@ with a short text: its query, key and value, and its output. Everything else run
     Attention   q, k and v as one product, attention over the cache (which turns them by itself), output product
     Layer       norm, attention, residual, norm, gated MLP, residual: five kernels for few rows
     Few, Normed any other linear layer, for few rows; any other RMSNorm
+    Still       the module that makes rotary tables, which are not used or always the same
 
 Weights that share their input are laid next to each other in memory, and the model's parameters become views of that:
 nothing is held twice, and `Joined.undo` gives each its own memory back.
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from . import ops
 from .cache import SinkCache
-from .rope import Recorder
+from .rope import Recorder, frequency_buffers
 
 PROJECTIONS = (  # names of what makes q, k and v, as three or as one
     ("q_proj", "k_proj", "v_proj"),
@@ -387,6 +388,24 @@ class Normed:
         return self.norm(x)
 
 
+class Still:
+    """A rotary module: all positions are 0 in a patched model, so for one token it says the same every time."""
+
+    def __init__(self, module: nn.Module, current):
+        self.module, self.original, self.current, self.said = module, module.forward, current, {}
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args, **kwargs):
+        if not isinstance(self.current.step, SinkCache) or position_ids.shape[-1] != 1:
+            return self.original(x, position_ids, *args, **kwargs)
+        key = (x.dtype, x.device, position_ids.shape, *args, *kwargs.items())
+        if key in self.said:
+            return self.said[key]
+        output = self.original(x, position_ids, *args, **kwargs)
+        if not x.is_cuda or not torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
+            self.said = {**self.said, key: output} if len(self.said) < 8 else {key: output}
+        return output
+
+
 class Few:
     """A linear layer as it is, but few rows by `ops.linear`."""
 
@@ -405,6 +424,11 @@ def _activation_of(mlp: nn.Module) -> str | None:
     own = next((getattr(mlp, name) for name in ("act_fn", "activation_fn") if hasattr(mlp, name)), None)
     x = torch.linspace(-4, 4, 64)
     return None if own is None else next((n for n, f in ACTIVATIONS.items() if _agree(f(x), own(x))), None)
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    names = list(inspect.signature(module.forward).parameters)[:2]
+    return names == ["x", "position_ids"] and bool(frequency_buffers(module)) and "forward" not in vars(module)
 
 
 class Fused:
@@ -430,7 +454,8 @@ class Fused:
             few = [Few(module) for module in model.modules() if is_plain(module) and module not in taken]
             norms = ((module, Norm.of(module)) for module in model.modules() if "RMSNorm" in type(module).__name__)
             few += [Normed(module, norm) for module, norm in norms if norm is not None]
-        self.replaced = [*self.attentions, *self.layers, *few]
+        still = [Still(module, current) for module in model.modules() if _is_rotary(module)]
+        self.replaced = [*self.attentions, *self.layers, *few, *still]
         for new in self.replaced:
             new.module.forward = new.forward
 

@@ -13,6 +13,7 @@ import contextlib
 import copy
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -56,9 +57,11 @@ class Rope:
     def varies(self) -> bool:
         return len(self.frequencies) > 1
 
-    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """On a device: frequencies, set_of_length, and (2, 1) float64 what makes a sine the cosine and the sine."""
         if device not in self._on:
-            self._on[device] = self.frequencies.to(device), self.set_of_length.to(device)
+            quarter = torch.tensor([[math.pi / 2], [0.0]], dtype=torch.float64)
+            self._on[device] = tuple(x.to(device) for x in (self.frequencies, self.set_of_length, quarter))
         return self._on[device]
 
     def sets(self, lengths: Tensor) -> Tensor:
@@ -68,8 +71,7 @@ class Rope:
 
     def table_of_places(self, places: Tensor) -> Tensor:
         """`table` of tokens with three positions each, (..., 3) int64. Returns (..., 2, r / 2)."""
-        angles = places[..., self.axes.to(places.device)].double() * self._tables(places.device)[0][0]
-        return torch.stack((angles.cos(), angles.sin()), dim=-2).float()
+        return self._cos_sin(places[..., self.axes.to(places.device)] * self._tables(places.device)[0][0])
 
     def table(self, positions: Tensor, lengths: Tensor) -> Tensor:
         """``[cos | sin](position * frequency)`` in float32.
@@ -79,8 +81,11 @@ class Rope:
         """
         frequencies = self._tables(positions.device)[0]
         frequencies = frequencies[self.sets(lengths)] if self.varies else frequencies[0]
-        angles = positions[..., None].double() * frequencies
-        return torch.stack((angles.cos(), angles.sin()), dim=-2).float()
+        return self._cos_sin(positions[..., None] * frequencies)
+
+    def _cos_sin(self, angles: Tensor) -> Tensor:
+        """(..., r / 2) float64 to ``[cos | sin]``, (..., 2, r / 2) float32: cos(x) = sin(x + pi / 2) in one kernel."""
+        return torch.sin(angles[..., None, :] + self._tables(angles.device)[2]).float()
 
 
 @dataclass(frozen=True)
@@ -249,7 +254,7 @@ def untouched(model: nn.Module):
 def rewind(model: nn.Module) -> None:
     """Let frequencies that are picked by length (dynamic NTK, longrope) start anew: what ran before does not matter."""
     for module in model.modules():
-        for name in _frequency_buffers(module):
+        for name in frequency_buffers(module):
             original = getattr(module, name.replace("inv_freq", "original_inv_freq"), None)
             if original is not None and hasattr(module, "original_max_seq_len"):
                 setattr(module, name, original.clone())
@@ -479,7 +484,7 @@ def _match(where, positions, query, key, value, used) -> tuple[int, int, bool, i
     )
 
 
-def _frequency_buffers(module: nn.Module) -> list[str]:
+def frequency_buffers(module: nn.Module) -> list[str]:
     """Names of the frequency tables that a rotary module uses (``inv_freq``, ``sliding_attention_inv_freq``)."""
     names = (name for name, buffer in module.named_buffers(recurse=False) if buffer.dim() == 1)
     return [name for name in names if name.endswith("inv_freq") and "original" not in name and "long" not in name]
@@ -501,7 +506,7 @@ def _frequency_tables(model: nn.Module, capacity: int) -> list[_Table]:
     """
     tables = []
     for module in model.modules():
-        for name in _frequency_buffers(module):
+        for name in frequency_buffers(module):
             layer_type = name.removesuffix("inv_freq").removesuffix("_")
             rope_type = getattr(module, "rope_type", "default")
             rope_type = rope_type[layer_type] if isinstance(rope_type, dict) else rope_type
@@ -535,7 +540,7 @@ def _standard_tables(config, head_dims: set[int], capacity: int) -> list[_Table]
 def _state(module: nn.Module) -> tuple:
     """What a forward may change of one module: its attributes and, where it has frequencies, its buffers' content."""
     attributes = {k: dict(v) if k in ("_buffers", "_modules") else v for k, v in vars(module).items()}
-    contents = {k: b.clone() for k, b in module._buffers.items() if b is not None and _frequency_buffers(module)}
+    contents = {k: b.clone() for k, b in module._buffers.items() if b is not None and frequency_buffers(module)}
     return attributes, contents
 
 

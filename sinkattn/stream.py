@@ -51,7 +51,7 @@ class Stream:
         self._next: Tensor | None = None  # (batch, 1) how many ids were put there
         self._waiting: set[int] = set()  # rows that were reset and have no text yet
         self._noise: Tensor | None = None  # (batch, vocabulary) float32
-        self._settings: _Settings | None = None  # of the last choice, with what belongs to them
+        self._settings: tuple | None = None  # of the last choice and whether it was watched, with what belongs to them
         self._processors: LogitsProcessorList | None = None
         self._choice: Captured | None = None
 
@@ -167,32 +167,31 @@ class Stream:
         until the model has read it. The host looks at what it was given while the model is at work.
         """
         on_gpu, made = self._device.type == "cuda", 0
-        stops = bool(settings.ends or self._waiting)
+        watched = bool(settings.ends or self._waiting) or streamer is not None
         host = torch.zeros(1 + len(self._ended), dtype=torch.int64, pin_memory=on_gpu)  # whether any goes on, ids
         here, aside = (torch.cuda.current_stream(self._device), _aside(self._device)) if on_gpu else (None, None)
         try:
             while max_new_tokens is None or made < max_new_tokens:
-                stops = stops or bool(self._waiting)
-                reads = stops or streamer is not None
+                watched = watched or bool(self._waiting)
                 with torch.no_grad(), torch.cuda.stream(aside):
                     if on_gpu:
                         aside.wait_stream(here)
-                    ids, fed, report = self._choose(settings, generator)
+                    ids, fed, report = self._choose(settings, watched, generator)
                     ids = ids.clone()
-                    if reads:
+                    if watched:
                         host.copy_(report, non_blocking=True)
                     if on_gpu:
                         chosen = aside.record_event()
-                    elif stops and not host[0]:
+                    elif watched and not host[0]:
                         return
-                    self._feed(ids, fed if stops else None)
+                    self._feed(ids, fed)
                 if on_gpu:
                     ids.record_stream(here)
                     here.wait_event(chosen)
-                    if reads:
+                    if watched:
                         chosen.synchronize()
-                    if stops and not host[0]:
-                        return
+                        if not host[0]:
+                            return
                 if streamer is not None:
                     streamer.put(host[1:].clone())
                 made += 1
@@ -203,27 +202,31 @@ class Stream:
             if streamer is not None:
                 streamer.end()
 
-    def _choose(self, settings: "_Settings", generator) -> tuple[Tensor, Tensor, Tensor]:
-        """The next ids, (batch,), which rows take them, (batch,) bool, and for the host whether any does, and ids."""
+    def _choose(self, settings: "_Settings", watched: bool, generator) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The next ids, (batch,); if watched, which rows take them, (batch,) bool, and for the host any, and ids."""
         if settings.do_sample:
             if self._noise is None:
                 self._noise = torch.empty(self._logits.shape, device=self._device)
             self._noise.exponential_(generator=generator)
-        if settings != self._settings:  # captured at the second token of the same settings
-            self._settings, self._processors, self._choice = settings, settings.processors(), None
+        if (settings, watched) != self._settings:  # captured at the second token of the same settings
+            self._settings, self._processors, self._choice = (settings, watched), settings.processors(), None
         elif self._choice is None and self._device.type == "cuda" and self.model._sinkattn.why_eager is None:
-            self._choice = Captured(lambda: self._next_ids(settings))
-        return self._next_ids(settings) if self._choice is None else self._choice()
+            self._choice = Captured(lambda: self._next_ids(settings, watched))
+        return self._next_ids(settings, watched) if self._choice is None else self._choice()
 
-    def _next_ids(self, settings: "_Settings") -> tuple[Tensor, Tensor, Tensor]:
-        fed = ~self._ended
+    def _next_ids(self, settings: "_Settings", watched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         scores = self._processors(self._ids, self._logits.float())
         if settings.do_sample:
             scores = scores.softmax(-1) / self._noise  # exponentially distributed: the largest is a draw
-        ids = scores.argmax(-1).where(fed, settings.pad)
+        ids, at = scores.argmax(-1), self._next % self._ids.shape[1]
+        if not watched:  # every row takes its token
+            self._ids.scatter_(1, at, ids[:, None])
+            self._next += 1
+            return ids, None, None
+        fed = ~self._ended
+        ids = ids.where(fed, settings.pad)
         for end in settings.ends:
             self._ended |= ids == end
-        at = self._next % self._ids.shape[1]
         self._ids.scatter_(1, at, torch.where(fed[:, None], ids[:, None], self._ids.gather(1, at)))
         self._next += fed[:, None]
         return ids, fed, torch.cat((fed.any()[None], ids))

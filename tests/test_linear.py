@@ -83,9 +83,10 @@ def assert_close(out, expected, dtype):
     assert out.dtype == dtype and out.shape == expected.shape and out.is_contiguous()
     error = out.double().cpu() - expected
     assert not error.isnan().any()
-    if expected.numel():
-        assert (error.abs() <= single * (expected.abs() + expected.square().mean().sqrt())).all()
-        assert error.norm() <= whole * expected.norm()
+    if expected.numel():  # outputs are about 1, though a lone one may be close to 0
+        typical = expected.square().mean().sqrt().clamp_min(1)
+        assert (error.abs() <= single * (expected.abs() + typical)).all()
+        assert error.square().mean().sqrt() <= whole * typical
 
 
 def poison(*shape, dtype):
