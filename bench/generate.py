@@ -151,9 +151,8 @@ def measure(model, method: str, batch: int, capacity: int, tokens: int) -> dict:
     patched = method in ("generate", "stream")
     handle = sinkattn.patch(model, SINKS, capacity - SINKS) if patched else None
     try:
-        first = run(model, ids, 4, **how)[2] - start
-        if method == "static_compiled":  # its cache is as long as text and tokens together: compile for these too
-            run(model, ids, tokens, **how)
+        # a static cache is as long as text and tokens together: another number of tokens would be compiled anew
+        first = run(model, ids, tokens if method == "static_compiled" else 4, **how)[2] - start
         times = run(model, ids, tokens, **how)
     finally:
         if handle is not None:
@@ -180,8 +179,8 @@ def floor_ms(model, batch: int, capacity: int, bandwidth: float) -> float:
 
 
 def methods_of(model: str, batch: int, capacity: int) -> list[str]:
-    """Compilation takes half a minute a row, and re-computation of a large batch seconds a token: where it is asked."""
-    compiled = capacity == 1024 and (batch == 1 or (model == "llama-3-8b" and batch == 64))
+    """Compilation takes half a minute a row, and re-computation of a large batch seconds a token: not everywhere."""
+    compiled = capacity == 1024 and batch == 1 and model.startswith("llama")
     left_out = {*([] if compiled or model == "tiny" else ["static_compiled"]), *(["recompute"] if batch > 8 else [])}
     return [method for method in METHODS if method not in left_out]
 
@@ -203,10 +202,13 @@ def steps(models: list[str], output_dir: Path, tokens: int, bandwidth: float) ->
             floor = round(floor_ms(model, batch, capacity, bandwidth), 4)
             rows.append(dict(about, method="floor", ms_per_token=floor))
             for method in methods_of(name, batch, capacity):
-                few = 12 if method == "recompute" or batch > 8 else tokens
+                few = {"recompute": 8, "dynamic": max(5, tokens // 3)}.get(method, tokens)
+                few = few if batch <= 8 else min(few, 24)
                 rows.append(dict(about, method=method, **measure(model, method, batch, capacity, few)))
-                torch.compiler.reset()
+                if method == "static_compiled":
+                    torch.compiler.reset()
                 write(output_dir / "generate.csv", rows, COLUMNS)
+        plot_figure10(rows, output_dir / "figure10.png")
         del model
         clear()
     return rows
@@ -324,9 +326,6 @@ def main(
     output_dir.mkdir(parents=True, exist_ok=True)
     if models != "none":
         bandwidth = read_bandwidth() if DEVICE == "cuda" else 1e10
-        rows = steps(models.split(","), output_dir, tokens, bandwidth)
-        show(rows)
-        plot_figure10(rows, output_dir / "figure10.png")
         about = dict(
             device=torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
             torch=torch.__version__,
@@ -334,6 +333,7 @@ def main(
             read_gb_per_s=round(bandwidth / 1e9, 1),
         )
         (output_dir / "generate.json").write_text(json.dumps(about, indent=1) + "\n")
+        show(steps(models.split(","), output_dir, tokens, bandwidth))
     if texts:
         lengths(length_model, output_dir, [int(x) for x in texts.split(",")], capacity, min(tokens, 30))
     if total:

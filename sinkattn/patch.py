@@ -334,9 +334,10 @@ class Handle:
         keep_cache = kwargs.get("past_key_values") is not None or use_cache
         mask = self._mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
         if tokens == 1 and self._may_replay(kwargs, cache):
-            output = self._replay(cache, ids, mask)
+            output = self.replay(cache, ids, mask)
             if output is not None:
-                return self._finished(output, kwargs)
+                copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, dict(output))
+                return self._finished(type(output)(**copied, past_key_values=cache), kwargs)
         mask = None if mask is None else mask.bool()
         places = self._places_of(kwargs, mask, cache)
         if tokens > 1:  # one look at the values and the model a prompt, none a token
@@ -470,8 +471,12 @@ class Handle:
             self.why_eager = "its rotary frequencies change with the length of a row: S + W exceeds its trained length"
 
     @torch.no_grad()
-    def _replay(self, cache: SinkCache, ids: Tensor, mask: Tensor | None):
-        """A one-token step as a graph, which is captured if there is none; None if it cannot be. (batch, 1) each."""
+    def replay(self, cache: SinkCache, ids: Tensor, mask: Tensor | None):
+        """One token a row as a graph, which is captured if there is none: for whoever knows that `_may_replay`.
+
+        ids, mask: (batch, 1). Returns the model's output, which the next step overwrites, or None if the step could not
+        be captured and has not run.
+        """
         rows, wanted = cache.rows, (self._weights, cache.has_places)
         if rows.step is None or rows.captured_for != wanted:
             try:
@@ -488,8 +493,14 @@ class Handle:
         rows.is_masked = mask is not None
         output = rows.step(ids=ids) if mask is None else rows.step(ids=ids, mask=mask)
         cache.count(1, are_known=True)
-        copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, dict(output))
-        return type(output)(**copied, past_key_values=cache)
+        return output
+
+    def next_logits(self, cache: SinkCache, ids: Tensor, mask: Tensor | None) -> Tensor | None:
+        """`forward` of one token a row and nothing else, for `Stream`: the logits, (batch, 1, vocabulary), which the
+        next step overwrites; None if it has to go by `forward`.
+        """
+        output = self.replay(cache, ids, mask) if cache.plan is self.plan and self._may_replay({}, cache) else None
+        return None if output is None else output.logits
 
     def _one_token(self, cache: SinkCache, ids: Tensor, mask: Tensor):
         """What is captured: a step over the cache, on the device."""

@@ -63,6 +63,13 @@ class Stream:
         return self._cache
 
     @property
+    def _handle(self):
+        handle = getattr(self.model, "_sinkattn", None)
+        if handle is None:
+            raise ValueError("this Stream's model is not patched any more: patch() it and make another Stream")
+        return handle
+
+    @property
     def lengths(self) -> Tensor | None:
         return self.cache.lengths
 
@@ -210,7 +217,7 @@ class Stream:
             self._noise.exponential_(generator=generator)
         if (settings, watched) != self._settings:  # captured at the second token of the same settings
             self._settings, self._processors, self._choice = (settings, watched), settings.processors(), None
-        elif self._choice is None and self._device.type == "cuda" and self.model._sinkattn.why_eager is None:
+        elif self._choice is None and self._device.type == "cuda" and self._handle.why_eager is None:
             self._choice = Captured(lambda: self._next_ids(settings, watched))
         return self._next_ids(settings, watched) if self._choice is None else self._choice()
 
@@ -233,13 +240,17 @@ class Stream:
 
     def _feed(self, ids: Tensor, fed: Tensor | None) -> None:
         """One token a row through the model, (batch,); rows that are not fed stay as they are."""
-        logits = self._read(ids[:, None], None if fed is None else fed[:, None], self._cache)
+        ids, mask = ids[:, None], None if fed is None else fed[:, None]
+        logits = self._handle.next_logits(self._cache, ids, mask)
+        logits = self._read(ids, mask, self._cache) if logits is None else logits[:, -1]
         self._logits.copy_(logits if fed is None else torch.where(fed[:, None], logits, self._logits))
 
     @torch.no_grad()
     def _read(self, ids: Tensor, mask: Tensor | None, cache: SinkCache) -> Tensor:
         """The logits after some tokens, (rows, vocabulary)."""
-        return self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, **self._last_logits).logits[:, -1]
+        return self._handle.model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, **self._last_logits
+        ).logits[:, -1]
 
     def _index_of(self, rows) -> Tensor:
         index = torch.as_tensor(list(rows) if isinstance(rows, range) else rows, dtype=torch.int64).flatten().tolist()

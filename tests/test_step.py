@@ -269,6 +269,12 @@ def test_rows_that_are_not_there():
         stream.reset()
         with pytest.raises(ValueError, match="append"):
             stream.generate()
+        stream.append(random_ids(2, 5))
+        tokens = stream.generate()
+    with pytest.raises(ValueError, match="not patched any more"):
+        next(tokens)
+    with patch(model, S, W), pytest.raises(ValueError, match="earlier patch"):
+        stream.append(random_ids(2, 5))
 
 
 def test_a_streamer_hears_every_step():
@@ -305,14 +311,14 @@ def captures(monkeypatch):
     """How many captured steps ran."""
     from sinkattn.patch import Handle
 
-    ran, replay = [], Handle._replay
+    ran, replay = [], Handle.replay
 
     def counted(self, *args):
         output = replay(self, *args)
         ran.append(output is not None)
         return output
 
-    monkeypatch.setattr(Handle, "_replay", counted)
+    monkeypatch.setattr(Handle, "replay", counted)
     return ran
 
 
