@@ -55,7 +55,7 @@ SINKS = 4
 PROVIDERS = ("sinkattn", "sdpa", "eager", "sdpa_alone", "attention_sinks", "llama.cpp")
 PEERS = PROVIDERS[4:]  # of cpu_peer.py
 COLD = 256 * 2**20  # bytes read before any of them is read again
-PATIENCE = 3.0  # seconds for a provider and case, after which two rounds have to do
+PATIENCE = 1.5  # seconds for a provider and case, after which two rounds have to do
 console = Console(width=150)
 
 
@@ -93,7 +93,7 @@ def cases(tiny: bool) -> list[Case]:
     found = []
     for heads, kv_heads, head_dim, capacity, threads in shapes:
         for dtype in ("float32", "bfloat16", "float16"):
-            case = Case(heads, kv_heads, head_dim, capacity, 1, dtype, threads, 1, 15)
+            case = Case(heads, kv_heads, head_dim, capacity, 1, dtype, threads, 1, 25)
             found.append(replace(case, layers=-(-COLD // case.bytes)))
     for tokens in (1024, 4096):
         for dtype in ("float32", "bfloat16"):
