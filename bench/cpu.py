@@ -4,6 +4,7 @@ Decode: one token more for a cache of C tokens, one row. Prefill: T tokens into 
 that a layer of a model needs between its projections, rotation, storing and attention, but for two marked with a star:
 
     sinkattn         sinkattn.ops: 4 sinks and a window of C - 4
+    sinkattn_op      the same by torch.ops.sinkattn, without the checks of arguments
     sdpa, eager      transformers' rotation, DynamicCache and attention function of that name. The cache has C tokens in
                      decode; a prompt is attended densely, since this cache has no window
     sdpa_alone *     torch's scaled_dot_product_attention, keys rotated and stored already
@@ -52,8 +53,8 @@ import sinkattn
 from sinkattn import SinkCache, ops, patch
 
 SINKS = 4
-PROVIDERS = ("sinkattn", "sdpa", "eager", "sdpa_alone", "attention_sinks", "llama.cpp")
-PEERS = PROVIDERS[4:]  # of cpu_peer.py
+PROVIDERS = ("sinkattn", "sinkattn_op", "sdpa", "eager", "sdpa_alone", "attention_sinks", "llama.cpp")
+PEERS = PROVIDERS[5:]  # of cpu_peer.py
 COLD = 256 * 2**20  # bytes read before any of them is read again
 PATIENCE = 1.5  # seconds for a provider and case, after which two rounds have to do
 console = Console(width=150)
@@ -80,7 +81,7 @@ class Case:
 
     def flops(self, provider: str) -> int:
         """Of a prompt."""
-        left_out = 0 if provider != "sinkattn" else max(self.tokens - self.capacity, 0)
+        left_out = max(self.tokens - self.capacity, 0) if provider.startswith("sinkattn") else 0
         pairs = self.tokens * (self.tokens + 1) // 2 - left_out * (left_out + 1) // 2
         return 4 * self.head_dim * self.heads * pairs
 
@@ -95,7 +96,7 @@ def cases(tiny: bool) -> list[Case]:
         for dtype in ("float32", "bfloat16", "float16"):
             case = Case(heads, kv_heads, head_dim, capacity, 1, dtype, threads, 1, 25)
             found.append(replace(case, layers=-(-COLD // case.bytes)))
-    for tokens in (1024, 4096):
+    for tokens in (1024, 2048):
         for dtype in ("float32", "bfloat16"):
             found.append(Case(32, 8, 128, 1024, tokens, dtype, 2, 1, 5))
     return found
@@ -128,13 +129,14 @@ def steps(provider: str, case: Case):
     scale, length = case.head_dim**-0.5, case.capacity if tokens == 1 else 0
     shape = (1, case.kv_heads, case.capacity, case.head_dim)
     full = lambda: torch.randn(shape).to(dtype)  # noqa: E731
-    if provider == "sinkattn":
+    if provider.startswith("sinkattn"):
         caches = [(full(), full()) for _ in range(case.layers)]
         rotation = torch.randn(1, tokens, 2, 2, case.head_dim // 2)
         lengths = torch.tensor([3 * case.capacity + 7 if tokens == 1 else 0])
+        more = (lengths, None, rotation, None, None)
         sizes = dict(sink_size=SINKS, window_size=case.capacity - SINKS, scale=scale)
-        op = ops.decode if tokens == 1 else ops.prefill
-        return lambda i: op(q, k, v, *caches[i], lengths, None, rotation, **sizes), lambda: None
+        op = getattr(ops if provider == "sinkattn" else torch.ops.sinkattn, "decode" if tokens == 1 else "prefill")
+        return lambda i: op(q, k, v, *caches[i], *more, **sizes), lambda: None
     if provider == "sdpa_alone":
         if tokens > 1:
             return lambda i: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), lambda: None

@@ -544,9 +544,9 @@ def test_cpu_bench(tmp_path):
     output = run(cpu.main, "--tiny", "--output-dir", tmp_path)
     assert "missing peers: attention_sinks, llama.cpp" in output
     rows = rows_of(tmp_path / "attention.csv")
-    own = ["sinkattn", "sdpa", "eager", "sdpa_alone"]
+    own = ["sinkattn", "sinkattn_op", "sdpa", "eager", "sdpa_alone"]
     assert [(row["provider"], row["tokens"]) for row in rows] == [(name, size) for size in ("1", "64") for name in own]
-    keys = {"sinkattn": lambda t: min(t + 1, 32)}  # that the query at position t looks at
+    keys = dict.fromkeys(own[:2], lambda t: min(t + 1, 32))  # that the query at position t looks at
     for row in rows:
         assert float(row["floor_us"]) * float(row["read_gb_s"]) == pytest.approx(2 * 2 * 32 * 16 * 4 / 1e3, rel=1e-2)
         if row["tokens"] == "64":
