@@ -1,7 +1,8 @@
 """Put the measured figures into README.md and docs, between their markers: python bench/readme.py
 
-They come from bench/results/proof, where the results of bench/proof.py lie (what was not measured stays as it is), and
-from bench/results/h200, where those of the benches of kernels do. `--check` only says whether all are up to date.
+They come from bench/results/proof, where the results of bench/proof.py lie (what was not measured stays as it is),
+bench/results/h200, where those of the benches of kernels do, and bench/results/cpu, where those of bench/cpu.py do.
+`--check` only says whether all are up to date.
 """
 
 import contextlib
@@ -185,6 +186,62 @@ def history_table() -> str:
     return "\n" + table(["us", *shapes], rows) + "\n"
 
 
+def cpu_rows(is_prefill: bool) -> dict[tuple, dict[str, dict]]:
+    """By shape and provider, from bench/cpu.py's CSV."""
+    rows: dict[tuple, dict[str, dict]] = {}
+    with (ROOT / "bench/results/cpu/attention.csv").open() as file:
+        for line in csv.DictReader(file):
+            names = ("heads", "kv_heads", "head_dim", "capacity", "tokens", "dtype", "threads")
+            if (line["tokens"] != "1") == is_prefill:
+                rows.setdefault(tuple(line[name] for name in names), {})[line["provider"]] = line
+    return rows
+
+
+def cpu_machine() -> str:
+    about = json.loads((ROOT / "bench/results/cpu/cpu.json").read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    peers = "; ".join(
+        f"{name}: " + ", ".join(f"{part} {version}" for part, version in of.items())
+        for name, of in about["peers"].items()
+    )
+    missing = f" Missing: {', '.join(about['missing'])}." if about["missing"] else ""
+    return f"{about['machine']}, {about['instructions']}; {versions}; {peers}.{missing}"
+
+
+def cpu_decode_table() -> str:
+    """Microseconds of a layer and token."""
+    rows, providers = cpu_rows(is_prefill=False), []
+    for row in rows.values():
+        providers += [name for name in row if name not in providers]
+    lines = []
+    for (heads, kv_heads, head_dim, capacity, _, dtype, threads), row in rows.items():
+        own, cells = row["sinkattn"], [f"{float(row[name]['us']):,.0f}" if name in row else "-" for name in providers]
+        floor, share = float(own["floor_us"]), float(own["floor_us"]) / float(own["us"])
+        shape = [f"{heads}/{kv_heads} x {head_dim}", capacity, dtype, threads]
+        lines.append([*shape, f"{float(own['read_gb_s']):.1f}", f"{floor:,.0f}", *cells, f"{share:.0%}"])
+    header = ["heads/kv x dim", "C", "dtype", "threads", "read GB/s", "floor", *providers, "sinkattn of floor"]
+    return f"\n{table(header, lines)}\n"
+
+
+def cpu_prefill_table() -> str:
+    """Milliseconds of a layer's prompt, and GFLOP/s."""
+    rows, lines = cpu_rows(is_prefill=True), []
+    providers = list(next(iter(rows.values())))
+    for (heads, kv_heads, head_dim, capacity, tokens, dtype, threads), row in rows.items():
+        cells = [f"{1e-3 * float(row[name]['us']):,.1f} ({float(row[name]['gflops']):.0f})" for name in providers]
+        lines.append([f"{heads}/{kv_heads} x {head_dim}", tokens, capacity, dtype, threads, *cells])
+    return f"\n{table(['heads/kv x dim', 'T', 'C', 'dtype', 'threads', *providers], lines)}\n"
+
+
+def cpu_model_table() -> str:
+    """Tokens a second."""
+    with (ROOT / "bench/results/cpu/model.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    names = ("patched", "transformers", "floor")
+    rows = [[line["dtype"], line["threads"], *(f"{float(line[name]):.2f}" for name in names)] for line in lines]
+    return f"\n{table(['tokens/s', 'threads', *names], rows)}\n"
+
+
 def read_json(path: str) -> dict:
     return json.loads((PROOF / path).read_text())
 
@@ -350,6 +407,10 @@ def figures() -> dict[str, str]:
         "counters table": (counters_table,),
         "errors table": (errors_table,),
         "tensor parallel table": (tensor_parallel_table,),
+        "cpu machine": (cpu_machine,),
+        "cpu decode table": (cpu_decode_table,),
+        "cpu prefill table": (cpu_prefill_table,),
+        "cpu model table": (cpu_model_table,),
     }
     found = {}
     for name, (make, *arguments) in makers.items():
@@ -360,7 +421,7 @@ def figures() -> dict[str, str]:
 
 def main() -> None:
     known, behind = figures(), []
-    for path in (ROOT / "README.md", ROOT / "docs/faq.md", ROOT / "docs/kernels.md"):
+    for path in (ROOT / "README.md", ROOT / "docs/faq.md", ROOT / "docs/kernels.md", ROOT / "docs/cpu.md"):
         before = after = path.read_text()
         for name, text in known.items():
             after = re.sub(

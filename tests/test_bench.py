@@ -20,6 +20,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "examples")]
 
 import ablation  # noqa: E402
 import both_ways  # noqa: E402
+import cpu  # noqa: E402
 import experiments  # noqa: E402
 import long_run  # noqa: E402
 import perplexity  # noqa: E402
@@ -536,3 +537,31 @@ def test_generate_bench(tmp_path):
     assert json.loads((tmp_path / "flatness.json").read_text())["lengths"] == [204]
     for name in ("figure10.png", "lengths.png"):
         assert plt.imread(tmp_path / name).std() > 0.01
+
+
+def test_cpu_bench(tmp_path):
+    """Every provider of this interpreter gives a row, by the docstring's formulas; the missing ones are named."""
+    output = run(cpu.main, "--tiny", "--output-dir", tmp_path)
+    assert "missing peers: attention_sinks, llama.cpp" in output
+    rows = rows_of(tmp_path / "attention.csv")
+    own = ["sinkattn", "sinkattn_op", "sdpa", "eager", "sdpa_alone"]
+    assert [(row["provider"], row["tokens"]) for row in rows] == [(name, size) for size in ("1", "64") for name in own]
+    keys = dict.fromkeys(own[:2], lambda t: min(t + 1, 32))  # that the query at position t looks at
+    for row in rows:
+        assert float(row["floor_us"]) * float(row["read_gb_s"]) == pytest.approx(2 * 2 * 32 * 16 * 4 / 1e3, rel=1e-2)
+        if row["tokens"] == "64":
+            flops = 4 * 16 * 4 * sum(keys.get(row["provider"], lambda t: t + 1)(t) for t in range(64))
+            assert float(row["gflops"]) * float(row["us"]) == pytest.approx(flops / 1e3, rel=1e-2)
+    assert all(float(row[name]) > 0 for row in rows_of(tmp_path / "model.csv") for name in ("patched", "transformers"))
+    assert json.loads((tmp_path / "cpu.json").read_text())["missing"] == ["attention_sinks", "llama.cpp"]
+    assert plt.imread(tmp_path / "cpu.png").std() > 0.01
+
+
+@pytest.mark.parametrize("tokens", [1, 64])
+def test_cpu_bench_times_the_same_attention(tokens):
+    """What is timed as transformers' gives what its sdpa gives for keys that were rotated by the model's function."""
+    case = cpu.cases(tiny=True)[tokens > 1]
+    torch.manual_seed(0)
+    sdpa = cpu.steps("sdpa", case)[0](0)[0]
+    torch.manual_seed(0)
+    torch.testing.assert_close(cpu.steps("eager", case)[0](0)[0], sdpa)

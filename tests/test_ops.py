@@ -12,7 +12,7 @@ import types
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -626,6 +626,56 @@ def test_slot_arithmetic(sink, ring, lengths):
             held[slot] = position
         rows.append(held)
     assert reference.held_positions(torch.tensor(lengths), sink, ring).tolist() == rows
+
+
+@st.composite
+def calls(draw):
+    """A case that the compiled CPU ops take, the order in which batch, heads and tokens lie in memory, and a seed."""
+    ints, flag = lambda *ends: draw(st.integers(*ends)), lambda: draw(st.booleans())  # noqa: E731
+    head_dim = draw(st.integers(1, 70) | st.sampled_from((96, 128, 256)))
+    start = ints(0, head_dim - 1)
+    kv_heads, window, tokens, rows = ints(1, 3), ints(1, 150), draw(st.just(1) | st.integers(2, 90)), ints(1, 3)
+    lengths = st.integers(0, 400) | st.integers(0, 10**12)
+    case = Case(
+        lengths=tuple(draw(lengths) for _ in range(rows)),
+        counts=tuple(ints(0, tokens) for _ in range(rows)) if flag() else None,
+        tokens=tokens,
+        heads=kv_heads * ints(1, 9),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        v_dim=draw(st.none() | st.integers(1, 70)),
+        sink=ints(0, 80),
+        window=window,
+        ring=window + ints(0, 20),
+        rotary=2 * ints(0, (head_dim - start) // 2),
+        start=start,
+        interleaved=flag(),
+        learned=flag(),
+        alibi=flag(),
+        softcap=draw(st.sampled_from((0.0, 2.0, 30.0))),
+        dense=draw(st.none() | st.integers(0, 200)) if tokens > 1 else None,
+    )
+    return case, [draw(st.permutations((0, 1, 2))) for _ in range(5)], ints(0, 2**32 - 1)
+
+
+@pytest.mark.skipif(not ops.HAS_CPU_LIBRARY, reason="the compiled CPU ops were not built")
+@given(call=calls(), dtype=st.sampled_from(list(TOLERANCES)))
+@settings(deadline=None, max_examples=60)
+def test_any_shape_and_stride_on_the_cpu(call, dtype):
+    """Against the reference in the same dtype, whose arithmetic is float32 as well: the order of sums may differ."""
+    case, orders, seed = call
+    torch.manual_seed(seed)
+    tensors = list(case.tensors(dtype))
+    for i, order in enumerate(orders):
+        stored = tensors[i].permute(*order, 3).contiguous()
+        tensors[i] = stored.permute(*(order.index(dim) for dim in range(3)), 3)
+    expected, run = copies(tensors), copies(tensors)
+    exact = reference.attention(*expected, **case.sizes)
+    out = getattr(ops, "decode" if case.tokens == 1 else "prefill")(*run, **case.sizes, backend="cpu")
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out, exact, rtol=max(eps, 2e-5), atol=3e-5)
+    torch.testing.assert_close(run[3], expected[3], rtol=eps, atol=1e-6, equal_nan=True)
+    assert same_bits(run[4], expected[4])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile them")

@@ -14,8 +14,9 @@
 namespace sinkattn::SINKATTN_ISA {
 namespace {
 
-constexpr int64_t KEYS = 64;  // per block
-constexpr int ROW_TILE = 4;   // rows that share the registers loaded with keys or values
+constexpr int64_t KEYS = 64;             // per block
+constexpr int64_t VALUES = 16;           // that stay in the L1 cache until every column of the output has taken them
+constexpr int ROW_TILE = 4;              // rows that share the registers loaded with keys or values
 constexpr int KEY_TILE = REGISTERS / 8;  // keys that do: the tile of sums fills half of the registers
 constexpr float INF = __builtin_inff();
 
@@ -74,29 +75,52 @@ const float* angles_of(const Params& p, int64_t row, int64_t token, Angle angle)
   return p.rotation ? p.rotation + ((row * p.tokens + token) * 2 + angle) * 2 * p.rotary_half : nullptr;
 }
 
-// scores[r][n] = q[r] . k[n] for a tile; rows of scores are KEYS apart.
-template <int ROWS, int COLUMNS, typename T>
-void dot_tile(const float* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t dim, float* scores) {
+// Rows that come from memory into the L2 cache while others are worked on: the values of a block while its keys are,
+// the next block's keys while its values are. Processors see runs within a page coming, and blocks are hardly larger.
+template <typename T>
+struct Ahead {
+  const T* rows;
+  int64_t stride, count;
+
+  // What to fetch while rows [begin, end) are worked on, from dim d on: all of it or, in want of rows, nothing.
+  Ahead at(int64_t begin, int64_t end, int64_t d = 0) const {
+    return end <= count ? Ahead{rows + begin * stride + d, stride, end - begin} : Ahead{};
+  }
+  __attribute__((always_inline)) void fetch(int64_t row, int64_t d) const {  // g++ drops calls that only prefetch
+    if (count) __builtin_prefetch(rows + row * stride + d, 0, 2);
+  }
+};
+
+// sums[r][n] = q[r] . k[n] for a tile, all but the sum of their lanes.
+template <int ROWS, int COLUMNS, typename T, typename U>
+void dot_tile(const float* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t dim, Vec* sums, Ahead<U> ahead) {
   Vec sum[ROWS][COLUMNS] = {};
   for (int64_t d = 0; d < dim; d += LANES) {
     Vec key[COLUMNS];
-    for (int n = 0; n < COLUMNS; ++n) key[n] = load(k + n * k_stride + d);
+    for (int n = 0; n < COLUMNS; ++n) {
+      key[n] = load(k + n * k_stride + d);
+      ahead.fetch(n, d);
+    }
     for (int r = 0; r < ROWS; ++r) {
       Vec query = load(q + r * q_stride + d);
       for (int n = 0; n < COLUMNS; ++n) sum[r][n] = fma(query, key[n], sum[r][n]);
     }
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int n = 0; n < COLUMNS; ++n) scores[r * KEYS + n] = sum_lanes(sum[r][n]);
+    for (int n = 0; n < COLUMNS; ++n) sums[r * COLUMNS + n] = sum[r][n];
 }
 
 // out[r] += weights[r] . v for a tile of ROWS rows and COLUMNS vectors; rows of weights are KEYS apart.
-template <int ROWS, int COLUMNS, typename T>
-void weigh_tile(const float* weights, const T* v, int64_t v_stride, int64_t count, float* out, int64_t out_stride) {
+template <int ROWS, int COLUMNS, typename T, typename U>
+void weigh_tile(const float* weights, const T* v, int64_t v_stride, int64_t count, float* out, int64_t out_stride,
+                Ahead<U> ahead) {
   Vec sum[ROWS][COLUMNS] = {};
   for (int64_t n = 0; n < count; ++n) {
     Vec value[COLUMNS];
-    for (int c = 0; c < COLUMNS; ++c) value[c] = load(v + n * v_stride + c * LANES);
+    for (int c = 0; c < COLUMNS; ++c) {
+      value[c] = load(v + n * v_stride + c * LANES);
+      ahead.fetch(n, c * LANES);
+    }
     for (int r = 0; r < ROWS; ++r) {
       Vec weight = broadcast(weights[r * KEYS + n]);
       for (int c = 0; c < COLUMNS; ++c) sum[r][c] = fma(weight, value[c], sum[r][c]);
@@ -110,21 +134,48 @@ void weigh_tile(const float* weights, const T* v, int64_t v_stride, int64_t coun
   }
 }
 
-template <int ROWS, typename T>
-void dot_rows(const float* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t count, float* scores) {
+// scores[r][n] = q[r] . k[n]; rows of scores are KEYS apart.
+template <int ROWS, typename T, typename U>
+void dot_rows(const float* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t count, float* scores,
+              const Ahead<U>& ahead) {
+  // As many tiles of few rows as have, all in all, the sums of one full tile: LANES of them are a vector in the end.
+  constexpr int TILES = ROW_TILE / ROWS, SUMS = ROW_TILE * KEY_TILE;
+  static_assert(SUMS % LANES == 0);
+  const int64_t dim = q_stride;
   int64_t n = 0;
-  for (; n + KEY_TILE <= count; n += KEY_TILE)
-    dot_tile<ROWS, KEY_TILE>(q, q_stride, k + n * k_stride, k_stride, q_stride, scores + n);
-  for (; n < count; ++n) dot_tile<ROWS, 1>(q, q_stride, k + n * k_stride, k_stride, q_stride, scores + n);
+  for (; n + TILES * KEY_TILE <= count; n += TILES * KEY_TILE) {
+    Vec sums[SUMS];
+    float dots[SUMS];
+    for (int i = TILES * ROWS * KEY_TILE; i < SUMS; ++i) sums[i] = broadcast(0);
+    for (int tile = 0; tile < TILES; ++tile) {
+      const int64_t at = n + tile * KEY_TILE;
+      dot_tile<ROWS, KEY_TILE>(q, q_stride, k + at * k_stride, k_stride, dim, sums + tile * ROWS * KEY_TILE,
+                               ahead.at(at, at + KEY_TILE));
+    }
+    for (int i = 0; i < SUMS; i += LANES) store(dots + i, sums_of_lanes(sums + i));
+    for (int tile = 0; tile < TILES; ++tile)
+      for (int r = 0; r < ROWS; ++r)
+        memcpy(scores + r * KEYS + n + tile * KEY_TILE, dots + (tile * ROWS + r) * KEY_TILE, KEY_TILE * sizeof(float));
+  }
+  for (; n < count; ++n) {
+    Vec sums[ROWS];
+    dot_tile<ROWS, 1>(q, q_stride, k + n * k_stride, k_stride, dim, sums, ahead.at(n, n + 1));
+    for (int r = 0; r < ROWS; ++r) scores[r * KEYS + n] = sum_lanes(sums[r]);
+  }
 }
 
-template <int ROWS, typename T>
-void weigh_rows(const float* weights, const T* v, int64_t v_stride, int64_t count, float* out, int64_t out_stride) {
+template <int ROWS, typename T, typename U>
+void weigh_rows(const float* weights, const T* v, int64_t v_stride, int64_t count, float* out, int64_t out_stride,
+                const Ahead<U>& ahead) {
   constexpr int COLUMNS = ROWS == 1 ? REGISTERS / 4 : REGISTERS / 8;
-  int64_t d = 0;
-  for (; d + COLUMNS * LANES <= out_stride; d += COLUMNS * LANES)
-    weigh_tile<ROWS, COLUMNS>(weights, v + d, v_stride, count, out + d, out_stride);
-  for (; d < out_stride; d += LANES) weigh_tile<ROWS, 1>(weights, v + d, v_stride, count, out + d, out_stride);
+  for (int64_t n = 0; n < count; n += VALUES, v += VALUES * v_stride, weights += VALUES) {
+    const int64_t some = lesser(VALUES, count - n);
+    int64_t d = 0;
+    for (; d + COLUMNS * LANES <= out_stride; d += COLUMNS * LANES)
+      weigh_tile<ROWS, COLUMNS>(weights, v + d, v_stride, some, out + d, out_stride, ahead.at(n, n + some, d));
+    for (; d < out_stride; d += LANES)
+      weigh_tile<ROWS, 1>(weights, v + d, v_stride, some, out + d, out_stride, ahead.at(n, n + some, d));
+  }
 }
 
 // One query head of one token.
@@ -200,8 +251,12 @@ class Task {
 
     start_rows();
     const int64_t t_first = position_of(first), t_last = position_of(last - 1);
-    visit(0, lesser(p.sink_size, t_last + 1), SINK);
-    visit(window_start(p, length, t_first), t_last + 1, TEXT);
+    sinks_end = lesser(p.sink_size, t_last + 1), begin_text = window_start(p, length, t_first), end_text = t_last + 1;
+    for (Block block = block_at(sinks_end > 0 ? 0 : begin_text); block.count > 0;) {
+      const Block next = block_at(block.position + block.count);
+      attend(block, next);
+      block = next;
+    }
     for (int64_t token = first, r = 0; token < last; ++token) {
       for (int64_t g = 0; g < group; ++g, ++r) {
         T* result = at<T>(p.out, batch_row, kv_head * group + g, token);
@@ -231,65 +286,75 @@ class Task {
     }
   }
 
-  // Attend to the keys at positions [begin, end): runs that are contiguous in the cache or in the call's own tokens.
-  void visit(int64_t begin, int64_t end, Angle angle) {
-    while (begin < end) {
-      int64_t count = lesser(end - begin, KEYS);
-      if (begin < length) {
-        const int64_t slot = slot_of(p, begin), wrap = begin < p.sink_size ? p.sink_size : p.sink_size + p.ring_size;
-        count = lesser(count, lesser(length - begin, wrap - slot));
-        attend(at<T>(p.k_cache, batch_row, kv_head, slot), p.k_cache.token_stride,
-               at<T>(p.v_cache, batch_row, kv_head, slot), p.v_cache.token_stride, begin, count, angle);
-      } else {
-        const int64_t token = begin - length + padding;
-        attend(at<T>(p.rotated_k, batch_row, kv_head, token), p.rotated_k.token_stride,
-               at<T>(p.v, batch_row, kv_head, token), p.v.token_stride, begin, count, angle);
-      }
-      begin += count;
+  // Keys at the positions [position, position + count), contiguous in the cache or in the call's own tokens.
+  struct Block {
+    const T *k, *v;
+    int64_t k_stride, v_stride, position, count;
+    Angle angle;
+  };
+
+  // What begins at a position or, behind the sinks, with the first that any query sees. Without keys at the end.
+  Block block_at(int64_t position) const {
+    const Angle angle = position < sinks_end ? SINK : TEXT;
+    if (angle == TEXT) position = greater(position, begin_text);
+    int64_t count = lesser((angle == SINK ? sinks_end : end_text) - position, KEYS);
+    if (count <= 0) return {};
+    if (position >= length) {
+      const int64_t token = position - length + padding;
+      return {at<T>(p.rotated_k, batch_row, kv_head, token), at<T>(p.v, batch_row, kv_head, token),
+              p.rotated_k.token_stride, p.v.token_stride, position, count, angle};
     }
+    const int64_t slot = slot_of(p, position), wrap = angle == SINK ? p.sink_size : p.sink_size + p.ring_size;
+    count = lesser(count, lesser(length - position, wrap - slot));
+    return {at<T>(p.k_cache, batch_row, kv_head, slot), at<T>(p.v_cache, batch_row, kv_head, slot),
+            p.k_cache.token_stride, p.v_cache.token_stride, position, count, angle};
   }
 
-  // One block of keys, positions [position, position + count). Positions and window starts grow from row to row, so the
-  // rows that see some of it are neighbours.
-  void attend(const T* k, int64_t k_stride, const T* v, int64_t v_stride, int64_t position, int64_t count,
-              Angle angle) {
+  // Positions and window starts grow from row to row, so the rows that see some of a block are neighbours.
+  void attend(const Block& block, const Block& next) {
     int64_t begin = 0, end = (last - first) * group;
-    while (begin < end && state[begin].position < position) ++begin;
-    while (angle == TEXT && begin < end && state[end - 1].window_start >= position + count) --end;
+    while (begin < end && state[begin].position < block.position) ++begin;
+    while (block.angle == TEXT && begin < end && state[end - 1].window_start >= block.position + block.count) --end;
     if (begin == end) return;
 
+    const Ahead<T> values_ahead = {block.v, block.v_stride, block.count};
+    const Ahead<T> keys_ahead = {next.k, next.k_stride, next.count};
     const bool aligned = p.head_dim == dim && p.v_dim == v_dim;
     if (aligned && (sizeof(T) == sizeof(float) || end - begin <= ROW_TILE)) {
-      attend_rows(k, k_stride, v, v_stride, position, count, angle, begin, end);
+      attend_rows(block.k, block.k_stride, block.v, block.v_stride, block, begin, end, values_ahead, keys_ahead);
     } else {  // widen once for all rows, and fill up to whole vectors
-      for (int64_t n = 0; n < count; ++n) {
-        widen(k + n * k_stride, p.head_dim, keys + n * dim);
-        widen(v + n * v_stride, p.v_dim, values + n * v_dim);
+      for (int64_t n = 0; n < block.count; ++n) {
+        widen(block.k + n * block.k_stride, p.head_dim, keys + n * dim);
+        widen(block.v + n * block.v_stride, p.v_dim, values + n * v_dim);
         for (int64_t d = p.head_dim; d < dim; ++d) keys[n * dim + d] = 0;
         for (int64_t d = p.v_dim; d < v_dim; ++d) values[n * v_dim + d] = 0;
       }
-      attend_rows(keys, dim, values, v_dim, position, count, angle, begin, end);
+      attend_rows(keys, dim, values, v_dim, block, begin, end, {}, keys_ahead);
     }
   }
 
   template <typename U>
-  void attend_rows(const U* k, int64_t k_stride, const U* v, int64_t v_stride, int64_t position, int64_t count,
-                   Angle angle, int64_t begin, int64_t end) {
+  void attend_rows(const U* k, int64_t k_stride, const U* v, int64_t v_stride, const Block& block, int64_t begin,
+                   int64_t end, const Ahead<T>& values_ahead, const Ahead<T>& keys_ahead) {
+    const int64_t count = block.count;
     for_tiles(begin, end, [&](auto rows, int64_t r) {
-      dot_rows<rows()>(q[angle] + r * dim, dim, k, k_stride, count, scores + r * KEYS);
+      dot_rows<rows()>(q[block.angle] + r * dim, dim, k, k_stride, count, scores + r * KEYS,
+                       r == begin ? values_ahead : Ahead<T>{});
     });
     for (int64_t r = begin; r < end; ++r) {
       Row& row = state[r];
-      const int64_t seen_from = angle == SINK ? 0 : lesser(greater(row.window_start - position, 0), count);
-      const int64_t seen_to = lesser(greater(row.position - position + 1, seen_from), count);
-      const int64_t distance = (angle == SINK ? row.sink_position : row.position) - position;
+      const bool sinks = block.angle == SINK;
+      const int64_t seen_from = sinks ? 0 : lesser(greater(row.window_start - block.position, 0), count);
+      const int64_t seen_to = lesser(greater(row.position - block.position + 1, seen_from), count);
+      const int64_t distance = (sinks ? row.sink_position : row.position) - block.position;
       const float factor = soften(p, row, scores + r * KEYS, seen_from, seen_to, count, distance);
       if (factor == 1) continue;
       const Vec factors = broadcast(factor);
       for (float* o = out + r * v_dim; o < out + (r + 1) * v_dim; o += LANES) store(o, load(o) * factors);
     }
     for_tiles(begin, end, [&](auto rows, int64_t r) {
-      weigh_rows<rows()>(scores + r * KEYS, v, v_stride, count, out + r * v_dim, v_dim);
+      weigh_rows<rows()>(scores + r * KEYS, v, v_stride, count, out + r * v_dim, v_dim,
+                         r == begin ? keys_ahead : Ahead<T>{});
     });
   }
 
@@ -310,7 +375,8 @@ class Task {
   const Params& p;
   const int64_t group, dim, v_dim;  // dims are padded to whole vectors
   int64_t batch_row, kv_head, padding, length;
-  int64_t first, last;  // tokens
+  int64_t first, last;                      // tokens
+  int64_t sinks_end, begin_text, end_text;  // positions that any of them sees: [0, sinks_end), [begin_text, end_text)
   // Scratch: q by Angle (rows, dim), out (rows, v_dim), scores (rows, KEYS), keys (KEYS, dim), values (KEYS, v_dim).
   float *q[2], *out, *scores, *keys, *values;
   Row* state;  // (rows,)

@@ -81,6 +81,19 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline float sum_lanes(Vec v) { return _mm512_reduce_add_ps(v); }
 inline float max_lanes(Vec v) { return _mm512_reduce_max_ps(v); }
+// (sum_lanes(v[0]), ..., sum_lanes(v[LANES - 1])): a tree that halves the number of vectors at every level.
+inline Vec sums_of_lanes(const Vec* v) {
+  Vec four[4];  // 128 bits four times: of v[4 i] to v[4 i + 3]
+  for (int i = 0; i < 4; ++i, v += 4) {
+    Vec a = _mm512_unpacklo_ps(v[0], v[1]) + _mm512_unpackhi_ps(v[0], v[1]);
+    Vec b = _mm512_unpacklo_ps(v[2], v[3]) + _mm512_unpackhi_ps(v[2], v[3]);
+    __m512d wide_a = _mm512_castps_pd(a), wide_b = _mm512_castps_pd(b);
+    four[i] = (Vec)_mm512_unpacklo_pd(wide_a, wide_b) + (Vec)_mm512_unpackhi_pd(wide_a, wide_b);
+  }
+  Vec left = _mm512_shuffle_f32x4(four[0], four[1], 0x88) + _mm512_shuffle_f32x4(four[0], four[1], 0xdd);
+  Vec right = _mm512_shuffle_f32x4(four[2], four[3], 0x88) + _mm512_shuffle_f32x4(four[2], four[3], 0xdd);
+  return _mm512_shuffle_f32x4(left, right, 0x88) + _mm512_shuffle_f32x4(left, right, 0xdd);
+}
 
 #elif defined(__AVX2__)
 
@@ -106,6 +119,11 @@ inline float max_lanes(Vec v) {
   __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
+inline Vec sums_of_lanes(const Vec* v) {
+  Vec left = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  Vec right = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+  return _mm256_permute2f128_ps(left, right, 0x20) + _mm256_permute2f128_ps(left, right, 0x31);
+}
 
 #else
 
@@ -123,6 +141,9 @@ inline float sum_lanes(Vec v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 inline float max_lanes(Vec v) {
   float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
   return a > b ? a : b;
+}
+inline Vec sums_of_lanes(const Vec* v) {
+  return Vec{sum_lanes(v[0]), sum_lanes(v[1]), sum_lanes(v[2]), sum_lanes(v[3])};
 }
 
 #endif

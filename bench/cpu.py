@@ -1,0 +1,360 @@
+"""Attention of a layer, and a whole model, on the CPU: python bench/cpu.py --output-dir bench/results/cpu
+
+Decode: one token more for a cache of C tokens, one row. Prefill: T tokens into an empty cache. What is timed is all
+that a layer of a model needs between its projections, rotation, storing and attention, but for two marked with a star:
+
+    sinkattn         sinkattn.ops: 4 sinks and a window of C - 4
+    sinkattn_op      the same by torch.ops.sinkattn, without the checks of arguments
+    sdpa, eager      transformers' rotation, DynamicCache and attention function of that name. The cache has C tokens in
+                     decode; a prompt is attended densely, since this cache has no window
+    sdpa_alone *     torch's scaled_dot_product_attention, keys rotated and stored already
+    attention_sinks  0.4.0: its Llama attention and eviction, C tokens in decode, a dense prompt
+    llama.cpp *      ggml_flash_attn_ext of llama-cpp-python, C keys in decode, a dense prompt
+
+The last two run in interpreters of their own, which options name; without them they are missing.
+
+A round of decode goes through as many layers as have 256 MB of keys and values, so that they come from memory. Rounds
+of providers that share this interpreter take turns, and with rounds that only read 256 MB (torch's sum, norm or amax,
+the fastest); figures are medians. The floor is the bytes of keys and values, 2 * kv_heads * C * head_dim * itemsize,
+over that bandwidth. GFLOP/s of a prompt count 4 * head_dim * heads for each pair of query and key that the provider
+looks at.
+
+The model has the shape of Qwen2.5-0.5B and random weights. Its steps, patched and not, take turns as well, at a cache
+of 1024 tokens, with the same weights; the floor is the bytes of weights and cache over the read bandwidth.
+"""
+
+import copy
+import csv
+import ctypes
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import types
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import matplotlib.pyplot as plt
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+
+import sinkattn
+from sinkattn import SinkCache, ops, patch
+
+SINKS = 4
+PROVIDERS = ("sinkattn", "sinkattn_op", "sdpa", "eager", "sdpa_alone", "attention_sinks", "llama.cpp")
+PEERS = PROVIDERS[5:]  # of cpu_peer.py
+COLD = 256 * 2**20  # bytes read before any of them is read again
+PATIENCE = 1.5  # seconds for a provider and case, after which two rounds have to do
+console = Console(width=150)
+
+
+@dataclass(frozen=True)
+class Case:
+    """tokens: 1 for decode. layers: that a round goes through."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    capacity: int
+    tokens: int
+    dtype: str
+    threads: int
+    layers: int
+    rounds: int
+
+    @property
+    def bytes(self) -> int:
+        """Of the keys and values of a layer."""
+        return 2 * self.kv_heads * self.capacity * self.head_dim * getattr(torch, self.dtype).itemsize
+
+    def flops(self, provider: str) -> int:
+        """Of a prompt."""
+        left_out = max(self.tokens - self.capacity, 0) if provider.startswith("sinkattn") else 0
+        pairs = self.tokens * (self.tokens + 1) // 2 - left_out * (left_out + 1) // 2
+        return 4 * self.head_dim * self.heads * pairs
+
+
+def cases(tiny: bool) -> list[Case]:
+    if tiny:
+        return [Case(4, 2, 16, 32, tokens, "float32", 1, 2, 2) for tokens in (1, 64)]
+    shapes = [(32, 8, 128, 1024, 1), (32, 8, 128, 1024, 2), (32, 8, 128, 4096, 2), (32, 32, 128, 1024, 2)]
+    shapes.append((14, 2, 64, 1024, 2))
+    found = []
+    for heads, kv_heads, head_dim, capacity, threads in shapes:
+        for dtype in ("float32", "bfloat16", "float16"):
+            case = Case(heads, kv_heads, head_dim, capacity, 1, dtype, threads, 1, 25)
+            found.append(replace(case, layers=-(-COLD // case.bytes)))
+    for tokens in (1024, 2048):
+        for dtype in ("float32", "bfloat16"):
+            found.append(Case(32, 8, 128, 1024, tokens, dtype, 2, 1, 5))
+    return found
+
+
+class Reader:
+    """Rounds that only read."""
+
+    def __init__(self, size: int = COLD):
+        self.x = torch.randn(size // 4)
+        self.ways = {"sum": self.x.sum, "norm": self.x.norm, "amax": self.x.amax}
+        self.seconds: dict[str, list[float]] = {name: [] for name in self.ways}
+
+    def round(self) -> None:
+        for name, way in self.ways.items():
+            begin = time.perf_counter()
+            way()
+            self.seconds[name].append(time.perf_counter() - begin)
+
+    def bandwidth(self) -> float:
+        """Bytes a second."""
+        return self.x.nbytes / min(statistics.median(times) for times in self.seconds.values())
+
+
+def steps(provider: str, case: Case):
+    """(function that runs a layer, given its index; function that takes back what a round has stored)."""
+    dtype, tokens = getattr(torch, case.dtype), case.tokens
+    new = lambda heads: torch.randn(1, tokens, heads, case.head_dim).to(dtype).transpose(1, 2)  # noqa: E731
+    q, k, v = new(case.heads), new(case.kv_heads), new(case.kv_heads)
+    scale, length = case.head_dim**-0.5, case.capacity if tokens == 1 else 0
+    shape = (1, case.kv_heads, case.capacity, case.head_dim)
+    full = lambda: torch.randn(shape).to(dtype)  # noqa: E731
+    if provider.startswith("sinkattn"):
+        caches = [(full(), full()) for _ in range(case.layers)]
+        rotation = torch.randn(1, tokens, 2, 2, case.head_dim // 2)
+        lengths = torch.tensor([3 * case.capacity + 7 if tokens == 1 else 0])
+        more = (lengths, None, rotation, None, None)
+        sizes = dict(sink_size=SINKS, window_size=case.capacity - SINKS, scale=scale)
+        op = getattr(ops if provider == "sinkattn" else torch.ops.sinkattn, "decode" if tokens == 1 else "prefill")
+        return lambda i: op(q, k, v, *caches[i], *more, **sizes), lambda: None
+    if provider == "sdpa_alone":
+        if tokens > 1:
+            return lambda i: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), lambda: None
+        caches = [(full(), full()) for _ in range(case.layers)]
+        return lambda i: scaled_dot_product_attention(q, *caches[i], enable_gqa=True), lambda: None
+
+    attention = sdpa_attention_forward if provider == "sdpa" else eager_attention_forward
+    module = types.SimpleNamespace(num_key_value_groups=case.heads // case.kv_heads, training=False, is_causal=True)
+    mask = None  # sdpa says "causal" instead
+    if provider == "eager" and tokens > 1:
+        mask = torch.full((tokens, tokens), torch.finfo(dtype).min, dtype=dtype).triu(1)[None, None]
+    cos, sin = (torch.randn(1, tokens, case.head_dim).to(dtype) for _ in range(2))
+    cache = DynamicCache()
+    for i in range(case.layers if length else 0):  # the step adds the last of the C tokens
+        cache.update(full()[:, :, 1:], full()[:, :, 1:], i)
+
+    def step(i):
+        rotated_q, rotated_k = apply_rotary_pos_emb(q, k, cos, sin)
+        return attention(module, rotated_q, *cache.update(rotated_k, v, i), mask, scaling=scale, dropout=0.0)
+
+    def take_back():
+        nonlocal cache
+        if length:
+            cache.crop(-1)
+        else:
+            cache = DynamicCache()
+
+    return step, take_back
+
+
+class Peer:
+    """One of PEERS in the interpreter that has it."""
+
+    def __init__(self, name: str, python: str):
+        command = [python, str(Path(__file__).with_name("cpu_peer.py")), name]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": ""}
+        )
+        self.versions = self.answer()
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}")
+        return json.loads(line)
+
+    def seconds(self, case: Case) -> list[float]:
+        print(json.dumps(asdict(case) | {"patience": PATIENCE}), file=self.process.stdin, flush=True)
+        return self.answer()
+
+
+def measure(case: Case, peers: dict[str, Peer], reader: Reader) -> dict[str, float]:
+    """Seconds of a layer by provider, and the bandwidth of reading meanwhile as "read"."""
+    torch.set_num_threads(case.threads)
+    own = {name: steps(name, case) for name in PROVIDERS if name not in PEERS}
+    times: dict[str, list[float]] = {name: [] for name in own}
+    reader.seconds = {name: [] for name in reader.ways}
+    for number in range(case.rounds + 1):
+        reader.round()
+        for name, (step, take_back) in own.items():
+            if number > 2 and case.layers * sum(times[name]) > PATIENCE:
+                continue
+            begin = time.perf_counter()
+            for layer in range(case.layers):
+                step(layer)
+            if number:  # the first warms up
+                times[name].append((time.perf_counter() - begin) / case.layers)
+            take_back()
+    for name, peer in peers.items():
+        times[name] = [seconds / case.layers for seconds in peer.seconds(case)]
+    return {name: statistics.median(some) for name, some in times.items()} | {"read": reader.bandwidth()}
+
+
+def model_seconds(dtype: str, threads: tuple[int, ...], capacity: int, rounds: int, reader: Reader, shape: dict):
+    """{threads: (seconds of a step patched, unpatched, at the floor)}."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(**shape)
+    with torch.device("meta"):
+        model = transformers.Qwen2ForCausalLM(config)
+    model = model.to(getattr(torch, dtype)).to_empty(device="cpu").eval()
+    for name, x in model.named_parameters():
+        x.data.fill_(1) if "norm" in name else x.data.normal_(std=0.02)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its frequencies are no parameters
+    model.tie_weights()
+    peer = copy.deepcopy(model, {id(x): x for x in model.parameters()})  # the same weights
+    size = sum(x.nbytes for x in model.parameters())
+    head_dim = config.hidden_size // config.num_attention_heads
+    size += 2 * capacity * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    patch(model, SINKS, capacity - SINKS)
+    ids, found = torch.randint(config.vocab_size, (1, capacity)), {}
+    caches = SinkCache(model), DynamicCache()
+    torch.set_num_threads(max(threads))
+    for it, cache in zip((model, peer), caches, strict=True):
+        it(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+    for count in threads:
+        torch.set_num_threads(count)
+        times: tuple[list, list] = [], []
+        reader.seconds = {name: [] for name in reader.ways}
+        for number in range(rounds + 2):
+            reader.round()
+            for it, cache, some in zip((model, peer), caches, times, strict=True):
+                begin = time.perf_counter()
+                it(ids[:, -1:], past_key_values=cache)
+                if number > 1:
+                    some.append(time.perf_counter() - begin)
+            caches[1].crop(-1)
+        found[count] = (*map(statistics.median, times), size / reader.bandwidth())
+    return found
+
+
+def machine() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0].split(':')[1].strip() if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def instructions() -> str:
+    """Of sinkattn's compiled ops on this machine."""
+    library = Path(ops.__file__).with_name("_C_cpu.so")
+    name = ctypes.CDLL(str(library)).sinkattn_cpu_isa
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Microseconds of a decode step by provider, a panel a capacity and dtype, the largest number of threads."""
+    rows = [row for row in rows if row["tokens"] == 1 and row["threads"] == max(row["threads"] for row in rows)]
+    panels = list(dict.fromkeys((row["heads"], row["kv_heads"], row["capacity"], row["dtype"]) for row in rows))
+    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels) + 1, 3.6), squeeze=False)
+    for axis, panel in zip(axes[0], panels, strict=True):
+        some = [r for r in rows if (r["heads"], r["kv_heads"], r["capacity"], r["dtype"]) == panel]
+        axis.bar([r["provider"] for r in some], [r["us"] for r in some], color=["C1"] + ["C0"] * (len(some) - 1))
+        axis.axhline(some[0]["floor_us"], color="black", linestyle="--", linewidth=1)
+        axis.set_title(f"{panel[0]}/{panel[1]}, C {panel[2]}\n{panel[3]}", fontsize=9)
+        axis.tick_params(axis="x", rotation=90)
+    axes[0][0].set_ylabel("us a layer and token (dashed: floor)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def write(rows: list[dict], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({k: f"{x:.4g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows)
+
+
+@torch.no_grad()
+def main(
+    output_dir: Annotated[Path, typer.Option(help="Where the CSV files, cpu.json and cpu.png go.")] = Path(
+        "bench/results/cpu"
+    ),
+    attention_sinks_python: Annotated[str, typer.Option(help="Python that has attention_sinks 0.4.0.")] = "",
+    llama_cpp_python: Annotated[str, typer.Option(help="Python that has llama-cpp-python.")] = "",
+    tiny: Annotated[bool, typer.Option(help="Sizes that show that it runs, and nothing else.")] = False,
+) -> None:
+    """Time sinkattn's CPU ops beside their peers, and a model patched and not; print tables and write files."""
+    pythons = {"attention_sinks": attention_sinks_python, "llama.cpp": llama_cpp_python}
+    peers = {name: Peer(name, python) for name, python in pythons.items() if python}
+    missing = [name for name in pythons if name not in peers]
+    if missing:
+        console.print(f"[yellow]missing peers:[/yellow] {', '.join(missing)}; options name interpreters that have them")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    versions = {"sinkattn": sinkattn.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    about = {
+        "command": " ".join(["python", "bench/cpu.py", *sys.argv[1:]]),
+        "machine": machine(),
+        "instructions": instructions(),
+        "versions": versions | {"python": platform.python_version()},
+        "peers": {name: peer.versions for name, peer in peers.items()},
+        "missing": missing,
+    }
+    (output_dir / "cpu.json").write_text(json.dumps(about, indent=1) + "\n")
+    title = f"us; {about['machine']}, {about['instructions']}, torch {torch.__version__}"
+    table = Table("heads", "dim", "C", "T", "dtype", "threads", "GB/s", "floor", *PROVIDERS, "of floor", title=title)
+    reader, rows = Reader(2**20 if tiny else COLD), []
+    for case in cases(tiny):
+        times = measure(case, peers, reader)
+        floor = case.bytes / times["read"]
+        for name in PROVIDERS:
+            if name in times:
+                rows.append(
+                    asdict(case)
+                    | dict(provider=name, us=1e6 * times[name], floor_us=1e6 * floor, read_gb_s=1e-9 * times["read"])
+                    | dict(gflops=1e-9 * case.flops(name) / times[name] if case.tokens > 1 else "")
+                )
+        table.add_row(
+            f"{case.heads}/{case.kv_heads}", *map(str, (case.head_dim, case.capacity, case.tokens, case.dtype)),
+            str(case.threads), f"{1e-9 * times['read']:.1f}", f"{1e6 * floor:.0f}",
+            *(f"{1e6 * times[name]:.0f}" if name in times else "-" for name in PROVIDERS),
+            f"{floor / times['sinkattn']:.0%}" if case.tokens == 1 else "-",
+        )  # fmt: skip
+        write(rows, output_dir / "attention.csv")
+    console.print(table)
+    plot(rows, output_dir / "cpu.png")
+
+    shape = dict(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=32768,
+    )  # fmt: skip
+    threads, capacity, rounds, rows = (1, 2), 1024, 20, []
+    if tiny:
+        shape |= dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=97)
+        shape |= dict(num_attention_heads=2, num_key_value_heads=1)
+        threads, capacity, rounds = (1,), 32, 2
+    table = Table("dtype", "threads", "patched tokens/s", "transformers tokens/s", "floor tokens/s", title="model")
+    for dtype in ("float32", "bfloat16"):
+        for count, (patched, plain, floor) in model_seconds(dtype, threads, capacity, rounds, reader, shape).items():
+            rows.append(
+                dict(
+                    dtype=dtype, threads=count, capacity=capacity, patched=1 / patched, transformers=1 / plain,
+                    floor=1 / floor,
+                )
+            )  # fmt: skip
+            table.add_row(dtype, str(count), *(f"{1 / x:.2f}" for x in (patched, plain, floor)))
+            write(rows, output_dir / "model.csv")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
