@@ -303,8 +303,8 @@ def flatness(output_dir: Path, total: int) -> None:
                 made += span
                 host[mark] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
                 rows.append(dict(tokens=mark, ms_per_token=round(ms, 5), memory_bytes=memory))
+                write(output_dir / "flatness.csv", rows)
         finite = bool(stream._logits.isfinite().all())
-    write(output_dir / "flatness.csv", rows)
     about = dict(total=total, lengths=stream.lengths.tolist(), finite=finite, host_peak_bytes=host, span=span)
     (output_dir / "flatness.json").write_text(json.dumps(about, indent=1) + "\n")
     for row in rows:
