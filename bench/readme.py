@@ -242,6 +242,38 @@ def cpu_model_table() -> str:
     return f"\n{table(['tokens/s', 'threads', *names], rows)}\n"
 
 
+def generate_table() -> str:
+    """Milliseconds a token, a row for each model, batch and capacity that was measured to the end."""
+    methods = ("floor", "stream", "generate", "static_compiled", "dynamic", "recompute")
+    times: dict[tuple, dict] = {}
+    for line in gpu_csv("generate.csv"):
+        times.setdefault(tuple(line[name] for name in ("model", "batch", "capacity")), {})[line["method"]] = line
+    rows = [
+        [*at, *(f"{float(row[m]['ms_per_token']):.2f}" if m in row else "-" for m in methods)]
+        for at, row in sorted(times.items(), key=lambda x: (x[0][0], int(x[0][1]), int(x[0][2])))
+        if "stream" in row
+    ]
+    about = json.loads((GPU / "generate.json").read_text())
+    source = f"`python bench/generate.py --output-dir bench/results/h200`, {about['device']}, torch {about['torch']}, "
+    source += f"transformers {about['transformers']}; reads {about['read_gb_per_s'] / 1e3:.2f} TB/s."
+    return f"\n{table(['model', 'batch', 'C', *methods], rows)}\n\n{source}\n"
+
+
+def step_table() -> str:
+    """Microseconds of a step by part, and what reading takes at least."""
+    lines = gpu_csv("step.csv")
+    models, parts = (list(dict.fromkeys(line[name] for line in lines)) for name in ("model", "part"))
+    at = {(line["model"], line["part"]): line for line in lines}
+    header = ["us (floor)", "kernels", *models]
+    rows = [
+        [part, at[models[0], part]["kernels"], *(f"{at[m, part]['us']} ({at[m, part]['floor_us']})" for m in models)]
+        for part in parts
+    ]
+    sums = [[sum(float(at[m, part][column]) for part in parts) for column in ("us", "floor_us")] for m in models]
+    rows.append(["all", str(sum(int(row[1]) for row in rows)), *(f"{us:.0f} ({floor:.0f})" for us, floor in sums)])
+    return f"\n{table(header, rows)}\n\n`python bench/step.py --output-dir bench/results/h200`\n"
+
+
 def read_json(path: str) -> dict:
     return json.loads((PROOF / path).read_text())
 
@@ -404,6 +436,8 @@ def figures() -> dict[str, str]:
         "prefill table": (prefill_table,),
         "prefill aims table": (prefill_aims_table,),
         "launch table": (launch_table,),
+        "generate table": (generate_table,),
+        "step table": (step_table,),
         "counters table": (counters_table,),
         "errors table": (errors_table,),
         "tensor parallel table": (tensor_parallel_table,),
@@ -421,7 +455,13 @@ def figures() -> dict[str, str]:
 
 def main() -> None:
     known, behind = figures(), []
-    for path in (ROOT / "README.md", ROOT / "docs/faq.md", ROOT / "docs/kernels.md", ROOT / "docs/cpu.md"):
+    for path in (
+        ROOT / "README.md",
+        ROOT / "docs/faq.md",
+        ROOT / "docs/kernels.md",
+        ROOT / "docs/cpu.md",
+        ROOT / "docs/step.md",
+    ):
         before = after = path.read_text()
         for name, text in known.items():
             after = re.sub(
