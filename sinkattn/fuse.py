@@ -261,8 +261,13 @@ class Attention:
         self.module, self.original, self.current = module, module.forward, current
         self.projection, self.output, self.norms, self.is_grouped = Joined(parts), Joined([output]), norms, is_grouped
         self.layer_idx, self.scale, self.softcap = seen.layer_idx, seen.scale, seen.softcap
-        self.learned_logits, self.returned = seen.learned_logits, seen.returned()
+        self.learned_logits, self.returned, self.has_hooks = seen.learned_logits, seen.returned(), False
         (_, self.heads, _, self.dim), (_, self.kv_heads, _, self.v_dim) = seen.query.shape, seen.value.shape
+
+    @property
+    def called(self) -> list[nn.Module]:
+        """Parts that are called if they have hooks."""
+        return [*self.projection.parts, *self.output.parts]
 
     @classmethod
     def of(cls, module: nn.Module, seen: Seen, current) -> "Attention | None":
@@ -325,7 +330,7 @@ class Attention:
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         step = self.current.step
-        if not isinstance(step, SinkCache) or self.module.training:
+        if not isinstance(step, SinkCache) or self.module.training or self.has_hooks:
             return self.original(hidden_states, *args, **kwargs)
         return self.returned(self.output(self.attend(step, self.projection(hidden_states))))
 
@@ -337,6 +342,8 @@ class Layer:
         self.module, self.original, self.attention = module, module.forward, attention
         self.norms, self.gate_up, self.down = norms, Joined(gate_up), Joined([down])
         self.activation, self.returned, self.has_hooks = activation, seen.returned(), False
+
+    called = ()  # parts that are called if they have hooks: then the whole layer calls its own
 
     @property
     def products(self) -> tuple[Joined, ...]:
@@ -432,30 +439,31 @@ def _is_rotary(module: nn.Module) -> bool:
 
 
 class Fused:
-    """What was replaced on a model; `undo` brings it back.
+    """What is computed otherwise on a model: found when made, in force after `apply`, and gone after `undo`.
 
     what: "layers" or "attention". observer: of a short text that has run through the model.
     """
 
     def __init__(self, model: nn.Module, what: str, observer: Observer, current):
+        self.model = model
         found = [Attention.of(module, seen, current) for module, seen in observer.of.items()]
         self.attentions = [attention for attention in found if attention is not None]
         of = {attention.module: attention for attention in self.attentions}
-        self.layers, few = [], []
+        self.layers, others = [], [Still(module, current) for module in model.modules() if _is_rotary(module)]
         if what == "layers":
             pairs = [(module, of[child]) for module in model.modules() for child in module.children() if child in of]
             self.layers = [layer for module, a in pairs if (layer := Layer.of(module, observer.of, a)) is not None]
-        self.model = model
         self.joined = [x for a in self.attentions for x in (a.projection, a.output)]
         self.joined += [x for layer in self.layers for x in (layer.gate_up, layer.down)]
-        self.join()
         if what == "layers":
             taken = {part for joined in self.joined for part in joined.parts}
-            few = [Few(module) for module in model.modules() if is_plain(module) and module not in taken]
+            others += [Few(module) for module in model.modules() if is_plain(module) and module not in taken]
             norms = ((module, Norm.of(module)) for module in model.modules() if "RMSNorm" in type(module).__name__)
-            few += [Normed(module, norm) for module, norm in norms if norm is not None]
-        still = [Still(module, current) for module in model.modules() if _is_rotary(module)]
-        self.replaced = [*self.attentions, *self.layers, *few, *still]
+            others += [Normed(module, norm) for module, norm in norms if norm is not None]
+        self.replaced = [*self.attentions, *self.layers, *others]
+
+    def apply(self) -> None:
+        self.join()
         for new in self.replaced:
             new.module.forward = new.forward
 
@@ -463,9 +471,9 @@ class Fused:
         """Find out which modules have hooks, or were exchanged: they are then called."""
         for joined in self.joined:
             joined.is_plain = all(is_plain(part) for part in joined.parts)
-        for layer in self.layers:
-            inner = [module for module in layer.module.modules() if module is not layer.module]
-            layer.has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in inner)
+        for new in (*self.attentions, *self.layers):
+            inner = {*new.module.modules()} - {new.module, *new.called}
+            new.has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in inner)
 
     def join(self) -> None:
         """Lay weights side by side, again if they were moved."""

@@ -173,6 +173,7 @@ class Handle:
             if observer is not None:
                 with torch.no_grad():
                     self._fused = Fused(model, fuse, observer, _current)
+                self._fused.apply()
             with untouched(model):
                 self._verify(ids, expected)
             self._look_at_model()

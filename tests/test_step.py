@@ -89,6 +89,21 @@ def test_what_has_another_form_is_left_alone():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_hooks_are_called_wherever_they_are(device):
+    model, ids = tiny("qwen3").to(device), random_ids(1, 20, device)
+    with patch(model, S, W), torch.no_grad():
+        expected, names = model(ids).logits, [name for name, _ in model.named_modules() if name]
+        for name in names:
+            heard = []
+            hook = model.get_submodule(name).register_forward_hook(lambda *_, heard=heard: heard.append(1))
+            logits = model(ids).logits
+            hook.remove()
+            is_list = isinstance(model.get_submodule(name), torch.nn.ModuleList)
+            assert len(heard) >= (not is_list), name
+            assert relative_error(logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_weights_that_change_while_patched(device):
     """Whatever is done to the model's own parameters and modules counts from the next call on."""
     model, ids = tiny("llama").to(device), random_ids(1, 20, device)

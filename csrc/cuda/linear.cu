@@ -10,13 +10,10 @@
 // * Blocks, one for each multiprocessor, share the rows of the weight evenly, and let the kernel behind them launch at
 //   once: where one ends the next asks for its first chunks, and only then waits for what all of them write. So the
 //   weight must not be what the kernel ahead writes.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <algorithm>
-#include <type_traits>
 
 #include "linear.h"
+#include "numbers.h"
 
 namespace sinkattn::cuda {
 namespace {
@@ -60,29 +57,8 @@ __device__ void wait_for_copies(int pending) {
   }
 }
 
-template <typename T>
-__device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<T, __half>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-  else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-__device__ float to_float(__half x) { return __half2float(x); }
-__device__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
 __device__ float2 to_floats(__half2 x) { return __half22float2(x); }
 __device__ float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-template <typename T>
-__device__ T from_float(float x) {
-  if constexpr (std::is_same_v<T, __half>)
-    return __float2half_rn(x);
-  else
-    return __float2bfloat16_rn(x);
-}
 template <typename T>
 __device__ auto from_floats(float x, float y) {
   if constexpr (std::is_same_v<T, __half>)
