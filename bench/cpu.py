@@ -31,7 +31,6 @@ import os
 import platform
 import statistics
 import subprocess
-import sys
 import time
 import types
 from dataclasses import asdict, dataclass, replace
@@ -264,14 +263,17 @@ def plot(rows: list[dict], path: Path) -> None:
     """Microseconds of a decode step by provider, a panel a capacity and dtype, the largest number of threads."""
     rows = [row for row in rows if row["tokens"] == 1 and row["threads"] == max(row["threads"] for row in rows)]
     panels = list(dict.fromkeys((row["heads"], row["kv_heads"], row["capacity"], row["dtype"]) for row in rows))
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.6 * len(panels) + 1, 3.6), squeeze=False)
-    for axis, panel in zip(axes[0], panels, strict=True):
+    lines = -(-len(panels) // 3)  # of a panel a dtype
+    figure, axes = plt.subplots(lines, 3, figsize=(10, 2.6 * lines + 1), squeeze=False, sharex=True)
+    for axis, panel in zip(axes.flat, panels, strict=False):
         some = [r for r in rows if (r["heads"], r["kv_heads"], r["capacity"], r["dtype"]) == panel]
-        axis.bar([r["provider"] for r in some], [r["us"] for r in some], color=["C1"] + ["C0"] * (len(some) - 1))
+        axis.bar([r["provider"] for r in some], [r["us"] for r in some], color=["C1"] * 2 + ["C0"] * (len(some) - 2))
         axis.axhline(some[0]["floor_us"], color="black", linestyle="--", linewidth=1)
-        axis.set_title(f"{panel[0]}/{panel[1]}, C {panel[2]}\n{panel[3]}", fontsize=9)
+        axis.set(title=f"{panel[0]}/{panel[1]} heads, C {panel[2]}, {panel[3]}", yscale="log")
+        axis.title.set_size(9)
+    for axis in axes[-1]:
         axis.tick_params(axis="x", rotation=90)
-    axes[0][0].set_ylabel("us a layer and token (dashed: floor)")
+    figure.supylabel("us a layer and token (dashed: floor)", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -302,7 +304,6 @@ def main(
     output_dir.mkdir(parents=True, exist_ok=True)
     versions = {"sinkattn": sinkattn.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     about = {
-        "command": " ".join(["python", "bench/cpu.py", *sys.argv[1:]]),
         "machine": machine(),
         "instructions": instructions(),
         "versions": versions | {"python": platform.python_version()},
