@@ -257,7 +257,7 @@ def prefill(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *cache_strides,
             tokens, sink_size, window_size, ring_size,
             min(dense_window or window_size, window_size + tokens),  # what lies beyond is not there: keeps it an int32
-            dense_window > 0,
+            int(dense_window > 0),  # a bool is no number to every interpreter
             query_scale(scale, softcap),
             NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, HEAD_DIM=head_dim, V_DIM=v_dim, **turn,
             SOFTCAP=softcap, BLOCK_D=block_d, BLOCK_V=block_v,

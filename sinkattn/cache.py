@@ -283,8 +283,9 @@ class SinkCache(Cache):
         if self._keeper is not None:
             self._keeper.detach()
         self.rows, self.layers, self.rings = rows, rows.layers, rows.rings
-        self._keeper = weakref.finalize(self, self.plan.spare.put, rows)
-        self._keeper.atexit = False
+        if not torch.compiler.is_compiling():
+            self._keeper = weakref.finalize(self, self.plan.spare.put, rows)
+            self._keeper.atexit = False
 
     def __deepcopy__(self, memo) -> "SinkCache":
         copied = object.__new__(type(self))

@@ -120,8 +120,9 @@ class Joined:
     @property
     def is_joined(self) -> bool:
         """Whether one tensor holds what the parts multiply by: somebody may have moved them, or added a hook."""
-        weight = self.weight
-        return weight is not None and self.is_plain and self.parts[0].weight.data_ptr() == weight.data_ptr()
+        if self.weight is None or not self.is_plain or torch.compiler.is_compiling():
+            return self.weight is not None and self.is_plain
+        return self.parts[0].weight.data_ptr() == self.weight.data_ptr()
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., sum of out_features)."""
