@@ -28,6 +28,7 @@ CUDA_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 19
 CUDA_MAX_GROUP = 16
 CUDA_PREFILL_HEAD_DIMS, CUDA_PREFILL_MAX_SINKS = (64, 128), 128
 LINEAR_MAX_ROWS = 16
+FEW_ROWS = 8  # with more, torch's products read a weight as fast: bench/linear.py
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? counts, "
@@ -472,15 +473,16 @@ def _check_linear(x, weight, bias, norm_weight, residual, activation) -> None:
 
 
 def takes_linear(x: Tensor, weight: Tensor) -> bool:
-    """Whether the compiled `linear` serves x (rows, in_features): few rows on a GPU, where it is the faster one."""
+    """Whether the compiled `linear` serves x (rows, in_features) and is the faster one: few rows on a large GPU."""
     return (
         x.device.type == "cuda"
         and HAS_CUDA_LIBRARY
-        and len(x) <= LINEAR_MAX_ROWS
+        and len(x) <= FEW_ROWS
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.shape[1] % 8 == 0
         and weight.stride(1) == 1
         and weight.stride(0) % 8 == weight.storage_offset() % 8 == 0
+        and _is_large(x.device.index)
     )
 
 
