@@ -272,7 +272,7 @@ class SinkCache(Cache):
         self.rows: Rows | None = None
         self._keeper: weakref.finalize | None = None
         self.seen = 0
-        self._open = False  # whether a step is under way
+        self.is_open = False  # whether a step is under way
         self._known = 0  # how many of the last ids fed are known, at the end of `rows.recent`
         self._places: Tensor | None = None  # (batch, tokens, 3) of a step with images before or in it, see `begin`
         self.has_places = False  # whether places are not positions any more
@@ -345,7 +345,7 @@ class SinkCache(Cache):
         if self.has_state:
             self._held_at = self._addresses()
             self._states = [] if mask is None else [x.clone() for x in self.rows.states()]
-        self._written, self._open = False, True
+        self._written, self.is_open = False, True
 
     def _start_places(self, places: Tensor | None) -> None:
         if places is None and self.has_places:
@@ -397,7 +397,7 @@ class SinkCache(Cache):
         goes_on = are_known and (self._known or not self.seen)
         self._known = min(self._known + tokens, RECENT) if goes_on else 0
         self.seen += tokens
-        self._open = False
+        self.is_open = False
 
     def _keep_states(self) -> None:
         """Rows that took no token in this step keep their state, or start from an empty one."""
@@ -408,12 +408,12 @@ class SinkCache(Cache):
 
     def cancel(self) -> None:
         """End a step that was captured and has not run."""
-        self._open = False
+        self.is_open = False
 
     def abort(self, torn: bool) -> None:
         """End a step that raised. A lone token is simply written again; a prompt or a state cannot be mended."""
         self._broken = torn or self.has_state or (self._written and self._tokens > 1)
-        self._open = False
+        self.is_open = False
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         """What the model's layers call: hands the step's keys and values through, `attend` appends them."""
@@ -525,7 +525,7 @@ class SinkCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens fed, padding included: what `generate` slices re-sent ids with. In a step the model sees none."""
-        return 0 if self._open else self.seen
+        return 0 if self.is_open else self.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return query_length, 0

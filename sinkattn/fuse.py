@@ -182,11 +182,13 @@ def product(x: Tensor, linear: "Joined | nn.Linear", norm: Norm | None = None, r
 class Seen:
     """What one module did with a short text at position 0.
 
-    hidden, output: (1, tokens, hidden_size). like: everything that it returned. Of attention: query, key, value
-    (1, heads, tokens, dim), attended (1, tokens, heads, v_dim), and what else went with them.
+    hidden, output: (1, tokens, hidden_size). cache_name: of the keyword that brought the cache, None for none. like:
+    everything that it returned. Of attention: query, key, value (1, heads, tokens, dim), attended (1, tokens, heads,
+    v_dim), and what else went with them.
     """
 
     hidden: Tensor
+    cache_name: str | None
     output: Tensor | None = None
     like: object = None
     calls: int = 1
@@ -229,7 +231,7 @@ class Observer(Recorder):
         if module in self.of:
             self.of[module].calls += 1
         elif isinstance(hidden, Tensor):
-            self.of[module] = Seen(hidden.detach())
+            self.of[module] = Seen(hidden.detach(), next((name for name, x in kwargs.items() if x is self), None))
 
     def _after(self, module, args, output):
         self._within.pop()
@@ -252,14 +254,16 @@ class Observer(Recorder):
             hook.remove()
 
 
+def _is_step(cache) -> bool:
+    """Whether what is computed belongs to a step over a cache of ours."""
+    return isinstance(cache, SinkCache) and cache.is_open
+
+
 class Attention:
-    """An attention module: projections, optional norms of q and k, attention over the cache, output projection.
+    """An attention module: projections, optional norms of q and k, attention over the cache, output projection."""
 
-    current: what holds the step of this thread.
-    """
-
-    def __init__(self, module: nn.Module, seen: Seen, current, parts, output: nn.Module, norms, is_grouped: bool):
-        self.module, self.original, self.current = module, module.forward, current
+    def __init__(self, module: nn.Module, seen: Seen, parts, output: nn.Module, norms, is_grouped: bool):
+        self.module, self.original, self.cache_name = module, module.forward, seen.cache_name
         self.projection, self.output, self.norms, self.is_grouped = Joined(parts), Joined([output]), norms, is_grouped
         self.layer_idx, self.scale, self.softcap = seen.layer_idx, seen.scale, seen.softcap
         self.learned_logits, self.returned, self.has_hooks = seen.learned_logits, seen.returned(), False
@@ -271,10 +275,12 @@ class Attention:
         return [*self.projection.parts, *self.output.parts]
 
     @classmethod
-    def of(cls, module: nn.Module, seen: Seen, current) -> "Attention | None":
+    def of(cls, module: nn.Module, seen: Seen) -> "Attention | None":
         """How to compute a module, if it has the usual form."""
         parameters = {id(x) for x in module.parameters(recurse=False)}
         if seen.query is None or seen.calls > 1 or seen.returned() is None or "forward" in vars(module):
+            return None
+        if seen.cache_name is None:
             return None
         if seen.learned_logits is not None and id(seen.learned_logits) not in parameters:
             return None
@@ -286,7 +292,7 @@ class Attention:
                 if pair and (is_grouped or any(getattr(x, "weight", None) is None for x in pair)):
                     continue
                 pair = pair and [Norm.of(x) or x for x in pair]
-                attention = cls(module, seen, current, parts, output, pair, is_grouped)
+                attention = cls(module, seen, parts, output, pair, is_grouped)
                 if attention._repeats(seen):
                     return attention
         return None
@@ -330,8 +336,8 @@ class Attention:
         return out.flatten(2)
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
-        step = self.current.step
-        if not isinstance(step, SinkCache) or self.module.training or self.has_hooks:
+        step = kwargs.get(self.cache_name)
+        if not _is_step(step) or self.module.training or self.has_hooks:
             return self.original(hidden_states, *args, **kwargs)
         return self.returned(self.output(self.attend(step, self.projection(hidden_states))))
 
@@ -340,7 +346,7 @@ class Layer:
     """A decoder layer: ``h = x + attention(norm(x))``, then ``h + down(act(gate(norm(h))) * up(norm(h)))``."""
 
     def __init__(self, module, seen: Seen, attention: Attention, norms, gate_up, down, activation: str):
-        self.module, self.original, self.attention = module, module.forward, attention
+        self.module, self.original, self.attention, self.cache_name = module, module.forward, attention, seen.cache_name
         self.norms, self.gate_up, self.down = norms, Joined(gate_up), Joined([down])
         self.activation, self.returned, self.has_hooks = activation, seen.returned(), False
 
@@ -356,6 +362,8 @@ class Layer:
         here, inner = seen.get(module), seen[attention.module]
         norms = [Norm.of(getattr(module, name, None)) for name in LAYER_NORMS]
         if here is None or here.calls > 1 or here.returned() is None or "forward" in vars(module) or not all(norms):
+            return None
+        if here.cache_name is None:
             return None
         for mlp in module.children():
             gate_up = next((parts for names in GATED if all(parts := [getattr(mlp, n, None) for n in names])), None)
@@ -373,9 +381,9 @@ class Layer:
         return None
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
-        attention, step = self.attention, self.attention.current.step
+        attention, step = self.attention, kwargs.get(self.cache_name)
         is_itself = self.has_hooks or self.module.training or not all(x.is_joined for x in self.products)
-        if is_itself or not isinstance(step, SinkCache):
+        if is_itself or not _is_step(step):
             return self.original(hidden_states, *args, **kwargs)
         x = hidden_states.flatten(0, 1)
         y = product(x, attention.projection, self.norms[0]).unflatten(0, hidden_states.shape[:2])
@@ -397,13 +405,16 @@ class Normed:
 
 
 class Still:
-    """A rotary module: all positions are 0 in a patched model, so for one token it says the same every time."""
+    """A rotary module: all positions are 0 in a patched model, so for one token it says the same every time.
+
+    current: what holds the step of this thread.
+    """
 
     def __init__(self, module: nn.Module, current):
         self.module, self.original, self.current, self.said = module, module.forward, current, {}
 
     def forward(self, x: Tensor, position_ids: Tensor, *args, **kwargs):
-        if not isinstance(self.current.step, SinkCache) or position_ids.shape[-1] != 1:
+        if torch.compiler.is_compiling() or not _is_step(self.current.step) or position_ids.shape[-1] != 1:
             return self.original(x, position_ids, *args, **kwargs)
         key = (x.dtype, x.device, position_ids.shape, *args, *kwargs.items())
         if key in self.said:
@@ -447,7 +458,7 @@ class Fused:
 
     def __init__(self, model: nn.Module, what: str, observer: Observer, current):
         self.model = model
-        found = [Attention.of(module, seen, current) for module, seen in observer.of.items()]
+        found = [Attention.of(module, seen) for module, seen in observer.of.items()]
         self.attentions = [attention for attention in found if attention is not None]
         of = {attention.module: attention for attention in self.attentions}
         self.layers, others = [], [Still(module, current) for module in model.modules() if _is_rotary(module)]
