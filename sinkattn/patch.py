@@ -50,7 +50,8 @@ CHUNK = 2048  # tokens of a prompt that go through the model at a time
 class _Current(threading.local):
     """What the attention layers of the model that runs in this thread talk to: a SinkCache, or the probe's Recorder."""
 
-    step: SinkCache | Recorder | None = None
+    def __init__(self):  # once a thread; a class attribute would hide a thread's own from older torch.compile
+        self.step: SinkCache | Recorder | None = None
 
     def __deepcopy__(self, memo) -> "_Current":
         return self
