@@ -94,7 +94,7 @@ def caches(batch, heads, capacity, head_dim, dtype) -> list[tuple[torch.Tensor, 
     return [pairs[i % count] for i in range(max(8, count))]
 
 
-def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype, op=ops.decode) -> float:
+def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype, op=ops.decode, overlap=True) -> float:
     """Microseconds of one layer's step; raises what the provider raises where it cannot. op: sinkattn's, for tuning."""
     q = torch.randn(batch, num_heads, 1, head_dim, device="cuda", dtype=dtype)
     pairs = caches(batch, num_kv_heads, capacity, head_dim, dtype)
@@ -102,7 +102,7 @@ def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype,
         k, v = (torch.randn(batch, num_kv_heads, 1, head_dim, device="cuda", dtype=dtype) for _ in range(2))
         lengths = torch.randint(capacity, 10 * capacity, (batch,), device="cuda")
         rotation = torch.randn(batch, 1, 2, 2, head_dim // 2, device="cuda")
-        sizes = dict(sink_size=SINKS, window_size=capacity - SINKS, scale=head_dim**-0.5)
+        sizes = dict(sink_size=SINKS, window_size=capacity - SINKS, scale=head_dim**-0.5, overlap=overlap)
         calls = [lambda kv=kv: op(q, k, v, *kv, lengths, None, rotation, None, None, **sizes) for kv in pairs]
         return graph_us(calls)
     if provider.startswith("sdpa"):

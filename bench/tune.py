@@ -2,7 +2,7 @@
 
 For every shape it times the CUDA C++ kernel with every way to share a key head and, with --triton, candidates for
 `_config` of kernels/decode.py. It prints the best next to what is in use and writes tune.csv. What is good goes into
-`splits_of` of csrc/cuda/decode.cu and into `_config` by hand: nothing is tuned at run time. Triton's candidates take
+`sharing_of` of csrc/cuda/decode.cu and into `_config` by hand: nothing is tuned at run time. Triton's candidates take
 most of the time to compile, and Triton keeps what it compiled: run --part k/n side by side first, then all of them.
 """
 
@@ -49,17 +49,27 @@ def candidates(pairs: int, group: int, ring_size: int) -> list[tuple[dict, int]]
     return found
 
 
+def sharings(pairs: int, tiles: int) -> list[tuple[int, bool]]:
+    """(splits, cluster) as csrc/cuda/decode.h has them, for up to two rounds of blocks on 132 multiprocessors."""
+    found = [(splits, False) for splits in (1, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 64)]
+    found += [(splits, True) for splits in range(1, 9)]
+    most = {False: 528, True: 264}
+    return [(n, cluster) for n, cluster in found if n == 1 or (n <= tiles and pairs * n <= most[cluster])]
+
+
 def cuda_times(shape: tuple, head_dim: int) -> list[tuple[float, str]]:
     num_heads, num_kv_heads, batch, capacity = shape
     found = []
-    for splits in range(9):
-        op = functools.partial(torch.ops.sinkattn.decode_cuda, splits=splits)
+    for (splits, cluster), overlap in itertools.product(sharings(batch * num_kv_heads, capacity // 16), (False, True)):
+        op = functools.partial(torch.ops.sinkattn.decode_cuda, splits=splits, cluster=cluster)
+        config = f"splits={splits} cluster={cluster} overlap={overlap}"
+        arguments = (num_heads, num_kv_heads, head_dim, batch, capacity, torch.bfloat16)
         try:
-            us = measure("sinkattn", num_heads, num_kv_heads, head_dim, batch, capacity, torch.bfloat16, op)
+            us = measure("sinkattn", *arguments, op, overlap=overlap)
         except RuntimeError as error:
-            console.print(f"splits={splits}: {str(error).splitlines()[0][:100]}")
+            console.print(f"{config}: {str(error).splitlines()[0][:100]}")
             continue
-        found.append((us, f"splits={splits}"))
+        found.append((us, config))
     return found
 
 
@@ -102,7 +112,7 @@ def main(
             op = functools.partial(ops.decode, backend=backend)
             now = measure("sinkattn", num_heads, num_kv_heads, head_dim, batch, capacity, torch.bfloat16, op)
             found = sorted(times(shape, head_dim))
-            best = ", ".join(f"{config} {us:.1f}" for us, config in found[:4])
+            best = ", ".join(f"{config} {us:.1f}" for us, config in found[:6])
             console.print(f"{shape} {backend}: in use {now:.1f} us; best: {best}")
             rows += [
                 (num_heads, num_kv_heads, head_dim, *shape[2:], backend, config, f"{us:.2f}") for us, config in found

@@ -8,6 +8,7 @@ import copy
 import itertools
 import weakref
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -462,8 +463,9 @@ class SinkCache(Cache):
             out = self._attend_varying(layer, query, key, value, lengths, counts, learned_logits, slopes, sizes)
         else:
             rotation = None if rope is None else self._rotation(rope, query.device)
-            run = ops.decode if self._tokens == 1 else ops.prefill
             given = (query, key, value, layer.keys, layer.values, lengths, counts, rotation, learned_logits, slopes)
+            # overlap: since the cache was last written, torch's kernels have made the step's lengths and angles
+            run = partial(ops.decode, overlap=True) if self._tokens == 1 else ops.prefill
             out = run(*given, **sizes)
         self._written = True  # not before: arguments that an op refuses leave the cache as it was
         return out[:, -asked:]

@@ -36,7 +36,8 @@ _SCHEMA = (
     "float softcap=0., int rotary_start=0, bool interleaved=False{more}) -> Tensor"
 )
 torch.library.define("sinkattn::decode", _SCHEMA.format(more=""))
-torch.library.define("sinkattn::decode_cuda", _SCHEMA.format(more=", int splits=-1"))  # csrc/cuda/decode.h; -1: chosen
+_SHARING = ", bool overlap=False, int splits=-1, bool cluster=False"  # csrc/cuda/decode.h; splits -1: both are chosen
+torch.library.define("sinkattn::decode_cuda", _SCHEMA.format(more=_SHARING))
 torch.library.define("sinkattn::decode_triton", _SCHEMA.format(more=""))
 torch.library.define("sinkattn::prefill", _SCHEMA.format(more=", int dense_window=0"))
 torch.library.define("sinkattn::prefill_cuda", _SCHEMA.format(more=", int dense_window=0"))
@@ -277,19 +278,22 @@ def _chosen(op: str, backend: str, tensors: tuple, sink_size: int, rotary_start:
 _COMPILED: dict[tuple, torch._ops.OpOverload] = {}  # which op of csrc/cuda took calls of this kind
 
 
-def _run(op: str, backend: str, tensors: tuple, sizes: tuple) -> Tensor:
-    """The ops of csrc/cuda refuse what `_check` refuses, so they are asked first: words cost more than a launch."""
+def _run(op: str, backend: str, tensors: tuple, sizes: tuple, in_cuda: tuple = ()) -> Tensor:
+    """The ops of csrc/cuda refuse what `_check` refuses, so they are asked first: words cost more than a launch.
+
+    in_cuda: arguments that only they take.
+    """
     if torch.compiler.is_compiling():
-        return _run_checked(op, backend, tensors, sizes)
+        return _run_checked(op, backend, tensors, sizes, in_cuda)
     q, v = tensors[0], tensors[2]
     kind = op, backend, q.device, q.dtype, q.shape[1::2], v.shape[1::2]
     compiled = _COMPILED.get(kind)
     if compiled is not None and type(q) is Tensor and not _wants_gradients(tensors):
         try:
-            return compiled(*tensors, *sizes)
+            return compiled(*tensors, *sizes, *in_cuda)
         except (RuntimeError, ValueError, TypeError):
             pass  # nothing is written yet: what follows finds the words, or another op
-    return _run_checked(op, backend, tensors, sizes, kind)
+    return _run_checked(op, backend, tensors, sizes, in_cuda, kind)
 
 
 def _wants_gradients(tensors: tuple) -> bool:
@@ -299,7 +303,9 @@ def _wants_gradients(tensors: tuple) -> bool:
     )
 
 
-def _run_checked(op: str, backend: str, tensors: tuple, sizes: tuple, kind: tuple | None = None) -> Tensor:
+def _run_checked(
+    op: str, backend: str, tensors: tuple, sizes: tuple, in_cuda: tuple, kind: tuple | None = None
+) -> Tensor:
     if op == "decode" and tensors[0].dim() == 4 and tensors[0].shape[2] != 1:
         raise ValueError(f"decode takes one token a row, q has {tensors[0].shape[2]}; use prefill")
     if reason := missing_backend(backend, tensors[0].device.type):
@@ -313,12 +319,12 @@ def _run_checked(op: str, backend: str, tensors: tuple, sizes: tuple, kind: tupl
         if q.dtype == torch.bfloat16:
             raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; on the CPU take float32 or float16")
         return _TRITON[op](*tensors, *sizes)
-    overload = getattr(torch.ops.sinkattn, chosen).default
-    if kind and chosen.endswith("_cuda"):
+    overload, is_compiled = getattr(torch.ops.sinkattn, chosen).default, chosen.endswith("_cuda")
+    if kind and is_compiled:
         _COMPILED[kind] = overload
     elif kind:
         _COMPILED.pop(kind, None)
-    return overload(*tensors, *sizes)
+    return overload(*tensors, *sizes, *(in_cuda if is_compiled else ()))
 
 
 def decode(
@@ -339,6 +345,7 @@ def decode(
     softcap: float = 0.0,
     rotary_start: int = 0,
     interleaved: bool = False,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Rotate one new token per row, append it to the cache, and attend over sinks and window.
@@ -367,6 +374,9 @@ def decode(
     Scalars:
         sink_size, window_size: tokens. scale: factor of the scores, positive. softcap: 0 for none.
         rotary_start: first rotated dim. interleaved: pairs (2i, 2i + 1) instead of (i, i + r / 2).
+        overlap: True lets the GPU read the cache before the kernels ahead in the stream are done. It promises that
+            what last wrote the cache lies further back than a kernel that does not overlap with others, as those of
+            torch. The result is the same.
         backend: see the table above; one asked for by name never falls back to another.
 
     Returns (batch, 1, num_heads, v_head_dim), dtype of q, contiguous.
@@ -377,7 +387,8 @@ def decode(
     Source: arXiv 2309.17453, section 3.2; the definition in code is `sinkattn.reference.attention`.
     """
     tensors = (q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
-    return _run("decode", backend, tensors, (sink_size, window_size, scale, softcap, rotary_start, interleaved))
+    sizes = (sink_size, window_size, scale, softcap, rotary_start, interleaved)
+    return _run("decode", backend, tensors, sizes, (overlap,))
 
 
 def prefill(

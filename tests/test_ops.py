@@ -4,6 +4,7 @@ What no one may look at holds NaN: slots that are still empty, and all that belo
 """
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -479,17 +480,23 @@ def test_compile(op, device):
 
 @pytest.mark.skipif(not ops.HAS_CUDA_LIBRARY, reason="the CUDA C++ ops were not built, or there is no CUDA")
 @pytest.mark.parametrize("heads", [(2, 2), (10, 2), (24, 2)])
-@pytest.mark.parametrize("splits", [0, 1, 2, 3, 5, 8])
-def test_splits(splits, heads):
-    """However many blocks share a key head, whichever of them the new token and the sinks fall to."""
+@pytest.mark.parametrize(
+    "splits, cluster", [*((n, False) for n in (1, 2, 3, 8, 25, 64)), *((n, True) for n in (1, 2, 3, 5, 8))]
+)
+def test_splits(splits, cluster, heads):
+    """However many blocks share a key head, whichever of them new token and sinks fall to, wherever they meet."""
     for dtype, lengths, sink in (torch.float16, (5000, 150, 430), 4), (torch.bfloat16, (100, 10**7, 3), 70):
         case = Case(lengths, (1, 1, 0), 1, *heads, 64, sink=sink, window=371, ring=390, learned=True, alibi=True)
         tensors = case.tensors(dtype, "cuda")
         exact, low = copies(tensors, torch.float64, "cpu"), copies(tensors, device="cpu")
         exact = reference.attention(*exact, **case.sizes)
-        out = torch.ops.sinkattn.decode_cuda(*tensors, **case.sizes, splits=splits)
+        again = copies(tensors)
+        op = functools.partial(torch.ops.sinkattn.decode_cuda, **case.sizes, splits=splits, cluster=cluster)
+        out = op(*tensors)
         assert_close(out.cpu(), exact, reference.attention(*low, **case.sizes), dtype)
         assert same_bits(tensors[4].cpu(), low[4])
+        for _ in range(5):  # counters of arrivals are zero again, and nothing depends on who arrives last
+            assert same_bits(op(*again, overlap=True), out)
 
 
 PREFILL_SHAPES = {

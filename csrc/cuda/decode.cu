@@ -10,10 +10,15 @@
 //   cores as they lie in memory; values need their pairs swapped, which is one byte permutation per register.
 // * Products have 16 rows. A group of up to 8 query heads fills the first 8; the others take what rounding leaves of
 //   queries and weights, so that both are as good as float32 at no cost. Larger groups fill all 16 and round.
-// * The warps of a block meet in shared memory, the blocks of a key head in that of the cluster's first block.
+// * The warps of a block meet in shared memory, the blocks of a cluster in that of its first block, and blocks without
+//   a cluster in memory, where the last to arrive combines what all found.
+// * The next kernel may launch at once. Where `overlap` says that the cache is settled, its first tiles are asked for
+//   before the kernel ahead is done.
+#include <algorithm>
 #include <atomic>
 
 #include "decode.h"
+#include "launch.h"
 #include "numbers.h"
 
 namespace sinkattn::cuda {
@@ -34,24 +39,24 @@ struct Rows {
   __device__ static int place(int row, int piece) { return piece / 8 * COLUMN + row * 8 + (piece % 8 ^ row % 8); }
 };
 
-// Blocks of a cluster have a multiprocessor each. Otherwise two share one, and while one of them starts or ends the other
-// keeps the memory busy.
-template <int HEAD_DIM, int V_DIM, bool CLUSTER>
+// Large blocks come in clusters and have a multiprocessor each. Of small ones two share one, and while one of them
+// starts or ends the other keeps the memory busy.
+template <int HEAD_DIM, int V_DIM, bool LARGE>
 struct Shape {
-  static constexpr int WARPS = CLUSTER ? 8 : 4, THREADS = WARPS * 32;
+  static constexpr int WARPS = LARGE ? 8 : 4, THREADS = WARPS * 32;
   static constexpr int K_STEPS = (HEAD_DIM + 31) / 32, V_STEPS = (V_DIM + 63) / 64;
   static constexpr int TILE = Rows<HEAD_DIM>::SIZE + Rows<V_DIM>::SIZE;  // pieces, as all that follows
   // Tiles in flight per warp. With more, asking for them takes longer than they do.
-  static constexpr int STAGES = CLUSTER ? (TILE <= 256 ? 4 : TILE <= 768 ? 2 : 1) : TILE <= 256 ? 6 : 3;
+  static constexpr int STAGES = LARGE ? (TILE <= 256 ? 4 : TILE <= 768 ? 2 : 1) : TILE <= 256 ? 6 : 3;
   static constexpr int WARP = STAGES * TILE, BLOCK = WARPS * WARP;
   static constexpr int QUERIES = K_STEPS * 64;  // of one angle: step, lane, (head g | its remainder or head g + 8)
 };
 
 // Dynamic shared memory in bytes: tiles, queries of both angles, the new key and value, then what blocks hand over.
-template <int HEAD_DIM, int V_DIM, bool CLUSTER>
+template <int HEAD_DIM, int V_DIM, bool LARGE>
 int shared_bytes(int splits, int group) {
-  using S = Shape<HEAD_DIM, V_DIM, CLUSTER>;
-  const int handed = CLUSTER ? splits * group * (V_DIM + 2) * int(sizeof(float)) : 0;
+  using S = Shape<HEAD_DIM, V_DIM, LARGE>;
+  const int handed = LARGE && splits > 1 ? splits * group * (V_DIM + 2) * int(sizeof(float)) : 0;
   return (S::BLOCK + 2 * S::QUERIES) * 16 + (HEAD_DIM + V_DIM) * 2 + handed;
 }
 
@@ -140,6 +145,13 @@ __device__ void hand_over(unsigned place, float2 x, unsigned barrier) {
 #endif
 }
 
+// Counts blocks in that have written what they found, and returns how many did before.
+__device__ int count_in(int* arrivals) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
+  return before;
+}
+
 // A dim of the heads of a row, its partner in the rotation, and the angles for text and sinks. 1 and 0 turn nothing.
 struct Turn {
   int other;
@@ -167,46 +179,53 @@ struct Combined {
   float top, total;
 };
 
-// The same of `count` <= MOST parts whose values and softmax lie so far apart, in their order: the same bits every time.
+// The same of `count` parts whose values and softmax lie so far apart, MOST at a time, in their order: the same bits
+// every time.
 template <int MOST>
 __device__ Combined combine(int count, const float* values, int apart, const float* softmax, int softmax_apart) {
-  float2 part[MOST];
-  float4 value[MOST];
-#pragma unroll
-  for (int n = 0; n < MOST; ++n) {
-    part[n] = n < count ? *reinterpret_cast<const float2*>(softmax + n * softmax_apart) : make_float2(LOWEST, 0);
-    value[n] = n < count ? *reinterpret_cast<const float4*>(values + n * apart) : make_float4(0, 0, 0, 0);
-  }
   Combined x = {make_float4(0, 0, 0, 0), LOWEST, 0};
+  for (int first = 0; first < count; first += MOST, values += MOST * apart, softmax += MOST * softmax_apart) {
+    float2 part[MOST];
+    float4 value[MOST];
 #pragma unroll
-  for (int n = 0; n < MOST; ++n) x.top = fmaxf(x.top, part[n].x);
+    for (int n = 0; n < MOST; ++n) {
+      const bool there = first + n < count;
+      part[n] = there ? *reinterpret_cast<const float2*>(softmax + n * softmax_apart) : make_float2(LOWEST, 0);
+      value[n] = there ? *reinterpret_cast<const float4*>(values + n * apart) : make_float4(0, 0, 0, 0);
+    }
+    float top = x.top;
 #pragma unroll
-  for (int n = 0; n < MOST; ++n) {
-    const float weight = exp2_fast(part[n].x - x.top);
-    x.total += weight * part[n].y;
-    x.sum.x += weight * value[n].x, x.sum.y += weight * value[n].y;
-    x.sum.z += weight * value[n].z, x.sum.w += weight * value[n].w;
+    for (int n = 0; n < MOST; ++n) top = fmaxf(top, part[n].x);
+    const float fade = exp2_fast(x.top - top);
+    x.top = top, x.total *= fade, x.sum.x *= fade, x.sum.y *= fade, x.sum.z *= fade, x.sum.w *= fade;
+#pragma unroll
+    for (int n = 0; n < MOST; ++n) {
+      const float weight = exp2_fast(part[n].x - top);
+      x.total += weight * part[n].y;
+      x.sum.x += weight * value[n].x, x.sum.y += weight * value[n].y;
+      x.sum.z += weight * value[n].z, x.sum.w += weight * value[n].w;
+    }
   }
   return x;
 }
 
-template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool CLUSTER>
-__global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
-    decode_kernel(const __grid_constant__ Params p, int splits, int share) {  // share: tiles of a block
-#if __CUDA_ARCH__ < 900
-  if constexpr (CLUSTER) return;  // never launched
-#endif
-  using S = Shape<HEAD_DIM, V_DIM, CLUSTER>;
+template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE>
+__global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
+    decode_kernel(const __grid_constant__ Params p, int share) {  // share: tiles of a block
+  using S = Shape<HEAD_DIM, V_DIM, LARGE>;
   constexpr int WARPS = S::WARPS, THREADS = S::THREADS;
-  constexpr int ROWS = WIDE ? 2 : 1;  // softmax rows per lane: heads g and g + 8
-  extern __shared__ uint4 shared[];
+  constexpr int ROWS = WIDE ? 2 : 1;                // softmax rows per lane: heads g and g + 8
+  extern __shared__ __align__(128) uint4 shared[];  // a row of a tile's column is a line; across two, copies are slow
   __shared__ __align__(8) float softmax[WARPS][MAX_GROUP][2];  // maximum and sum
   __shared__ uint64_t arrived;
-  if constexpr (CLUSTER) {
-    if (blockIdx.x == 0 && threadIdx.x == 0) expect_bytes(&arrived, splits * p.group * (V_DIM + 2) * 4);
+  __shared__ bool is_last;
+  let_next_launch();
+  const int rank = blockIdx.x, splits = gridDim.x, head = blockIdx.y;
+  const bool clustered = LARGE && splits > 1;
+  if (clustered) {
+    if (rank == 0 && threadIdx.x == 0) expect_bytes(&arrived, splits * p.group * (V_DIM + 2) * 4);
     cluster_arrive();
   }
-  const int rank = CLUSTER ? blockIdx.x : 0, head = blockIdx.y;
   const int64_t row = blockIdx.z;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int slots = p.sink_size + p.ring_size, begin = rank * share;
@@ -219,35 +238,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
   T* new_value = new_key + HEAD_DIM;
   float* handed = reinterpret_cast<float*>(new_value + V_DIM);  // (splits, group, V_DIM), (splits, group, 2)
 
-  // What is small is asked for first, all at once: the row's state, its angles, query, new key and value.
-  const int64_t t = p.lengths[row];
-  const int64_t count = p.counts ? p.counts[row] : 1;
-  // A thread takes a dim (or two) of every SPREAD-th head.
-  constexpr int SPREAD = THREADS >= HEAD_DIM ? THREADS / HEAD_DIM : 1, DIMS = (HEAD_DIM + THREADS - 1) / THREADS;
-  constexpr int HEADS = (WIDE ? 16 : 8) / SPREAD + ((WIDE ? 16 : 8) % SPREAD > 0);
-  const int first_head = DIMS > 1 ? 0 : threadIdx.x / HEAD_DIM, first_dim = threadIdx.x - first_head * HEAD_DIM;
-  Turn turns[DIMS];
-  T query[DIMS][HEADS][2], key[DIMS][2], value[DIMS];  // dims and their partners
-  if (first_head < SPREAD) {
-    const T* q = static_cast<const T*>(p.q) + row * p.q_row + int64_t(head) * p.group * p.q_head;
-    const T* k = static_cast<const T*>(p.k) + row * p.k_row + head * p.k_head;
-    const T* v = static_cast<const T*>(p.v) + row * p.v_row + head * p.v_head;
-#pragma unroll
-    for (int i = 0; i < DIMS; ++i) {
-      const int dim = first_dim + i * THREADS;
-      if (HEAD_DIM % THREADS && dim >= HEAD_DIM) break;
-      turns[i] = Turn(p, row, dim);
-      key[i][0] = k[dim], key[i][1] = k[turns[i].other];
-      if (dim < V_DIM) value[i] = v[dim];
-#pragma unroll
-      for (int h = 0; h < HEADS; ++h) {
-        const T* x = q + (first_head + h * SPREAD) * p.q_head;
-        if (first_head + h * SPREAD < p.group) query[i][h][0] = x[dim], query[i][h][1] = x[turns[i].other];
-      }
-    }
-  }
-
-  // Then the first tiles, whatever the length of the row is.
+  // Tiles, whatever the length of the row is.
   T* keys = static_cast<T*>(p.k_cache) + row * p.k_cache_row + head * p.k_cache_head;
   T* values = static_cast<T*>(p.v_cache) + row * p.v_cache_row + head * p.v_cache_head;
   auto copy_rows = [&](auto rows, const T* x, int64_t stride, int first, uint4* place) {
@@ -278,8 +269,44 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
+  const int early = p.overlap ? (S::STAGES > 1 ? S::STAGES - 1 : 1) : 0;  // what is small shall not wait for all
 #pragma unroll 1
-  for (int stage = 0; stage < S::STAGES; ++stage) fetch(begin + warp + stage * WARPS, stage);
+  for (int stage = 0; stage < early; ++stage) fetch(begin + warp + stage * WARPS, stage);
+  wait_for_launch();
+  const int64_t pair = row * p.num_kv_heads + head;
+  if (!LARGE && splits > 1 && threadIdx.x == 0)  // into the L2, long before it is needed
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.arrivals + pair));
+
+  // What is small is asked for at once, and ahead of tiles, as it would wait behind them: the row's state, its angles,
+  // query, new key and value.
+  const int64_t t = p.lengths[row];
+  const int64_t count = p.counts ? p.counts[row] : 1;
+  // A thread takes a dim (or two) of every SPREAD-th head.
+  constexpr int SPREAD = THREADS >= HEAD_DIM ? THREADS / HEAD_DIM : 1, DIMS = (HEAD_DIM + THREADS - 1) / THREADS;
+  constexpr int HEADS = (WIDE ? 16 : 8) / SPREAD + ((WIDE ? 16 : 8) % SPREAD > 0);
+  const int first_head = DIMS > 1 ? 0 : threadIdx.x / HEAD_DIM, first_dim = threadIdx.x - first_head * HEAD_DIM;
+  Turn turns[DIMS];
+  T query[DIMS][HEADS][2], key[DIMS][2], value[DIMS];  // dims and their partners
+  if (first_head < SPREAD) {
+    const T* q = static_cast<const T*>(p.q) + row * p.q_row + int64_t(head) * p.group * p.q_head;
+    const T* k = static_cast<const T*>(p.k) + row * p.k_row + head * p.k_head;
+    const T* v = static_cast<const T*>(p.v) + row * p.v_row + head * p.v_head;
+#pragma unroll
+    for (int i = 0; i < DIMS; ++i) {
+      const int dim = first_dim + i * THREADS;
+      if (HEAD_DIM % THREADS && dim >= HEAD_DIM) break;
+      turns[i] = Turn(p, row, dim);
+      key[i][0] = k[dim], key[i][1] = k[turns[i].other];
+      if (dim < V_DIM) value[i] = v[dim];
+#pragma unroll
+      for (int h = 0; h < HEADS; ++h) {
+        const T* x = q + (first_head + h * SPREAD) * p.q_head;
+        if (first_head + h * SPREAD < p.group) query[i][h][0] = x[dim], query[i][h][1] = x[turns[i].other];
+      }
+    }
+  }
+#pragma unroll 1
+  for (int stage = early; stage < S::STAGES; ++stage) fetch(begin + warp + stage * WARPS, stage);
 
   // The queries as fragments: piece (step * 32 + lane) * 2 + half holds 8 dims of a row of the products.
   if (first_head < SPREAD) {
@@ -308,11 +335,11 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
     }
   }
   T* out = static_cast<T*>(p.out) + (row * p.num_kv_heads + head) * p.group * V_DIM;
-  if (count == 0) {  // for all of the cluster
+  if (count == 0) {  // for all that share the key head
     if (rank == 0)
       for (int i = threadIdx.x; i < p.group * V_DIM; i += THREADS) out[i] = from_float<T>(0);
     wait_for_copies<0>();
-    if (CLUSTER) cluster_wait();
+    if (clustered) cluster_wait();
     return;
   }
   __syncthreads();
@@ -538,13 +565,8 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
   }
   __syncthreads();
 
-  if (CLUSTER) cluster_wait();  // the first block of the cluster has started
   // Columns, (group, V_DIM), are combined four at a time.
   const int columns = p.group * V_DIM;
-  float* handed_softmax = handed + splits * columns;
-  const unsigned there = CLUSTER ? in_first_block(handed + rank * columns) : 0;
-  const unsigned there_softmax = CLUSTER ? in_first_block(handed_softmax + rank * p.group * 2) : 0;
-  const unsigned barrier = CLUSTER ? in_first_block(&arrived) : 0;
   auto finish = [&](int i, const Combined& x) {
     float top = x.top, total = x.total, fade = 1;
     if (p.learned_logits) {
@@ -556,46 +578,76 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS)
                           from_float<T>(x.sum.w * fade)};
     *reinterpret_cast<uint2*>(out + i) = make_uint2(pack(rounded[0], rounded[1]), pack(rounded[2], rounded[3]));
   };
-  for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) {
-    const int member = i / V_DIM;
-    const Combined x = combine<WARPS>(WARPS, reinterpret_cast<float*>(shared) + i, S::WARP * 4, softmax[0][member],
-                                      MAX_GROUP * 2);
-    if (!CLUSTER || splits == 1) {
-      finish(i, x);
-    } else {
+  auto of_block = [&](int i) {
+    return combine<WARPS>(WARPS, reinterpret_cast<float*>(shared) + i, S::WARP * 4, softmax[0][i / V_DIM],
+                          MAX_GROUP * 2);
+  };
+  if (splits == 1) {
+    for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) finish(i, of_block(i));
+  } else if constexpr (LARGE) {
+    float* handed_softmax = handed + splits * columns;
+    const unsigned there = in_first_block(handed + rank * columns);
+    const unsigned there_softmax = in_first_block(handed_softmax + rank * p.group * 2);
+    const unsigned barrier = in_first_block(&arrived);
+    cluster_wait();  // the first block of the cluster has started
+    for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) {
+      const Combined x = of_block(i);
       hand_over(there + i * 4, x.sum, barrier);
-      if (i % V_DIM == 0) hand_over(there_softmax + member * 8, make_float2(x.top, x.total), barrier);
+      if (i % V_DIM == 0) hand_over(there_softmax + i / V_DIM * 8, make_float2(x.top, x.total), barrier);
     }
-  }
-  if constexpr (CLUSTER) {
-    if (rank > 0 || splits == 1) return;
+    if (rank > 0) return;
     wait_for_bytes(&arrived);
     for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4)
-      finish(i, combine<MAX_SPLITS>(splits, handed + i, columns, handed_softmax + i / V_DIM * 2, p.group * 2));
+      finish(i, combine<MAX_CLUSTER>(splits, handed + i, columns, handed_softmax + i / V_DIM * 2, p.group * 2));
+  } else {
+    const int64_t pairs = int64_t(p.batch) * p.num_kv_heads;
+    float* found_values = p.partials + pair * splits * columns;
+    float* found_softmax = p.partials + pairs * splits * columns + pair * splits * p.group * 2;
+    for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) {
+      const Combined x = of_block(i);
+      *reinterpret_cast<float4*>(found_values + rank * columns + i) = x.sum;
+      if (i % V_DIM == 0)
+        *reinterpret_cast<float2*>(found_softmax + (rank * p.group + i / V_DIM) * 2) = make_float2(x.top, x.total);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      is_last = count_in(p.arrivals + pair) == splits - 1;
+      if (is_last) p.arrivals[pair] = 0;  // for the next launch
+    }
+    __syncthreads();
+    if (!is_last) return;
+    for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4)
+      finish(i, combine<8>(splits, found_values + i, columns, found_softmax + i / V_DIM * 2, p.group * 2));
   }
 }
 
-// Launches with splits > 0, for which it is the size of a cluster, and with splits 0. `clusters` asked for: launches
-// nothing and says how many clusters run at a time.
-template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool CLUSTER>
-cudaError_t launch(const Params& p, int splits, cudaStream_t stream, int* clusters) {
-  const auto kernel = decode_kernel<T, HEAD_DIM, V_DIM, WIDE, CLUSTER>;
-  const int bytes = shared_bytes<HEAD_DIM, V_DIM, CLUSTER>(splits, p.group), blocks = CLUSTER ? splits : 1;
+// `clusters` asked for: launches nothing and says how many clusters run at a time.
+template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE>
+cudaError_t launch(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
+  const auto kernel = decode_kernel<T, HEAD_DIM, V_DIM, WIDE, LARGE>;
+  const int bytes = shared_bytes<HEAD_DIM, V_DIM, LARGE>(sharing.splits, p.group);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks, p.num_kv_heads, p.batch);
-  config.blockDim = dim3(Shape<HEAD_DIM, V_DIM, CLUSTER>::THREADS);
+  config.gridDim = dim3(sharing.splits, p.num_kv_heads, p.batch);
+  config.blockDim = dim3(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS);
   config.dynamicSmemBytes = bytes;
   config.stream = stream;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {unsigned(blocks), 1, 1};
-  config.attrs = &cluster;
-  config.numAttrs = CLUSTER ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (device.compute_major >= 9 && !clusters) {
+    attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[0].val.programmaticStreamSerializationAllowed = 1;
+    config.numAttrs = 1;
+  }
+  if (sharing.cluster && sharing.splits > 1) {
+    cudaLaunchAttribute& cluster = attributes[config.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {unsigned(sharing.splits), 1, 1};
+  }
   if (clusters) return cudaOccupancyMaxActiveClusters(clusters, kernel, &config);
   const int tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
-  return cudaLaunchKernelEx(&config, kernel, p, splits, (tiles + blocks - 1) / blocks);
+  return cudaLaunchKernelEx(&config, kernel, p, (tiles + sharing.splits - 1) / sharing.splits);
 }
 
 // f(shape) for the head dims of the call; returns what it returns, or `otherwise` for dims that are not served.
@@ -619,52 +671,62 @@ R with_dims(const Params& p, R otherwise, F f) {
 }
 
 template <typename T>
-cudaError_t launch_as(const Params& p, int splits, cudaStream_t stream, int* clusters) {
+cudaError_t launch_as(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
   return with_dims(p, cudaErrorInvalidValue, [&](auto dims) {
     constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
-    const auto chosen = p.group > 8 ? (splits > 0 ? launch<T, K, V, true, true> : launch<T, K, V, true, false>)
-                                    : (splits > 0 ? launch<T, K, V, false, true> : launch<T, K, V, false, false>);
-    return chosen(p, splits, stream, clusters);
+    const bool large = sharing.cluster;
+    const auto chosen = p.group > 8 ? (large ? launch<T, K, V, true, true> : launch<T, K, V, true, false>)
+                                    : (large ? launch<T, K, V, false, true> : launch<T, K, V, false, false>);
+    return chosen(p, sharing, device, stream, clusters);
   });
 }
 
-cudaError_t launch_any(const Params& p, int splits, cudaStream_t stream, int* clusters) {
-  return (p.is_bfloat16 ? launch_as<__nv_bfloat16> : launch_as<__half>)(p, splits, stream, clusters);
+cudaError_t launch_any(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
+  return (p.is_bfloat16 ? launch_as<__nv_bfloat16> : launch_as<__half>)(p, sharing, device, stream, clusters);
 }
 
 // Clusters of so many blocks that run at a time, found once. GPUs of several kinds in one process share the finding.
-int clusters_at_a_time(const Params& p, int splits) {
-  static std::atomic<int> found[2][MAX_HEAD_DIM / 16 + 1][MAX_GROUP + 1][MAX_SPLITS + 1] = {};
-  std::atomic<int>& clusters = found[p.is_bfloat16][p.head_dim / 16][p.group][splits];
+int clusters_at_a_time(const Params& p, int size, const Device& device) {
+  static std::atomic<int> found[2][MAX_HEAD_DIM / 16 + 1][MAX_GROUP + 1][MAX_CLUSTER + 1] = {};
+  std::atomic<int>& clusters = found[p.is_bfloat16][p.head_dim / 16][p.group][size];
   if (clusters == 0) {
     int count = 0;
-    clusters = launch_any(p, splits, nullptr, &count) == cudaSuccess && count > 0 ? count : -1;
+    clusters = launch_any(p, {size, true}, device, nullptr, &count) == cudaSuccess && count > 0 ? count : -1;
   }
   return clusters;
 }
 
 }  // namespace
 
-bool serves(const Params& p, int splits, const Device& device) {
+bool serves(const Params& p, Sharing sharing, const Device& device) {
   if (p.group > MAX_GROUP || p.batch > 65535 || p.num_kv_heads > 65535) return false;
-  if (splits < 0 || splits > MAX_SPLITS || (splits > 0 && device.compute_major < 9)) return false;
+  if (sharing.splits < 1 || sharing.splits > (sharing.cluster ? MAX_CLUSTER : MAX_SPLITS)) return false;
+  if (sharing.cluster && sharing.splits > 1 && device.compute_major < 9) return false;
   return with_dims(p, false, [&](auto dims) {
     constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
-    const int bytes = splits > 0 ? shared_bytes<K, V, true>(splits, p.group) : shared_bytes<K, V, false>(0, p.group);
-    return bytes + 1024 <= device.shared_bytes;
+    const auto of_shape = sharing.cluster ? shared_bytes<K, V, true> : shared_bytes<K, V, false>;
+    return of_shape(sharing.splits, p.group) + 1024 + 128 <= device.shared_bytes;  // and what is not dynamic
   });
 }
 
-int splits_of(const Params& p, const Device& device) {
+Sharing sharing_of(const Params& p, const Device& device) {
   const int64_t pairs = int64_t(p.batch) * p.num_kv_heads, tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
-  if (pairs > device.multiprocessors) return 0;
-  for (int splits = MAX_SPLITS; splits > 0; --splits)
-    if (tiles > 8 * (splits - 1) && serves(p, splits, device) && pairs <= clusters_at_a_time(p, splits)) return splits;
-  return 0;
+  if (pairs > device.multiprocessors) return {1, false};
+  int size = MAX_CLUSTER;
+  while (size > 0 && (tiles <= 8 * (size - 1) || !serves(p, {size, true}, device) ||
+                      pairs > clusters_at_a_time(p, size, device)))
+    --size;
+  if (size == 0) return {1, false};
+  // Clusters may leave multiprocessors without work, small blocks do not; but to meet in memory takes as long as a
+  // multiprocessor needs for some 256 KB.
+  const int splits = int(std::min<int64_t>(2 * device.multiprocessors / pairs, MAX_SPLITS));
+  const int64_t tile_bytes = KEYS * (p.head_dim + p.v_dim) * 2;
+  const bool in_memory = (tiles / size - 2 * tiles / splits) * tile_bytes > 256 * 1024;
+  return in_memory ? Sharing{splits, false} : Sharing{size, true};
 }
 
-cudaError_t decode(const Params& p, int splits, cudaStream_t stream) {
-  return launch_any(p, splits, stream, nullptr);
+cudaError_t decode(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream) {
+  return launch_any(p, sharing, device, stream, nullptr);
 }
 
 }  // namespace sinkattn::cuda

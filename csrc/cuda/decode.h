@@ -8,21 +8,37 @@ namespace sinkattn::cuda {
 constexpr int KEYS = 16;        // slots of a tile
 constexpr int MAX_GROUP = 16;   // query heads that share a key head
 constexpr int MAX_HEAD_DIM = 256;
-constexpr int MAX_SPLITS = 8;   // blocks that share a key head of a row: one cluster
+constexpr int MAX_SPLITS = 64;  // small blocks that share a key head of a row
+constexpr int MAX_CLUSTER = 8;  // large ones
 
 struct Params : Call {        // of one token a row
   const float* alibi_slopes;  // (num_heads,); null for none
+  // Of several small blocks a key head: what each finds, (batch, num_kv_heads, splits, group, v_dim) and (batch,
+  // num_kv_heads, splits, group, 2), and how many have, (batch, num_kv_heads), zero between launches.
+  float* partials;
+  int* arrivals;
+  bool overlap;  // the cache may be read before the kernel ahead is done
 };
 
-// `splits` is how a key head of a row is shared: 0, a small block each, two to a multiprocessor; 1 to 8, as many large
-// blocks in a cluster, which sm_90 has first.
+// How a key head of a row is shared: by so many small blocks, two to a multiprocessor, that meet in memory, or by a
+// cluster of large ones, a multiprocessor each, that meet faster. Clusters of more than one are sm_90's first.
+struct Sharing {
+  int splits;
+  bool cluster;
+};
 
-// Whether the kernel takes these head dims, this group and so many splits on such a device.
-bool serves(const Params&, int splits, const Device&);
+// Whether the kernel takes these head dims, this group and this sharing on such a device.
+bool serves(const Params&, Sharing, const Device&);
 
-// The most splits that still run all at once, on the current device.
-int splits_of(const Params&, const Device&);
+// What is fast, on the current device.
+Sharing sharing_of(const Params&, const Device&);
 
-cudaError_t decode(const Params&, int splits, cudaStream_t);
+// Floats of `partials`; 0 for none.
+inline int64_t partial_floats(const Params& p, Sharing sharing) {
+  if (sharing.cluster || sharing.splits == 1) return 0;
+  return int64_t(p.batch) * p.num_kv_heads * sharing.splits * p.group * (p.v_dim + 2);
+}
+
+cudaError_t decode(const Params&, Sharing, const Device&, cudaStream_t);
 
 }  // namespace sinkattn::cuda

@@ -12,6 +12,7 @@
 //   weight must not be what the kernel ahead writes.
 #include <algorithm>
 
+#include "launch.h"
 #include "linear.h"
 #include "numbers.h"
 
@@ -21,17 +22,6 @@ namespace {
 constexpr int KC = 64, PIECES = KC / 8, ROWS_AT_A_TIME = 32 / PIECES;  // of a warp's copy: 16 bytes a lane
 constexpr int WARPS = 16, THREADS = WARPS * 32;
 constexpr int MAX_STAGES = 8;
-
-__device__ void wait_for_launch() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ void let_next_launch() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 __device__ void copy_once(unsigned shared, const void* global, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),

@@ -10,8 +10,11 @@
 
 #include <algorithm>
 #include <array>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "decode.h"
@@ -66,18 +69,23 @@ const T* data_of(const Tensor& x, ScalarType type, std::vector<Tensor>& copies) 
 }
 
 // What new_empty gives, without the dispatcher, which takes longer than everything else here.
-Tensor empty_like(const Tensor& x, std::initializer_list<int64_t> shape) {
+Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape, ScalarType type) {
   std::array<int64_t, 4> strides;
   int64_t size = 1;
   for (int dim = int(shape.size()); dim-- > 0; size *= shape.begin()[dim]) strides[dim] = size;
   int32_t dtype = 0, device = 0;
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  switch (type) {
+    case ScalarType::Float: dtype = aoti_torch_dtype_float32(); break;
+    case ScalarType::Int: dtype = aoti_torch_dtype_int32(); break;
+    default: STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));  // that of x
+  }
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(), strides.data(), dtype,
                                                          device, x.get_device_index(), &made));
   return Tensor(made);
 }
+Tensor empty_like(const Tensor& x, std::initializer_list<int64_t> shape) { return empty(x, shape, x.scalar_type()); }
 
 // The arguments that both ops take.
 struct Arguments {
@@ -164,11 +172,27 @@ cudaStream_t stream_of(int index) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Counters of a cache's pairs, zero between launches, kept for as long as the process runs: whoever has the cache has
+// them to itself. A cache first met in a capture gets some that the graph zeroes at every replay.
+Tensor arrivals_of(const Tensor& k_cache, int64_t pairs, cudaStream_t stream) {
+  static std::mutex mutex;
+  static auto* kept = new std::map<std::tuple<int, void*, int64_t>, Tensor>;  // never torn down: torch may go first
+  const std::lock_guard lock(mutex);
+  const auto key = std::make_tuple(k_cache.get_device_index(), k_cache.data_ptr(), pairs);
+  if (const auto found = kept->find(key); found != kept->end()) return found->second;
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "capture");
+  Tensor made = empty(k_cache, {pairs}, ScalarType::Int);
+  check(cudaMemsetAsync(made.data_ptr(), 0, pairs * sizeof(int), stream), "counters");
+  if (status == cudaStreamCaptureStatusNone) kept->emplace(key, made);
+  return made;
+}
+
 Tensor decode_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                  const Tensor& lengths, const std::optional<Tensor>& counts, const std::optional<Tensor>& rotation,
                  const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes,
                  int64_t sink_size, int64_t window_size, double scale, double softcap, int64_t rotary_start,
-                 bool interleaved, int64_t splits) {
+                 bool interleaved, bool overlap, int64_t splits, bool cluster) {
   std::vector<Tensor> copies;
   Params p = {};
   Tensor out = unpack({q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, sink_size,
@@ -179,11 +203,20 @@ Tensor decode_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   const int index = q.get_device_index();
   const Device& device = device_of(index);
   torch::stable::accelerator::DeviceGuard guard(index);
-  const int chosen = splits >= 0 ? int(std::min<int64_t>(splits, 1 << 30)) : splits_of(p, device);
-  STD_TORCH_CHECK(serves(p, chosen, device), "sinkattn: the CUDA C++ decode does not take head_dim ", p.head_dim,
-                  ", v_head_dim ", p.v_dim, ", groups of ", p.group, ", ", p.batch, " rows and ", chosen,
-                  " splits on this GPU");
-  if (p.batch > 0) check(decode(p, chosen, stream_of(index)), "launch of decode");
+  const Sharing sharing =
+      splits >= 0 ? Sharing{int(std::min<int64_t>(splits, 1 << 30)), cluster} : sharing_of(p, device);
+  STD_TORCH_CHECK(serves(p, sharing, device), "sinkattn: the CUDA C++ decode does not take head_dim ", p.head_dim,
+                  ", v_head_dim ", p.v_dim, ", groups of ", p.group, ", ", p.batch, " rows and ", sharing.splits,
+                  sharing.cluster ? " splits in a cluster" : " splits", " on this GPU");
+  if (p.batch == 0) return out;
+  p.overlap = overlap;
+  const cudaStream_t stream = stream_of(index);
+  if (const int64_t floats = partial_floats(p, sharing)) {
+    copies.push_back(empty(q, {floats}, ScalarType::Float)), p.partials = static_cast<float*>(copies.back().data_ptr());
+    copies.push_back(arrivals_of(k_cache, p.batch * p.num_kv_heads, stream));
+    p.arrivals = static_cast<int*>(copies.back().data_ptr());
+  }
+  check(decode(p, sharing, device, stream), "launch of decode");
   return out;
 }
 
