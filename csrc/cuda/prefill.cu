@@ -1,10 +1,11 @@
-// A chunk of new tokens per row, for Hopper (sm_90a), in three launches: gather keys, attend, append.
+// A chunk of new tokens per row, for Hopper (sm_90a), in two launches: gather keys and append, attend.
 //
 // Floor: 4 * head_dim FLOPs for each query head and visible pair of query and key, at the speed of the tensor cores.
 // What it takes to get near it:
 //
 // * Keys come in the order of the text. The first launch turns those of the chunk and puts what the ring holds, and the
 //   sinks, in order and without what is empty into scratch: after that a band is all there is, and no value is NaN.
+//   Nothing else reads the ring, so whoever has copied what a slot held also writes what the chunk leaves there.
 // * A block keeps a multiprocessor and takes tiles of 128 queries, one after the other. One warp asks the copy engine
 //   for tiles of 128 keys and values, seven turn queries by both angles ahead of their use, and two warpgroups of 64
 //   queries multiply: both products by wgmma, weights as registers.
@@ -28,7 +29,7 @@ constexpr float LOWEST = -1e30f;                      // a maximum before the fi
 constexpr int QUERIES = 128, KEYS = 128, SINKS = 16;  // of a tile
 constexpr int STAGES = 2;
 constexpr int HELPERS = 256, TURNERS = HELPERS - 32, CONSUMERS = 2, THREADS = HELPERS + 128 * CONSUMERS;
-constexpr int MOVERS = 256, HEADS = 4;  // threads of a block that gathers or appends, heads that each of them takes
+constexpr int MOVERS = 256, HEADS = 4;  // threads of a block that gathers, heads that each of them takes
 
 __device__ float exp2_fast(float x) {
   float y;
@@ -237,110 +238,112 @@ struct Scratch {
 
 __device__ int count_of(const Prefill& p, int64_t row) { return p.counts ? int(p.counts[row]) : p.tokens; }
 
-// A thread takes two fours of a token, or of a row of scratch, of some heads.
-template <typename T>
-__global__ void __launch_bounds__(MOVERS) gather_kernel(const __grid_constant__ Prefill p) {
+// Units are slots of the ring, rows of the sinks' scratch and tokens of the chunk; slots come first, as they have most
+// to wait for. A thread takes two fours of a unit, of some heads. Whoever has a slot copies what it holds, if that is
+// seen, before it writes what the chunk leaves there: nobody else reads or writes it, here or in the next launch.
+template <typename T, int DIM>
+__global__ void __launch_bounds__(MOVERS, 4) gather_kernel(const __grid_constant__ Prefill p) {
   let_next_launch();
-  const int jobs = p.head_dim / 8, index = blockIdx.x * MOVERS + threadIdx.x, unit = index / jobs, job = index % jobs;
+  constexpr int JOBS = DIM / 8;
+  const int unit = blockIdx.x * (MOVERS / JOBS) + threadIdx.x / JOBS;
   const int64_t row = blockIdx.y;
   const int first_head = blockIdx.z * HEADS, last_head = min(first_head + HEADS, p.num_kv_heads);
-  const int rows_of_ring = ring_rows(p), rows_of_sinks = sink_rows(p);
+  const int rows_of_ring = ring_rows(p), rows_of_sinks = sink_rows(p), slots = max(p.ring_size, rows_of_ring);
   const int padding = p.tokens - count_of(p, row);
   const int64_t length = p.lengths[row];
-  const Fours at = fours_of(p, job);
+  const Fours at = fours_of(p, threadIdx.x % JOBS);
   const Scratch<T> to(p);
 
-  if (unit < padding) {  // nobody else writes what padding gives
-    const int per_token = p.num_kv_heads * p.group * p.head_dim;
-    T* out = static_cast<T*>(p.out) + (row * p.tokens + unit) * per_token + job * 8;
-    for (int head = first_head * p.group; head < last_head * p.group; ++head)
-      *reinterpret_cast<uint4*>(out + head * p.head_dim) = make_uint4(0, 0, 0, 0);
-    return;
-  }
-  // Where a key and its value are, if anywhere, and where they go.
-  int64_t token = -1, slot = -1, target = 0;
-  T *k_to, *v_to = nullptr;
-  int rows = p.tokens;
-  if (unit < p.tokens) {
-    if (!p.rotation) return;
-    token = unit, target = unit, k_to = to.turned;
-  } else if (unit < p.tokens + rows_of_ring) {
-    const int age = p.tokens + rows_of_ring - 1 - unit;  // 0 is the newest
-    const int64_t written = length - p.sink_size;
-    const int seen = int(min(max(written, int64_t(0)), int64_t(p.window_size - 1)));
-    if (age / KEYS * KEYS >= seen) return;  // in a tile that nobody takes
-    if (age < seen) slot = p.sink_size + (written - 1 - age) % p.ring_size;
-    target = unit - p.tokens, k_to = to.ring_k, v_to = to.ring_v, rows = rows_of_ring;
-  } else if (unit < p.tokens + rows_of_ring + rows_of_sinks) {
-    target = unit - p.tokens - rows_of_ring;
-    if (target < p.sink_size && target < length) slot = target;
-    if (target < p.sink_size && target >= length && padding + target - length < p.tokens)
-      token = padding + target - length;
+  // A token, a slot of the cache and a row of scratch, -1 for none; whether the slot holds what is seen.
+  int token = -1, slot = -1, target = -1, rows = p.tokens;
+  bool holds = false, is_ring = false;
+  T *k_to = to.turned, *v_to = nullptr;
+  if (unit < slots) {
+    const int age = unit;  // 0 is the slot written last; rows of scratch may be older than slots get
+    const int64_t written = max(length - p.sink_size, int64_t(0));
+    const int seen = int(min(written, int64_t(p.window_size - 1)));
+    holds = age < seen, is_ring = true;
+    if (age / KEYS * KEYS < seen) target = rows_of_ring - 1 - age;  // else in a tile that nobody takes
+    if (age < p.ring_size) {
+      // Tokens that are no sinks come into slots of the ages R - 1, R - 2, ..., 0, R - 1, ...: the last for this one.
+      const int first = padding + int(written + p.sink_size - length), count = max(p.tokens - first, 0);
+      const int last = count - 1 - (count + age) % p.ring_size;
+      if (last >= 0) token = first + last;
+    }
+    if (holds || token >= 0) {
+      slot = int(written % p.ring_size) - 1 - age;
+      slot += slot < 0 ? p.sink_size + p.ring_size : p.sink_size;
+    }
+    k_to = to.ring_k, v_to = to.ring_v, rows = rows_of_ring;
+  } else if (unit < slots + rows_of_sinks) {
+    target = unit - slots;
+    holds = target < p.sink_size && target < length;
+    if (target < p.sink_size) slot = target;
+    if (target < p.sink_size && !holds && padding + target - length < p.tokens)
+      token = int(padding + target - length);
     k_to = to.sink_k, v_to = to.sink_v, rows = rows_of_sinks;
   } else {
-    return;
+    const int in_chunk = unit - slots - rows_of_sinks;
+    if (in_chunk >= p.tokens) return;
+    if (in_chunk < padding) {  // nobody else writes what padding gives
+      const int per_token = p.num_kv_heads * p.group * DIM;
+      T* out = static_cast<T*>(p.out) + (row * p.tokens + in_chunk) * per_token + threadIdx.x % JOBS * 8;
+      for (int head = first_head * p.group; head < last_head * p.group; ++head)
+        *reinterpret_cast<uint4*>(out + head * DIM) = make_uint4(0, 0, 0, 0);
+      return;
+    }
+    if (!p.rotation) return;
+    token = target = in_chunk;
   }
-  const T *k = nullptr, *v = nullptr;
-  int64_t k_head = p.k_head, v_head = p.v_head;
-  if (token >= 0) {
-    k = static_cast<const T*>(p.k) + row * p.k_row + token * p.k_token;
-    v = static_cast<const T*>(p.v) + row * p.v_row + token * p.v_token;
-  } else if (slot >= 0) {
-    k = static_cast<const T*>(p.k_cache) + row * p.k_cache_row + slot * p.k_cache_slot, k_head = p.k_cache_head;
-    v = static_cast<const T*>(p.v_cache) + row * p.v_cache_row + slot * p.v_cache_slot, v_head = p.v_cache_head;
-  }
-  const bool turns = p.rotation && token >= 0 && at.angle >= 0;
-  float4 cos, sin;
-  if (turns) {
-    const float* angles = p.rotation + (row * p.tokens + token) * 4 * p.rotary_half + at.angle;
-    cos = *reinterpret_cast<const float4*>(angles), sin = *reinterpret_cast<const float4*>(angles + p.rotary_half);
-  }
-  auto move = [&](const T* x, int64_t x_head, T* y, bool turned) {
-    uint2 a[HEADS], b[HEADS];
+
+  struct Part {  // of heads
+    uint2 first[HEADS], second[HEADS];
+  };
+  Part k, v;
+  auto load = [&](Part& x, const void* from, int64_t begin, int64_t head) {
+    const T* start = static_cast<const T*>(from) + begin + first_head * head;
 #pragma unroll
     for (int i = 0; i < HEADS; ++i) {
-      const uint2* fours = reinterpret_cast<const uint2*>(x + (first_head + i) * x_head);
-      const bool there = x && first_head + i < last_head;
-      a[i] = there ? fours[at.first] : make_uint2(0, 0), b[i] = there ? fours[at.second] : make_uint2(0, 0);
+      const uint2* fours = reinterpret_cast<const uint2*>(start + i * head);
+      const bool there = first_head + i < last_head;
+      x.first[i] = there ? fours[at.first] : make_uint2(0, 0);
+      x.second[i] = there ? fours[at.second] : make_uint2(0, 0);
     }
+  };
+  auto store = [&](const Part& x, void* to, int64_t begin, int64_t head) {
+    T* start = static_cast<T*>(to) + begin + first_head * head;
 #pragma unroll
     for (int i = 0; i < HEADS; ++i) {
       if (first_head + i >= last_head) break;
-      if (turned) turn<T>(a[i], b[i], cos, sin, p.interleaved);
-      uint2* fours =
-          reinterpret_cast<uint2*>(y + ((row * p.num_kv_heads + first_head + i) * rows + target) * p.head_dim);
-      fours[at.first] = a[i], fours[at.second] = b[i];
+      uint2* fours = reinterpret_cast<uint2*>(start + i * head);
+      fours[at.first] = x.first[i], fours[at.second] = x.second[i];
     }
   };
-  move(k, k_head, k_to, turns);
-  if (v_to) move(v, v_head, v_to, false);
-}
-
-template <typename T>
-__global__ void __launch_bounds__(MOVERS) append_kernel(const __grid_constant__ Prefill p) {
-  wait_for_launch();
-  const int pieces = p.head_dim / 8, index = blockIdx.x * MOVERS + threadIdx.x, unit = index / pieces;
-  const int piece = index % pieces;
-  if (unit >= p.tokens) return;
-  const int64_t row = blockIdx.y;
-  const int count = count_of(p, row), token = unit - (p.tokens - count);
-  const int64_t position = p.lengths[row] + token;
-  // What later tokens of the chunk would overwrite is left out: no slot is written twice.
-  if (token < 0 || (token < count - p.ring_size && position >= p.sink_size)) return;
-  const int64_t slot = position < p.sink_size ? position : p.sink_size + (position - p.sink_size) % p.ring_size;
-  const T* turned = Scratch<T>(p).turned;
-#pragma unroll
-  for (int i = 0; i < HEADS; ++i) {
-    const int head = blockIdx.z * HEADS + i;
-    if (head >= p.num_kv_heads) break;
-    const T* k = p.rotation ? turned + ((row * p.num_kv_heads + head) * p.tokens + unit) * p.head_dim
-                            : static_cast<const T*>(p.k) + row * p.k_row + head * p.k_head + unit * p.k_token;
-    const T* v = static_cast<const T*>(p.v) + row * p.v_row + head * p.v_head + unit * p.v_token;
-    T* k_cache = static_cast<T*>(p.k_cache) + row * p.k_cache_row + head * p.k_cache_head + slot * p.k_cache_slot;
-    T* v_cache = static_cast<T*>(p.v_cache) + row * p.v_cache_row + head * p.v_cache_head + slot * p.v_cache_slot;
-    reinterpret_cast<uint4*>(k_cache)[piece] = reinterpret_cast<const uint4*>(k)[piece];
-    reinterpret_cast<uint4*>(v_cache)[piece] = reinterpret_cast<const uint4*>(v)[piece];
+  auto k_slot = [&] { return row * p.k_cache_row + slot * p.k_cache_slot; };
+  auto v_slot = [&] { return row * p.v_cache_row + slot * p.v_cache_slot; };
+  auto to_scratch = [&] {
+    const int64_t begin = (row * p.num_kv_heads * rows + target) * DIM, head = int64_t(rows) * DIM;
+    store(k, k_to, begin, head);
+    if (v_to) store(v, v_to, begin, head);
+  };
+  const bool is_new = token >= 0 && !is_ring;  // whether scratch gets the token, and not what the slot holds, or zeros
+  if (target >= 0 && !is_new) {
+    k = v = {};
+    if (holds) load(k, p.k_cache, k_slot(), p.k_cache_head), load(v, p.v_cache, v_slot(), p.v_cache_head);
+    to_scratch();
   }
+  if (token < 0) return;
+  load(k, p.k, row * p.k_row + token * p.k_token, p.k_head);
+  if (slot >= 0) load(v, p.v, row * p.v_row + token * p.v_token, p.v_head);
+  if (p.rotation && at.angle >= 0) {
+    const float* angles = p.rotation + (row * p.tokens + token) * 4 * p.rotary_half + at.angle;
+    const float4 cos = *reinterpret_cast<const float4*>(angles);
+    const float4 sin = *reinterpret_cast<const float4*>(angles + p.rotary_half);
+#pragma unroll
+    for (int i = 0; i < HEADS; ++i) turn<T>(k.first[i], k.second[i], cos, sin, p.interleaved);
+  }
+  if (is_new) to_scratch();
+  if (slot >= 0) store(k, p.k_cache, k_slot(), p.k_cache_head), store(v, p.v_cache, v_slot(), p.v_cache_head);
 }
 
 // A tile of queries, and the tiles of keys that it sees. Queries and keys are counted from the row's first token in
@@ -817,13 +820,13 @@ cudaError_t launch(const Prefill& p, int multiprocessors, cudaStream_t stream) {
     config.attrs = &overlap, config.numAttrs = overlaps ? 1 : 0;
     return config;
   };
-  auto blocks = [&](int64_t threads) {
-    return dim3((threads + MOVERS - 1) / MOVERS, p.batch, (kv_heads + HEADS - 1) / HEADS);
-  };
 
   // What the copy engine needs is written down while the first kernel runs.
-  const auto gather = configured(blocks(int64_t(p.tokens + ring_rows(p) + sink_rows(p)) * (DIM / 8)), MOVERS, 0, false);
-  cudaError_t error = cudaLaunchKernelEx(&gather, gather_kernel<T>, p);
+  const int64_t units = int64_t(p.tokens) + (p.ring_size > ring_rows(p) ? p.ring_size : ring_rows(p)) + sink_rows(p);
+  const int at_once = MOVERS / (DIM / 8);
+  const auto gather = configured(dim3((units + at_once - 1) / at_once, p.batch, (kv_heads + HEADS - 1) / HEADS), MOVERS,
+                                 0, false);
+  cudaError_t error = cudaLaunchKernelEx(&gather, gather_kernel<T, DIM>, p);
   if (error != cudaSuccess) return error;
 
   Maps maps;
@@ -849,11 +852,7 @@ cudaError_t launch(const Prefill& p, int multiprocessors, cudaStream_t stream) {
   const int64_t tiles = int64_t(p.tokens + QUERIES - 1) / QUERIES * p.batch * heads;
   const auto attend =
       configured(dim3(tiles < multiprocessors ? tiles : multiprocessors), THREADS, Shape<DIM>::SHARED, true);
-  error = cudaLaunchKernelEx(&attend, kernel, p, maps);
-  if (error != cudaSuccess) return error;
-
-  const auto append = configured(blocks(int64_t(p.tokens) * (DIM / 8)), MOVERS, 0, true);
-  return cudaLaunchKernelEx(&append, append_kernel<T>, p);
+  return cudaLaunchKernelEx(&attend, kernel, p, maps);
 }
 
 template <typename T>
