@@ -29,7 +29,8 @@ constexpr float LOWEST = -1e30f;                      // a maximum before the fi
 constexpr int QUERIES = 128, KEYS = 128, SINKS = 16;  // of a tile
 constexpr int STAGES = 2;
 constexpr int HELPERS = 256, TURNERS = HELPERS - 32, CONSUMERS = 2, THREADS = HELPERS + 128 * CONSUMERS;
-constexpr int MOVERS = 256, HEADS = 4;  // threads of a block that gathers, heads that each of them takes
+constexpr int MOVERS = 256;         // threads of a block that gathers
+constexpr int HEADS = 4, TURNS = 8;  // heads of a slot, or of a token of the chunk, that each of them takes
 
 __device__ float exp2_fast(float x) {
   float y;
@@ -196,8 +197,9 @@ __device__ Fours fours_of(const Prefill& p, int job) {
 template <typename T>
 __device__ void turn(uint32_t& x, uint32_t& y, float2 cos, float2 sin) {
   const float2 a = unpack<T>(x), b = unpack<T>(y);
-  x = pack<T>(a.x * cos.x - b.x * sin.x, a.y * cos.y - b.y * sin.y);
-  y = pack<T>(b.x * cos.x + a.x * sin.x, b.y * cos.y + a.y * sin.y);
+  // Fused like this wherever it is inlined, so that a key has the same bits in scratch and in the cache.
+  x = pack<T>(__fmaf_rn(a.x, cos.x, -__fmul_rn(b.x, sin.x)), __fmaf_rn(a.y, cos.y, -__fmul_rn(b.y, sin.y)));
+  y = pack<T>(__fmaf_rn(b.x, cos.x, __fmul_rn(a.x, sin.x)), __fmaf_rn(b.y, cos.y, __fmul_rn(a.y, sin.y)));
 }
 template <typename T>
 __device__ void turn(uint2& x, uint2& y, float4 cos, float4 sin, bool interleaved) {
@@ -238,32 +240,81 @@ struct Scratch {
 
 __device__ int count_of(const Prefill& p, int64_t row) { return p.counts ? int(p.counts[row]) : p.tokens; }
 
-// Units are slots of the ring, rows of the sinks' scratch and tokens of the chunk; slots come first, as they have most
-// to wait for. A thread takes two fours of a unit, of some heads. Whoever has a slot copies what it holds, if that is
-// seen, before it writes what the chunk leaves there: nobody else reads or writes it, here or in the next launch.
+// Two fours of so many of N heads that are `head` elements apart.
+template <typename T, int N>
+struct Part {
+  uint2 first[N], second[N];
+
+  __device__ void load(const void* x, int64_t begin, int64_t head, int heads, const Fours& at) {
+    const T* from = static_cast<const T*>(x) + begin;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const uint2* fours = reinterpret_cast<const uint2*>(from + i * head);
+      if (i < heads) first[i] = fours[at.first], second[i] = fours[at.second];
+    }
+  }
+  __device__ void store(void* x, int64_t begin, int64_t head, int heads, const Fours& at) const {
+    T* to = static_cast<T*>(x) + begin;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      uint2* fours = reinterpret_cast<uint2*>(to + i * head);
+      if (i < heads) fours[at.first] = first[i], fours[at.second] = second[i];
+    }
+  }
+  // By the angles of a token of a row.
+  __device__ void turned(const Prefill& p, int64_t row, int token, const Fours& at) {
+    if (!p.rotation || at.angle < 0) return;
+    const float* angles = p.rotation + (row * p.tokens + token) * 4 * p.rotary_half + at.angle;
+    const float4 cos = *reinterpret_cast<const float4*>(angles);
+    const float4 sin = *reinterpret_cast<const float4*>(angles + p.rotary_half);
+#pragma unroll
+    for (int i = 0; i < N; ++i) turn<T>(first[i], second[i], cos, sin, p.interleaved);
+  }
+};
+
+// The key of a token of the chunk to scratch, or zeros to the output of one that is padding.
 template <typename T, int DIM>
-__global__ void __launch_bounds__(MOVERS, 4) gather_kernel(const __grid_constant__ Prefill p) {
-  let_next_launch();
-  constexpr int JOBS = DIM / 8;
-  const int unit = blockIdx.x * (MOVERS / JOBS) + threadIdx.x / JOBS;
-  const int64_t row = blockIdx.y;
-  const int first_head = blockIdx.z * HEADS, last_head = min(first_head + HEADS, p.num_kv_heads);
-  const int rows_of_ring = ring_rows(p), rows_of_sinks = sink_rows(p), slots = max(p.ring_size, rows_of_ring);
+__device__ void gather_token(const Prefill& p, int token, int64_t row, int first_head, const Fours& at, int job) {
+  const int heads = min(p.num_kv_heads - first_head, TURNS);
+  if (token >= p.tokens) return;
+  if (token < p.tokens - count_of(p, row)) {  // nobody else writes what padding gives
+    const int per_token = p.num_kv_heads * p.group * DIM;
+    T* out = static_cast<T*>(p.out) + (row * p.tokens + token) * per_token + first_head * p.group * DIM + job * 8;
+    for (int head = 0; head < heads * p.group; ++head)
+      *reinterpret_cast<uint4*>(out + head * DIM) = make_uint4(0, 0, 0, 0);
+    return;
+  }
+  if (!p.rotation) return;
+  Part<T, TURNS> k;
+  k.load(p.k, row * p.k_row + token * p.k_token + first_head * p.k_head, p.k_head, heads, at);
+  k.turned(p, row, token, at);
+  k.store(Scratch<T>(p).turned, ((row * p.num_kv_heads + first_head) * p.tokens + token) * DIM, int64_t(p.tokens) * DIM,
+          heads, at);
+}
+
+__host__ __device__ int ring_units(const Prefill& p) {
+  const int rows = ring_rows(p);
+  return p.ring_size > rows ? p.ring_size : rows;
+}
+
+// What is seen of a slot of the ring to scratch, and what the chunk leaves there to the slot: whoever has a slot copies
+// it before it is written, and nobody else reads or writes it, in this launch or the next. Then the same for sinks.
+template <typename T, int DIM>
+__device__ void gather_slot(const Prefill& p, int unit, int64_t row, int first_head, const Fours& at) {
+  const int heads = min(p.num_kv_heads - first_head, HEADS);
   const int padding = p.tokens - count_of(p, row);
   const int64_t length = p.lengths[row];
-  const Fours at = fours_of(p, threadIdx.x % JOBS);
   const Scratch<T> to(p);
-
   // A token, a slot of the cache and a row of scratch, -1 for none; whether the slot holds what is seen.
-  int token = -1, slot = -1, target = -1, rows = p.tokens;
-  bool holds = false, is_ring = false;
-  T *k_to = to.turned, *v_to = nullptr;
-  if (unit < slots) {
+  int token = -1, slot = -1, target = -1;
+  bool holds;
+  const bool is_ring = unit < ring_units(p);
+  if (is_ring) {
     const int age = unit;  // 0 is the slot written last; rows of scratch may be older than slots get
     const int64_t written = max(length - p.sink_size, int64_t(0));
     const int seen = int(min(written, int64_t(p.window_size - 1)));
-    holds = age < seen, is_ring = true;
-    if (age / KEYS * KEYS < seen) target = rows_of_ring - 1 - age;  // else in a tile that nobody takes
+    holds = age < seen;
+    if (age / KEYS * KEYS < seen) target = ring_rows(p) - 1 - age;  // else in a tile that nobody takes
     if (age < p.ring_size) {
       // Tokens that are no sinks come into slots of the ages R - 1, R - 2, ..., 0, R - 1, ...: the last for this one.
       const int first = padding + int(written + p.sink_size - length), count = max(p.tokens - first, 0);
@@ -274,76 +325,55 @@ __global__ void __launch_bounds__(MOVERS, 4) gather_kernel(const __grid_constant
       slot = int(written % p.ring_size) - 1 - age;
       slot += slot < 0 ? p.sink_size + p.ring_size : p.sink_size;
     }
-    k_to = to.ring_k, v_to = to.ring_v, rows = rows_of_ring;
-  } else if (unit < slots + rows_of_sinks) {
-    target = unit - slots;
-    holds = target < p.sink_size && target < length;
-    if (target < p.sink_size) slot = target;
-    if (target < p.sink_size && !holds && padding + target - length < p.tokens)
-      token = int(padding + target - length);
-    k_to = to.sink_k, v_to = to.sink_v, rows = rows_of_sinks;
   } else {
-    const int in_chunk = unit - slots - rows_of_sinks;
-    if (in_chunk >= p.tokens) return;
-    if (in_chunk < padding) {  // nobody else writes what padding gives
-      const int per_token = p.num_kv_heads * p.group * DIM;
-      T* out = static_cast<T*>(p.out) + (row * p.tokens + in_chunk) * per_token + threadIdx.x % JOBS * 8;
-      for (int head = first_head * p.group; head < last_head * p.group; ++head)
-        *reinterpret_cast<uint4*>(out + head * DIM) = make_uint4(0, 0, 0, 0);
-      return;
-    }
-    if (!p.rotation) return;
-    token = target = in_chunk;
+    target = unit - ring_units(p);
+    if (target >= sink_rows(p)) return;
+    if (target < p.sink_size) slot = target;
+    holds = slot >= 0 && slot < length;
+    if (slot >= 0 && !holds && padding + slot - length < p.tokens) token = int(padding + slot - length);
   }
 
-  struct Part {  // of heads
-    uint2 first[HEADS], second[HEADS];
-  };
-  Part k, v;
-  auto load = [&](Part& x, const void* from, int64_t begin, int64_t head) {
-    const T* start = static_cast<const T*>(from) + begin + first_head * head;
-#pragma unroll
-    for (int i = 0; i < HEADS; ++i) {
-      const uint2* fours = reinterpret_cast<const uint2*>(start + i * head);
-      const bool there = first_head + i < last_head;
-      x.first[i] = there ? fours[at.first] : make_uint2(0, 0);
-      x.second[i] = there ? fours[at.second] : make_uint2(0, 0);
-    }
-  };
-  auto store = [&](const Part& x, void* to, int64_t begin, int64_t head) {
-    T* start = static_cast<T*>(to) + begin + first_head * head;
-#pragma unroll
-    for (int i = 0; i < HEADS; ++i) {
-      if (first_head + i >= last_head) break;
-      uint2* fours = reinterpret_cast<uint2*>(start + i * head);
-      fours[at.first] = x.first[i], fours[at.second] = x.second[i];
-    }
-  };
-  auto k_slot = [&] { return row * p.k_cache_row + slot * p.k_cache_slot; };
-  auto v_slot = [&] { return row * p.v_cache_row + slot * p.v_cache_slot; };
+  Part<T, HEADS> k, v;
   auto to_scratch = [&] {
-    const int64_t begin = (row * p.num_kv_heads * rows + target) * DIM, head = int64_t(rows) * DIM;
-    store(k, k_to, begin, head);
-    if (v_to) store(v, v_to, begin, head);
+    const int rows = is_ring ? ring_rows(p) : sink_rows(p);
+    const int64_t begin = ((row * p.num_kv_heads + first_head) * rows + target) * DIM, head = int64_t(rows) * DIM;
+    k.store(is_ring ? to.ring_k : to.sink_k, begin, head, heads, at);
+    v.store(is_ring ? to.ring_v : to.sink_v, begin, head, heads, at);
   };
+  auto k_slot = [&] { return row * p.k_cache_row + slot * p.k_cache_slot + first_head * p.k_cache_head; };
+  auto v_slot = [&] { return row * p.v_cache_row + slot * p.v_cache_slot + first_head * p.v_cache_head; };
   const bool is_new = token >= 0 && !is_ring;  // whether scratch gets the token, and not what the slot holds, or zeros
   if (target >= 0 && !is_new) {
     k = v = {};
-    if (holds) load(k, p.k_cache, k_slot(), p.k_cache_head), load(v, p.v_cache, v_slot(), p.v_cache_head);
+    if (holds) {
+      k.load(p.k_cache, k_slot(), p.k_cache_head, heads, at);
+      v.load(p.v_cache, v_slot(), p.v_cache_head, heads, at);
+    }
     to_scratch();
   }
   if (token < 0) return;
-  load(k, p.k, row * p.k_row + token * p.k_token, p.k_head);
-  if (slot >= 0) load(v, p.v, row * p.v_row + token * p.v_token, p.v_head);
-  if (p.rotation && at.angle >= 0) {
-    const float* angles = p.rotation + (row * p.tokens + token) * 4 * p.rotary_half + at.angle;
-    const float4 cos = *reinterpret_cast<const float4*>(angles);
-    const float4 sin = *reinterpret_cast<const float4*>(angles + p.rotary_half);
-#pragma unroll
-    for (int i = 0; i < HEADS; ++i) turn<T>(k.first[i], k.second[i], cos, sin, p.interleaved);
-  }
+  k.load(p.k, row * p.k_row + token * p.k_token + first_head * p.k_head, p.k_head, heads, at);
+  v.load(p.v, row * p.v_row + token * p.v_token + first_head * p.v_head, p.v_head, heads, at);
+  k.turned(p, row, token, at);
   if (is_new) to_scratch();
-  if (slot >= 0) store(k, p.k_cache, k_slot(), p.k_cache_head), store(v, p.v_cache, v_slot(), p.v_cache_head);
+  k.store(p.k_cache, k_slot(), p.k_cache_head, heads, at);
+  v.store(p.v_cache, v_slot(), p.v_cache_head, heads, at);
+}
+
+// Blocks for slots come first, as they have most to wait for: `slot_blocks` for each HEADS of the TURNS heads.
+template <typename T, int DIM>
+__global__ void __launch_bounds__(MOVERS, 4) gather_kernel(const __grid_constant__ Prefill p, int slot_blocks) {
+  let_next_launch();
+  constexpr int JOBS = DIM / 8, UNITS = MOVERS / JOBS;
+  const int block = blockIdx.x, unit = threadIdx.x / JOBS, job = threadIdx.x % JOBS;
+  const int first_head = blockIdx.z * TURNS, slots = slot_blocks * (TURNS / HEADS);
+  const Fours at = fours_of(p, job);
+  if (block >= slots) {
+    gather_token<T, DIM>(p, (block - slots) * UNITS + unit, blockIdx.y, first_head, at, job);
+  } else {
+    const int head = first_head + block / slot_blocks * HEADS;
+    if (head < p.num_kv_heads) gather_slot<T, DIM>(p, block % slot_blocks * UNITS + unit, blockIdx.y, head, at);
+  }
 }
 
 // A tile of queries, and the tiles of keys that it sees. Queries and keys are counted from the row's first token in
@@ -822,11 +852,12 @@ cudaError_t launch(const Prefill& p, int multiprocessors, cudaStream_t stream) {
   };
 
   // What the copy engine needs is written down while the first kernel runs.
-  const int64_t units = int64_t(p.tokens) + (p.ring_size > ring_rows(p) ? p.ring_size : ring_rows(p)) + sink_rows(p);
-  const int at_once = MOVERS / (DIM / 8);
-  const auto gather = configured(dim3((units + at_once - 1) / at_once, p.batch, (kv_heads + HEADS - 1) / HEADS), MOVERS,
-                                 0, false);
-  cudaError_t error = cudaLaunchKernelEx(&gather, gather_kernel<T, DIM>, p);
+  constexpr int UNITS = MOVERS / (DIM / 8);
+  const int slot_blocks = (ring_units(p) + sink_rows(p) + UNITS - 1) / UNITS;
+  const int token_blocks = p.rotation || p.counts ? (p.tokens + UNITS - 1) / UNITS : 0;
+  const dim3 grid(slot_blocks * (TURNS / HEADS) + token_blocks, p.batch, (kv_heads + TURNS - 1) / TURNS);
+  const auto gather = configured(grid, MOVERS, 0, false);
+  cudaError_t error = cudaLaunchKernelEx(&gather, gather_kernel<T, DIM>, p, slot_blocks);
   if (error != cudaSuccess) return error;
 
   Maps maps;
