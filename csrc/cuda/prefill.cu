@@ -116,6 +116,10 @@ __device__ uint64_t describe(const char* tile, int columns_apart) {
   return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t(columns_apart >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
          uint64_t(1) << 62;
 }
+// So many bytes further on, which never carries out of the address.
+__device__ uint64_t further(uint64_t tile, int bytes) {
+  return (tile & 0xffffffff00000000) | uint32_t(uint32_t(tile) + bytes / 16);
+}
 __device__ void open_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int PENDING>
@@ -665,21 +669,22 @@ __global__ void __launch_bounds__(THREADS, 1)
     commit_products();
   };
   auto ask_scores = [&](int stage) {
-    const char* our_queries = queries + query_at.stage * S::TILE + upper * 128;
+    const uint64_t our_queries = describe(queries + query_at.stage * S::TILE + upper * 128, 16);
+    const uint64_t tile_of_keys = describe(keys + stage * S::TILE, 16);
     hold(score);
     open_products();
 #pragma unroll
     for (int k = 0; k < DIM / 16; ++k)
-      multiply<T>(score, describe(our_queries + k / 4 * S::COLUMN + k % 4 * 32, 16),
-                  describe(keys + stage * S::TILE + k / 4 * S::COLUMN + k % 4 * 32, 16), k > 0);
+      multiply<T>(score, further(our_queries, k / 4 * S::COLUMN + k % 4 * 32),
+                  further(tile_of_keys, k / 4 * S::COLUMN + k % 4 * 32), k > 0);
     commit_products();
   };
   auto ask_sum = [&] {
+    const uint64_t tile_of_values = describe(values + value_at.stage * S::TILE, S::COLUMN);
     hold(sum), hold(weight);
     open_products();
 #pragma unroll
-    for (int k = 0; k < KEYS / 16; ++k)
-      multiply<T>(sum, weight + 4 * k, describe(values + value_at.stage * S::TILE + k * 16 * 128, S::COLUMN));
+    for (int k = 0; k < KEYS / 16; ++k) multiply<T>(sum, weight + 4 * k, further(tile_of_values, k * 16 * 128));
     commit_products();
   };
   auto mask = [&](int n) {
