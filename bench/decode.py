@@ -2,7 +2,8 @@
 
 One query per row, batch rows, a full cache of C = 4 + (C - 4) tokens. sinkattn's figure holds all that a step needs:
 rotation of q and k, append, sinks at their cache distance, attention, combination. The peers attend over C keys that
-are rotated and stored already, and do nothing else:
+are rotated and stored already, and do nothing else. sinkattn_overlap is sinkattn with overlap=True, as patched models
+call it: it asks for the cache's first tiles while the kernel ahead, here the same on another cache, comes to its end.
 
     sdpa_cudnn, sdpa_flash    torch scaled_dot_product_attention, that backend forced
     flex                      FlexAttention, compiled, block mask of sinks and window; in the rows of the tables only
@@ -39,7 +40,7 @@ from sinkattn import ops
 
 SINKS = 4
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-PROVIDERS = ("sinkattn", "sdpa_cudnn", "sdpa_flash", "flex", "flashinfer_none", "flashinfer_rope")
+PROVIDERS = ("sinkattn", "sinkattn_overlap", "sdpa_cudnn", "sdpa_flash", "flex", "flashinfer_none", "flashinfer_rope")
 LARGEST = 9e9  # bytes of one layer's cache; larger ones are left out
 COLUMNS = ("num_heads", "num_kv_heads", "head_dim", "batch", "capacity", "dtype", "provider", "us", "floor_us")
 console = Console(width=160)
@@ -94,11 +95,12 @@ def caches(batch, heads, capacity, head_dim, dtype) -> list[tuple[torch.Tensor, 
     return [pairs[i % count] for i in range(max(8, count))]
 
 
-def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype, op=ops.decode, overlap=True) -> float:
+def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype, op=ops.decode) -> float:
     """Microseconds of one layer's step; raises what the provider raises where it cannot. op: sinkattn's, for tuning."""
     q = torch.randn(batch, num_heads, 1, head_dim, device="cuda", dtype=dtype)
     pairs = caches(batch, num_kv_heads, capacity, head_dim, dtype)
-    if provider == "sinkattn":
+    if provider.startswith("sinkattn"):
+        overlap = provider == "sinkattn_overlap"
         k, v = (torch.randn(batch, num_kv_heads, 1, head_dim, device="cuda", dtype=dtype) for _ in range(2))
         lengths = torch.randint(capacity, 10 * capacity, (batch,), device="cuda")
         rotation = torch.randn(batch, 1, 2, 2, head_dim // 2, device="cuda")
@@ -188,7 +190,7 @@ def plot(rows: list[tuple], path: Path) -> None:
         for provider in PROVIDERS:
             of = [row for row in shown if (row[1], row[4], row[6]) == (num_kv_heads, capacity, provider)]
             points = sorted((row[3], row[8] / row[7]) for row in of)
-            style = {"linewidth": 2.5, "zorder": 3} if provider == "sinkattn" else {"alpha": 0.8}
+            style = {"linewidth": 2.5, "zorder": 3} if provider.startswith("sinkattn") else {"alpha": 0.8}
             axis.plot(*(zip(*points, strict=True) if points else ([], [])), marker="o", ms=3, label=provider, **style)
         axis.set(xscale="log", title=f"32/{num_kv_heads} heads, C {capacity}", ylim=(0, 1.05))
         axis.set_xticks((1, 8, 64, 256), ("1", "8", "64", "256"), minor=False)

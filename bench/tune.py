@@ -65,7 +65,7 @@ def cuda_times(shape: tuple, head_dim: int) -> list[tuple[float, str]]:
         config = f"splits={splits} cluster={cluster} overlap={overlap}"
         arguments = (num_heads, num_kv_heads, head_dim, batch, capacity, torch.bfloat16)
         try:
-            us = measure("sinkattn", *arguments, op, overlap=overlap)
+            us = measure("sinkattn_overlap" if overlap else "sinkattn", *arguments, op)
         except RuntimeError as error:
             console.print(f"{config}: {str(error).splitlines()[0][:100]}")
             continue

@@ -716,13 +716,12 @@ Sharing sharing_of(const Params& p, const Device& device) {
   while (size > 0 && (tiles <= 8 * (size - 1) || !serves(p, {size, true}, device) ||
                       pairs > clusters_at_a_time(p, size, device)))
     --size;
-  if (size == 0) return {1, false};
   // Clusters may leave multiprocessors without work, small blocks do not; but to meet in memory takes as long as a
   // multiprocessor needs for some 256 KB.
   const int splits = int(std::min<int64_t>(2 * device.multiprocessors / pairs, MAX_SPLITS));
-  const int64_t tile_bytes = KEYS * (p.head_dim + p.v_dim) * 2;
-  const bool in_memory = (tiles / size - 2 * tiles / splits) * tile_bytes > 256 * 1024;
-  return in_memory ? Sharing{splits, false} : Sharing{size, true};
+  const int64_t of_one = size > 0 ? tiles / size : 2 * tiles, tile_bytes = KEYS * (p.head_dim + p.v_dim) * 2;
+  if ((of_one - 2 * tiles / splits) * tile_bytes > 256 * 1024) return {splits, false};
+  return size > 0 ? Sharing{size, true} : Sharing{1, false};
 }
 
 cudaError_t decode(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream) {

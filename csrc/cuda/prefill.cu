@@ -19,6 +19,7 @@
 
 #include <type_traits>
 
+#include "launch.h"
 #include "prefill.h"
 
 namespace sinkattn::cuda {
@@ -105,10 +106,6 @@ __device__ void meet(int barrier, int threads) {
 __device__ void pass(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
-
-// Launches overlap: a kernel starts while the one before it ends, and waits here for what that one wrote.
-__device__ void wait_for_launch() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ void let_next_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 // Products of a warpgroup. Tiles in shared memory are columns of 64 dims, rows of 128 bytes, swizzled. `columns_apart`
 // is for values, whose dims are not what is summed over.
