@@ -717,10 +717,10 @@ Sharing sharing_of(const Params& p, const Device& device) {
                       pairs > clusters_at_a_time(p, size, device)))
     --size;
   // Clusters may leave multiprocessors without work, small blocks do not; but to meet in memory takes as long as a
-  // multiprocessor needs for some 256 KB.
+  // multiprocessor needs for some 128 KB.
   const int splits = int(std::min<int64_t>(2 * device.multiprocessors / pairs, MAX_SPLITS));
   const int64_t of_one = size > 0 ? tiles / size : 2 * tiles, tile_bytes = KEYS * (p.head_dim + p.v_dim) * 2;
-  if ((of_one - 2 * tiles / splits) * tile_bytes > 256 * 1024) return {splits, false};
+  if ((of_one - 2 * tiles / splits) * tile_bytes > 128 * 1024) return {splits, false};
   return size > 0 ? Sharing{size, true} : Sharing{1, false};
 }
 
