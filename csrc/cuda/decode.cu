@@ -711,16 +711,17 @@ bool serves(const Params& p, Sharing sharing, const Device& device) {
 
 Sharing sharing_of(const Params& p, const Device& device) {
   const int64_t pairs = int64_t(p.batch) * p.num_kv_heads, tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
-  if (pairs > device.multiprocessors) return {1, false};
+  if (pairs == 0 || pairs > device.multiprocessors) return {1, false};
   int size = MAX_CLUSTER;
   while (size > 0 && (tiles <= 8 * (size - 1) || !serves(p, {size, true}, device) ||
                       pairs > clusters_at_a_time(p, size, device)))
     --size;
   // Clusters may leave multiprocessors without work, small blocks do not; but to meet in memory takes as long as a
-  // multiprocessor needs for some 128 KB.
+  // multiprocessor needs for some 128 KB, and the last one has to read what all found.
   const int splits = int(std::min<int64_t>(2 * device.multiprocessors / pairs, MAX_SPLITS));
   const int64_t of_one = size > 0 ? tiles / size : 2 * tiles, tile_bytes = KEYS * (p.head_dim + p.v_dim) * 2;
-  if ((of_one - 2 * tiles / splits) * tile_bytes > 128 * 1024) return {splits, false};
+  const int64_t found_bytes = int64_t(splits) * p.group * (p.v_dim + 2) * 4;
+  if ((of_one - 2 * tiles / splits) * tile_bytes > 128 * 1024 + 6 * found_bytes) return {splits, false};
   return size > 0 ? Sharing{size, true} : Sharing{1, false};
 }
 
