@@ -274,11 +274,11 @@ def _chosen(op: str, backend: str, tensors: tuple, sink_size: int, rotary_start:
     return f"{op}_triton"
 
 
-_COMPILED: dict[tuple, torch._ops.OpOverload] = {}  # which op of csrc/cuda took calls of this kind
+_COMPILED: dict[tuple, torch._ops.OpOverload] = {}  # which op of csrc took calls of this kind
 
 
 def _run(op: str, backend: str, tensors: tuple, sizes: tuple) -> Tensor:
-    """The ops of csrc/cuda refuse what `_check` refuses, so they are asked first: words cost more than a launch."""
+    """The ops of csrc refuse what `_check` refuses, so they are asked first: words cost more than a launch."""
     if torch.compiler.is_compiling():
         return _run_checked(op, backend, tensors, sizes)
     q, v = tensors[0], tensors[2]
@@ -314,7 +314,7 @@ def _run_checked(op: str, backend: str, tensors: tuple, sizes: tuple, kind: tupl
             raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; on the CPU take float32 or float16")
         return _TRITON[op](*tensors, *sizes)
     overload = getattr(torch.ops.sinkattn, chosen).default
-    if kind and chosen.endswith("_cuda"):
+    if kind and (chosen.endswith("_cuda") or (q.device.type == "cpu" and HAS_CPU_LIBRARY)):
         _COMPILED[kind] = overload
     elif kind:
         _COMPILED.pop(kind, None)

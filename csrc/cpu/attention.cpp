@@ -57,16 +57,21 @@ void widen(const T* x, int64_t dim, float* y) {
 
 // y = x with the rotary dims turned by the angles of cos and sin (half,). `angles` null: y = x.
 template <typename T>
-void rotate(const Params& p, const T* x, const float* angles, float* y) {
+void rotate(const Params& p, const T* x, const float* angles, float* __restrict y) {
   widen(x, p.head_dim, y);
   if (!angles) return;
-  const int64_t half = p.rotary_half, step = p.interleaved ? 2 : 1;
+  const int64_t half = p.rotary_half;
   const float *cos = angles, *sin = angles + half;
-  float *a = y + p.rotary_start, *b = a + (p.interleaved ? 1 : half);
-  for (int64_t i = 0; i < half; ++i) {
-    float left = a[i * step], right = b[i * step];
-    a[i * step] = left * cos[i] - right * sin[i];
-    b[i * step] = right * cos[i] + left * sin[i];
+  y += p.rotary_start;
+  auto turn = [&](float& a, float& b, int64_t i) {
+    const float left = a, right = b;
+    a = left * cos[i] - right * sin[i];
+    b = right * cos[i] + left * sin[i];
+  };
+  if (p.interleaved) {
+    for (int64_t i = 0; i < half; ++i) turn(y[2 * i], y[2 * i + 1], i);
+  } else {
+    for (int64_t i = 0; i < half; ++i) turn(y[i], y[half + i], i);
   }
 }
 
@@ -189,21 +194,20 @@ struct Row {
 // Scores -> weights, for keys [first, last) of the `count` of a block; the others get weight 0. Returns the factor f.
 // distance: from the query back to the first key of the block.
 float soften(const Params& p, Row& row, float* scores, int64_t first, int64_t last, int64_t count, int64_t distance) {
-  const Vec scale = broadcast(p.scale);
+  const Vec scale = broadcast(p.scale), cap = broadcast(p.softcap), nothing = broadcast(-INF);
+  const Vec from = broadcast(float(first)), to = broadcast(float(last)), slope = broadcast(row.slope);
   const int64_t end = (count + LANES - 1) / LANES * LANES;  // <= KEYS
-  if (p.softcap > 0) {
-    const Vec cap = broadcast(p.softcap);
-    for (int64_t n = 0; n < end; n += LANES) store(scores + n, cap * tanh(load(scores + n) * scale / cap));
-  } else {
-    for (int64_t n = 0; n < end; n += LANES) store(scores + n, load(scores + n) * scale);
+  Vec block_max = nothing;
+  for (int64_t n = 0; n < end; n += LANES) {
+    const Vec key = broadcast(float(n)) + counting();
+    Vec score = load(scores + n) * scale;
+    if (p.softcap > 0) score = cap * tanh(score / cap);
+    if (p.alibi_slopes) score = score - slope * (broadcast(float(distance)) - key);
+    score = key < from ? nothing : score;
+    score = key < to ? score : nothing;
+    store(scores + n, score);
+    block_max = larger(block_max, score);
   }
-  if (p.alibi_slopes)
-    for (int64_t n = 0; n < end; ++n) scores[n] -= row.slope * float(distance - n);
-  for (int64_t n = 0; n < first; ++n) scores[n] = -INF;
-  for (int64_t n = last; n < end; ++n) scores[n] = -INF;
-
-  Vec block_max = broadcast(-INF);
-  for (int64_t n = 0; n < end; n += LANES) block_max = larger(block_max, load(scores + n));
   const float old_max = row.max, max = max_lanes(block_max);
   row.max = max > old_max ? max : old_max;
   // All scores so far may be -inf: subtract 0 then, since -inf - -inf is NaN.
@@ -228,6 +232,7 @@ class Task {
     const int64_t pair = task / p.blocks_per_pair;
     batch_row = pair / p.num_kv_heads, kv_head = pair % p.num_kv_heads;
     padding = padding_of(p, batch_row), length = p.lengths[batch_row];
+    stored = p.tokens == 1 ? length + 1 : length;
     first = task % p.blocks_per_pair * p.block_tokens;
     last = lesser(first + p.block_tokens, p.tokens);
     const int64_t rows = p.block_tokens * group;
@@ -299,13 +304,13 @@ class Task {
     if (angle == TEXT) position = greater(position, begin_text);
     int64_t count = lesser((angle == SINK ? sinks_end : end_text) - position, KEYS);
     if (count <= 0) return {};
-    if (position >= length) {
+    if (position >= stored) {
       const int64_t token = position - length + padding;
       return {at<T>(p.rotated_k, batch_row, kv_head, token), at<T>(p.v, batch_row, kv_head, token),
               p.rotated_k.token_stride, p.v.token_stride, position, count, angle};
     }
     const int64_t slot = slot_of(p, position), wrap = angle == SINK ? p.sink_size : p.sink_size + p.ring_size;
-    count = lesser(count, lesser(length - position, wrap - slot));
+    count = lesser(count, lesser(stored - position, wrap - slot));
     return {at<T>(p.k_cache, batch_row, kv_head, slot), at<T>(p.v_cache, batch_row, kv_head, slot),
             p.k_cache.token_stride, p.v_cache.token_stride, position, count, angle};
   }
@@ -375,6 +380,7 @@ class Task {
   const Params& p;
   const int64_t group, dim, v_dim;  // dims are padded to whole vectors
   int64_t batch_row, kv_head, padding, length;
+  int64_t stored;                           // positions before it are in the cache, the only token of a call as well
   int64_t first, last;                      // tokens
   int64_t sinks_end, begin_text, end_text;  // positions that any of them sees: [0, sinks_end), [begin_text, end_text)
   // Scratch: q by Angle (rows, dim), out (rows, v_dim), scores (rows, KEYS), keys (KEYS, dim), values (KEYS, v_dim).
