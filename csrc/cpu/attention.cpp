@@ -15,7 +15,8 @@ namespace sinkattn::SINKATTN_ISA {
 namespace {
 
 constexpr int64_t KEYS = 64;             // per block
-constexpr int64_t VALUES = 16;           // that stay in the L1 cache until every column of the output has taken them
+constexpr int64_t VALUES = 32;           // that stay in the L1 cache until every column of the output has taken them
+constexpr int64_t SOON = 8;              // rows from the one worked on to the one that is asked for again
 constexpr int ROW_TILE = 4;              // rows that share the registers loaded with keys or values
 constexpr int KEY_TILE = REGISTERS / 8;  // keys that do: the tile of sums fills half of the registers
 constexpr float INF = __builtin_inff();
@@ -82,17 +83,22 @@ const float* angles_of(const Params& p, int64_t row, int64_t token, Angle angle)
 
 // Rows that come from memory into the L2 cache while others are worked on: the values of a block while its keys are,
 // the next block's keys while its values are. Processors see runs within a page coming, and blocks are hardly larger.
+// They also drop what they are asked for while too much is under way, so it is asked for again a few rows before its turn.
 template <typename T>
 struct Ahead {
   const T* rows;
   int64_t stride, count;
 
-  // What to fetch while rows [begin, end) are worked on, from dim d on: all of it or, in want of rows, nothing.
+  // What to fetch while rows [begin, end) are worked on, from dim d on: in want of rows, the last ones again.
   Ahead at(int64_t begin, int64_t end, int64_t d = 0) const {
-    return end <= count ? Ahead{rows + begin * stride + d, stride, end - begin} : Ahead{};
+    if (count == 0) return {};
+    return {rows + lesser(begin, greater(count - (end - begin), 0)) * stride + d, stride, count};
   }
-  __attribute__((always_inline)) void fetch(int64_t row, int64_t d) const {  // g++ drops calls that only prefetch
-    if (count) __builtin_prefetch(rows + row * stride + d, 0, 2);
+  // A line at a time. Inlined, for g++ drops calls that only prefetch.
+  __attribute__((always_inline)) void fetch(int64_t row, int64_t d, const void* soon) const {
+    if (count == 0 || d % (64 / int64_t(sizeof(T))) != 0) return;
+    __builtin_prefetch(rows + row * stride + d, 0, 2);
+    __builtin_prefetch(soon, 0, 2);
   }
 };
 
@@ -104,7 +110,7 @@ void dot_tile(const float* q, int64_t q_stride, const T* k, int64_t k_stride, in
     Vec key[COLUMNS];
     for (int n = 0; n < COLUMNS; ++n) {
       key[n] = load(k + n * k_stride + d);
-      ahead.fetch(n, d);
+      ahead.fetch(n, d, k + (n + SOON) * k_stride + d);
     }
     for (int r = 0; r < ROWS; ++r) {
       Vec query = load(q + r * q_stride + d);
@@ -124,7 +130,7 @@ void weigh_tile(const float* weights, const T* v, int64_t v_stride, int64_t coun
     Vec value[COLUMNS];
     for (int c = 0; c < COLUMNS; ++c) {
       value[c] = load(v + n * v_stride + c * LANES);
-      ahead.fetch(n, c * LANES);
+      ahead.fetch(n, c * LANES, v + (n + SOON) * v_stride + c * LANES);
     }
     for (int r = 0; r < ROWS; ++r) {
       Vec weight = broadcast(weights[r * KEYS + n]);
@@ -196,6 +202,7 @@ struct Row {
 float soften(const Params& p, Row& row, float* scores, int64_t first, int64_t last, int64_t count, int64_t distance) {
   const Vec scale = broadcast(p.scale), cap = broadcast(p.softcap), nothing = broadcast(-INF);
   const Vec from = broadcast(float(first)), to = broadcast(float(last)), slope = broadcast(row.slope);
+  const bool is_seen = first == 0 && last == count && count % LANES == 0;  // all of it
   const int64_t end = (count + LANES - 1) / LANES * LANES;  // <= KEYS
   Vec block_max = nothing;
   for (int64_t n = 0; n < end; n += LANES) {
@@ -203,8 +210,7 @@ float soften(const Params& p, Row& row, float* scores, int64_t first, int64_t la
     Vec score = load(scores + n) * scale;
     if (p.softcap > 0) score = cap * tanh(score / cap);
     if (p.alibi_slopes) score = score - slope * (broadcast(float(distance)) - key);
-    score = key < from ? nothing : score;
-    score = key < to ? score : nothing;
+    if (!is_seen) score = key < from ? nothing : key < to ? score : nothing;
     store(scores + n, score);
     block_max = larger(block_max, score);
   }
@@ -323,7 +329,7 @@ class Task {
     if (begin == end) return;
 
     const Ahead<T> values_ahead = {block.v, block.v_stride, block.count};
-    const Ahead<T> keys_ahead = {next.k, next.k_stride, next.count};
+    const Ahead<T> keys_ahead = next.count > 0 ? Ahead<T>{next.k, next.k_stride, next.count} : values_ahead;
     const bool aligned = p.head_dim == dim && p.v_dim == v_dim;
     if (aligned && (sizeof(T) == sizeof(float) || end - begin <= ROW_TILE)) {
       attend_rows(block.k, block.k_stride, block.v, block.v_stride, block, begin, end, values_ahead, keys_ahead);
