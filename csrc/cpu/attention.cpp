@@ -331,9 +331,9 @@ class Task {
     const Ahead<T> values_ahead = {block.v, block.v_stride, block.count};
     const Ahead<T> keys_ahead = next.count > 0 ? Ahead<T>{next.k, next.k_stride, next.count} : values_ahead;
     const bool aligned = p.head_dim == dim && p.v_dim == v_dim;
-    if (aligned && (sizeof(T) == sizeof(float) || end - begin <= ROW_TILE)) {
+    if (aligned && (sizeof(T) == sizeof(float) || end - begin <= 2 * ROW_TILE)) {
       attend_rows(block.k, block.k_stride, block.v, block.v_stride, block, begin, end, values_ahead, keys_ahead);
-    } else {  // widen once for all rows, and fill up to whole vectors
+    } else {  // widen once for all rows, which many pay for, and fill up to whole vectors
       for (int64_t n = 0; n < block.count; ++n) {
         widen(block.k + n * block.k_stride, p.head_dim, keys + n * dim);
         widen(block.v + n * block.v_stride, p.v_dim, values + n * v_dim);
