@@ -13,11 +13,12 @@ that a layer of a model needs between its projections, rotation, storing and att
 
 The last two run in interpreters of their own, which options name; without them they are missing.
 
-A round of decode goes through as many layers as have 256 MB of keys and values, so that they come from memory. Rounds
-of providers that share this interpreter take turns, and with rounds that only read 256 MB (torch's sum, norm or amax,
-the fastest); figures are medians. The floor is the bytes of keys and values, 2 * kv_heads * C * head_dim * itemsize,
-over that bandwidth. GFLOP/s of a prompt count 4 * head_dim * heads for each pair of query and key that the provider
-looks at.
+A round of decode goes through as many layers as have 256 MB of keys and values, so that they come from memory. All
+providers take turns, and between any two rounds 256 MB are only read: by torch's sum, norm and amax, of which the
+fastest counts. The floor of a round is the bytes of keys and values, 2 * kv_heads * C * head_dim * itemsize, at the
+pace of the two readings beside it, in the mean, for the bandwidth of a virtual machine changes within seconds.
+Microseconds, bandwidths and the share of the floor (floor over time, round by round) are medians over the rounds.
+GFLOP/s of a prompt count 4 * head_dim * heads for each pair of query and key that the provider looks at.
 
 The model has the shape of Qwen2.5-0.5B and random weights. Its steps, patched and not, take turns as well, at a cache
 of 1024 tokens, with the same weights; the floor is the bytes of weights and cache over the read bandwidth.
@@ -26,6 +27,7 @@ of 1024 tokens, with the same weights; the floor is the bytes of weights and cac
 import copy
 import csv
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -102,22 +104,20 @@ def cases(tiny: bool) -> list[Case]:
 
 
 class Reader:
-    """Rounds that only read."""
+    """Reads, and does nothing else."""
 
     def __init__(self, size: int = COLD):
         self.x = torch.randn(size // 4)
-        self.ways = {"sum": self.x.sum, "norm": self.x.norm, "amax": self.x.amax}
-        self.seconds: dict[str, list[float]] = {name: [] for name in self.ways}
-
-    def round(self) -> None:
-        for name, way in self.ways.items():
-            begin = time.perf_counter()
-            way()
-            self.seconds[name].append(time.perf_counter() - begin)
+        self.ways = self.x.sum, self.x.norm, self.x.amax
 
     def bandwidth(self) -> float:
-        """Bytes a second."""
-        return self.x.nbytes / min(statistics.median(times) for times in self.seconds.values())
+        """Bytes a second, now, in the fastest way."""
+        seconds = []
+        for way in self.ways:
+            begin = time.perf_counter()
+            way()
+            seconds.append(time.perf_counter() - begin)
+        return self.x.nbytes / min(seconds)
 
 
 def steps(provider: str, case: Case):
@@ -182,31 +182,40 @@ class Peer:
             raise RuntimeError(f"{self.process.args} ended with {self.process.wait()}")
         return json.loads(line)
 
-    def seconds(self, case: Case) -> list[float]:
-        print(json.dumps(asdict(case) | {"patience": PATIENCE}), file=self.process.stdin, flush=True)
+    def ask(self, question):
+        print(json.dumps(question), file=self.process.stdin, flush=True)
         return self.answer()
 
 
-def measure(case: Case, peers: dict[str, Peer], reader: Reader) -> dict[str, float]:
-    """Seconds of a layer by provider, and the bandwidth of reading meanwhile as "read"."""
+def measure(case: Case, peers: dict[str, Peer], reader: Reader) -> dict[str, dict[str, float]]:
+    """By provider the medians of its rounds: "us" of a layer, "floor_us", "of_floor" and "read_gb_s"."""
     torch.set_num_threads(case.threads)
-    own = {name: steps(name, case) for name in PROVIDERS if name not in PEERS}
-    times: dict[str, list[float]] = {name: [] for name in own}
-    reader.seconds = {name: [] for name in reader.ways}
-    for number in range(case.rounds + 1):
-        reader.round()
-        for name, (step, take_back) in own.items():
-            if number > 2 and case.layers * sum(times[name]) > PATIENCE:
-                continue
-            begin = time.perf_counter()
-            for layer in range(case.layers):
-                step(layer)
-            if number:  # the first warms up
-                times[name].append((time.perf_counter() - begin) / case.layers)
-            take_back()
+
+    def own_round(step, take_back) -> float:
+        begin = time.perf_counter()
+        for layer in range(case.layers):
+            step(layer)
+        seconds = time.perf_counter() - begin
+        take_back()
+        return seconds
+
+    rounds = {name: functools.partial(own_round, *steps(name, case)) for name in PROVIDERS if name not in PEERS}
     for name, peer in peers.items():
-        times[name] = [seconds / case.layers for seconds in peer.seconds(case)]
-    return {name: statistics.median(some) for name, some in times.items()} | {"read": reader.bandwidth()}
+        peer.ask(asdict(case))
+        rounds[name] = functools.partial(peer.ask, "round")
+    found: dict[str, list[dict]] = {name: [] for name in rounds}
+    for number in range(case.rounds + 1):
+        before = reader.bandwidth()
+        for name, one_round in rounds.items():
+            if number > 2 and case.layers * sum(1e-6 * row["us"] for row in found[name]) > PATIENCE:
+                continue
+            us, after = 1e6 * one_round() / case.layers, reader.bandwidth()
+            floor = 1e6 * case.bytes * (1 / before + 1 / after) / 2
+            if number:  # the first warms up
+                row = {"us": us, "floor_us": floor, "of_floor": floor / us, "read_gb_s": 1e-3 * case.bytes / floor}
+                found[name].append(row)
+            before = after
+    return {name: {key: statistics.median(row[key] for row in some) for key in some[0]} for name, some in found.items()}
 
 
 def model_seconds(dtype: str, threads: tuple[int, ...], capacity: int, rounds: int, reader: Reader, shape: dict):
@@ -233,16 +242,16 @@ def model_seconds(dtype: str, threads: tuple[int, ...], capacity: int, rounds: i
     for count in threads:
         torch.set_num_threads(count)
         times: tuple[list, list] = [], []
-        reader.seconds = {name: [] for name in reader.ways}
+        bandwidths = []
         for number in range(rounds + 2):
-            reader.round()
+            bandwidths.append(reader.bandwidth())
             for it, cache, some in zip((model, peer), caches, times, strict=True):
                 begin = time.perf_counter()
                 it(ids[:, -1:], past_key_values=cache)
                 if number > 1:
                     some.append(time.perf_counter() - begin)
             caches[1].crop(-1)
-        found[count] = (*map(statistics.median, times), size / reader.bandwidth())
+        found[count] = (*map(statistics.median, times), size / statistics.median(bandwidths))
     return found
 
 
@@ -316,19 +325,15 @@ def main(
     reader, rows = Reader(2**20 if tiny else COLD), []
     for case in cases(tiny):
         times = measure(case, peers, reader)
-        floor = case.bytes / times["read"]
-        for name in PROVIDERS:
-            if name in times:
-                rows.append(
-                    asdict(case)
-                    | dict(provider=name, us=1e6 * times[name], floor_us=1e6 * floor, read_gb_s=1e-9 * times["read"])
-                    | dict(gflops=1e-9 * case.flops(name) / times[name] if case.tokens > 1 else "")
-                )
+        for name in (name for name in PROVIDERS if name in times):
+            gflops = 1e-3 * case.flops(name) / times[name]["us"] if case.tokens > 1 else ""
+            rows.append(asdict(case) | {"provider": name} | times[name] | {"gflops": gflops})
+        own = times["sinkattn"]
         table.add_row(
             f"{case.heads}/{case.kv_heads}", *map(str, (case.head_dim, case.capacity, case.tokens, case.dtype)),
-            str(case.threads), f"{1e-9 * times['read']:.1f}", f"{1e6 * floor:.0f}",
-            *(f"{1e6 * times[name]:.0f}" if name in times else "-" for name in PROVIDERS),
-            f"{floor / times['sinkattn']:.0%}" if case.tokens == 1 else "-",
+            str(case.threads), f"{own['read_gb_s']:.1f}", f"{own['floor_us']:.0f}",
+            *(f"{times[name]['us']:.0f}" if name in times else "-" for name in PROVIDERS),
+            f"{own['of_floor']:.0%}" if case.tokens == 1 else "-",
         )  # fmt: skip
         write(rows, output_dir / "attention.csv")
     console.print(table)

@@ -1,6 +1,7 @@
 """Peers of bench/cpu.py that live in interpreters of their own: PYTHON bench/cpu_peer.py attention_sinks | llama.cpp
 
-A line of JSON on standard input is a case, the answer is a line of JSON on standard output: seconds of each round.
+A line of JSON on standard input is a case or "round"; the answer to a case is a line of JSON on standard output when
+all is ready, and to "round" the seconds that a round of that case took.
 """
 
 import ctypes
@@ -26,7 +27,7 @@ def attention_sinks():
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     @torch.no_grad()
-    def seconds(case: dict) -> list[float]:
+    def rounds(case: dict):
         torch.set_num_threads(case["threads"])
         heads, kv_heads, head_dim = case["heads"], case["kv_heads"], case["head_dim"]
         dtype, tokens, capacity = getattr(torch, case["dtype"]), case["tokens"], case["capacity"]
@@ -44,19 +45,20 @@ def attention_sinks():
             mask = torch.full((1, 1, tokens, tokens), torch.finfo(dtype).min, dtype=dtype).triu(1)
         shape = (1, kv_heads, capacity - 1, head_dim)
         full = lambda: tuple(torch.randn(shape).to(dtype) for _ in range(2))  # noqa: E731
-        pasts, times = [full() if tokens == 1 else None for _ in range(case["layers"])], []
-        while len(times) < 3 or (len(times) <= case["rounds"] and sum(times[1:]) < case["patience"]):
-            begin = time.perf_counter()
+        pasts = [full() if tokens == 1 else None for _ in range(case["layers"])]
+
+        @torch.no_grad()
+        def round_of_layers() -> None:
             for i, past in enumerate(pasts):
                 past = llama_pos_shift_attention_forward(module, q, mask, position_ids, past, use_cache=True)[2]
                 past = evict([past])[0]
                 if tokens == 1:
                     pasts[i] = past
-            times.append(time.perf_counter() - begin)
-        return times[1:]
+
+        return round_of_layers
 
     versions = {"attention_sinks": attention_sinks.__version__, "transformers": transformers.__version__}
-    return versions | {"torch": torch.__version__}, seconds
+    return versions | {"torch": torch.__version__}, rounds
 
 
 def llama_cpp():
@@ -87,6 +89,7 @@ def llama_cpp():
     )
     compute = bind(cpu, "graph_compute_with_ctx", ctypes.c_int, pointer, pointer, ctypes.c_int)
     cpu.ggml_cpu_init()
+    context = None  # of the last case
     numbers = {"float32": 0, "float16": 1, "bfloat16": 30}  # ggml_type
 
     def narrow(x, dtype: str):
@@ -97,10 +100,13 @@ def llama_cpp():
             "bfloat16": lambda: (x.view(np.uint32) >> 16).astype(np.uint16),
         }[dtype]().view(np.uint8)
 
-    def seconds(case: dict) -> list[float]:
+    def rounds(case: dict):
+        nonlocal context
         heads, kv_heads, head_dim, dtype = case["heads"], case["kv_heads"], case["head_dim"], case["dtype"]
         tokens, keys = case["tokens"], case["capacity"] if case["tokens"] == 1 else case["tokens"]
         random = np.random.default_rng(0)
+        if context:
+            free(context)
         context = init(Memory(2**30 + 16 * tokens * heads * head_dim + 2 * tokens * keys, None, False))
 
         def tensor(dtype: str, x, *shape: int):
@@ -119,20 +125,27 @@ def llama_cpp():
         for _ in range(case["layers"]):
             k, v = (tensor(dtype, some, head_dim, keys, kv_heads, 1) for _ in range(2))
             expand(graph, attention(context, q, k, v, mask, head_dim**-0.5, 0.0, 0.0))
-        times = []
-        while len(times) < 3 or (len(times) <= case["rounds"] and sum(times[1:]) < case["patience"]):
-            begin = time.perf_counter()
+
+        def round_of_layers() -> None:
             if compute(context, graph, case["threads"]):
                 raise RuntimeError("ggml could not compute it")
-            times.append(time.perf_counter() - begin)
-        free(context)
-        return times[1:]
 
-    return {"llama_cpp_python": llama_cpp.__version__}, seconds
+        return round_of_layers
+
+    return {"llama_cpp_python": llama_cpp.__version__}, rounds
 
 
 if __name__ == "__main__":
-    versions, seconds = {"attention_sinks": attention_sinks, "llama.cpp": llama_cpp}[sys.argv[1]]()
+    versions, rounds = {"attention_sinks": attention_sinks, "llama.cpp": llama_cpp}[sys.argv[1]]()
     print(json.dumps(versions), flush=True)
+    one_round = None
     for line in sys.stdin:
-        print(json.dumps(seconds(json.loads(line))), flush=True)
+        seconds = 0.0
+        if (case := json.loads(line)) == "round":
+            begin = time.perf_counter()
+            one_round()
+            seconds = time.perf_counter() - begin
+        else:
+            one_round = None  # the last case's memory
+            one_round = rounds(case)
+        print(json.dumps(seconds), flush=True)

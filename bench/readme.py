@@ -219,7 +219,7 @@ def cpu_decode_table() -> str:
     lines = []
     for (heads, kv_heads, head_dim, capacity, _, dtype, threads), row in rows.items():
         own, cells = row["sinkattn"], [f"{float(row[name]['us']):,.0f}" if name in row else "-" for name in providers]
-        floor, share = float(own["floor_us"]), float(own["floor_us"]) / float(own["us"])
+        floor, share = float(own["floor_us"]), float(own["of_floor"])
         shape = [f"{heads}/{kv_heads} x {head_dim}", capacity, dtype, threads]
         lines.append([*shape, f"{float(own['read_gb_s']):.1f}", f"{floor:,.0f}", *cells, f"{share:.0%}"])
     header = ["heads/kv x dim", "C", "dtype", "threads", "read GB/s", "floor", *providers, "sinkattn of floor"]

@@ -275,13 +275,13 @@ def _chosen(op: str, backend: str, tensors: tuple, sink_size: int, rotary_start:
     return f"{op}_triton"
 
 
-_COMPILED: dict[tuple, torch._ops.OpOverload] = {}  # which op of csrc/cuda took calls of this kind
+_COMPILED: dict[tuple, torch._ops.OpOverload] = {}  # which op of csrc took calls of this kind
 
 
 def _run(op: str, backend: str, tensors: tuple, sizes: tuple, in_cuda: tuple = ()) -> Tensor:
-    """The ops of csrc/cuda refuse what `_check` refuses, so they are asked first: words cost more than a launch.
+    """The ops of csrc refuse what `_check` refuses, so they are asked first: words cost more than a launch.
 
-    in_cuda: arguments that only they take.
+    in_cuda: arguments that only those of csrc/cuda take.
     """
     if torch.compiler.is_compiling():
         return _run_checked(op, backend, tensors, sizes, in_cuda)
@@ -290,7 +290,7 @@ def _run(op: str, backend: str, tensors: tuple, sizes: tuple, in_cuda: tuple = (
     compiled = _COMPILED.get(kind)
     if compiled is not None and type(q) is Tensor and not _wants_gradients(tensors):
         try:
-            return compiled(*tensors, *sizes, *in_cuda)
+            return compiled(*tensors, *sizes, *(in_cuda if q.is_cuda else ()))
         except (RuntimeError, ValueError, TypeError):
             pass  # nothing is written yet: what follows finds the words, or another op
     return _run_checked(op, backend, tensors, sizes, in_cuda, kind)
@@ -319,12 +319,12 @@ def _run_checked(
         if q.dtype == torch.bfloat16:
             raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; on the CPU take float32 or float16")
         return _TRITON[op](*tensors, *sizes)
-    overload, is_compiled = getattr(torch.ops.sinkattn, chosen).default, chosen.endswith("_cuda")
-    if kind and is_compiled:
+    overload, is_cuda = getattr(torch.ops.sinkattn, chosen).default, chosen.endswith("_cuda")
+    if kind and (is_cuda or (q.device.type == "cpu" and HAS_CPU_LIBRARY)):
         _COMPILED[kind] = overload
     elif kind:
         _COMPILED.pop(kind, None)
-    return overload(*tensors, *sizes, *(in_cuda if is_compiled else ()))
+    return overload(*tensors, *sizes, *(in_cuda if is_cuda else ()))
 
 
 def decode(

@@ -15,7 +15,8 @@ namespace sinkattn::SINKATTN_ISA {
 namespace {
 
 constexpr int64_t KEYS = 64;             // per block
-constexpr int64_t VALUES = 16;           // that stay in the L1 cache until every column of the output has taken them
+constexpr int64_t VALUES = 32;           // that stay in the L1 cache until every column of the output has taken them
+constexpr int64_t SOON = 8;              // rows from the one worked on to the one that is asked for again
 constexpr int ROW_TILE = 4;              // rows that share the registers loaded with keys or values
 constexpr int KEY_TILE = REGISTERS / 8;  // keys that do: the tile of sums fills half of the registers
 constexpr float INF = __builtin_inff();
@@ -57,16 +58,21 @@ void widen(const T* x, int64_t dim, float* y) {
 
 // y = x with the rotary dims turned by the angles of cos and sin (half,). `angles` null: y = x.
 template <typename T>
-void rotate(const Params& p, const T* x, const float* angles, float* y) {
+void rotate(const Params& p, const T* x, const float* angles, float* __restrict y) {
   widen(x, p.head_dim, y);
   if (!angles) return;
-  const int64_t half = p.rotary_half, step = p.interleaved ? 2 : 1;
+  const int64_t half = p.rotary_half;
   const float *cos = angles, *sin = angles + half;
-  float *a = y + p.rotary_start, *b = a + (p.interleaved ? 1 : half);
-  for (int64_t i = 0; i < half; ++i) {
-    float left = a[i * step], right = b[i * step];
-    a[i * step] = left * cos[i] - right * sin[i];
-    b[i * step] = right * cos[i] + left * sin[i];
+  y += p.rotary_start;
+  auto turn = [&](float& a, float& b, int64_t i) {
+    const float left = a, right = b;
+    a = left * cos[i] - right * sin[i];
+    b = right * cos[i] + left * sin[i];
+  };
+  if (p.interleaved) {
+    for (int64_t i = 0; i < half; ++i) turn(y[2 * i], y[2 * i + 1], i);
+  } else {
+    for (int64_t i = 0; i < half; ++i) turn(y[i], y[half + i], i);
   }
 }
 
@@ -77,17 +83,22 @@ const float* angles_of(const Params& p, int64_t row, int64_t token, Angle angle)
 
 // Rows that come from memory into the L2 cache while others are worked on: the values of a block while its keys are,
 // the next block's keys while its values are. Processors see runs within a page coming, and blocks are hardly larger.
+// They also drop what they are asked for while too much is under way, so it is asked for again a few rows before its turn.
 template <typename T>
 struct Ahead {
   const T* rows;
   int64_t stride, count;
 
-  // What to fetch while rows [begin, end) are worked on, from dim d on: all of it or, in want of rows, nothing.
+  // What to fetch while rows [begin, end) are worked on, from dim d on: in want of rows, the last ones again.
   Ahead at(int64_t begin, int64_t end, int64_t d = 0) const {
-    return end <= count ? Ahead{rows + begin * stride + d, stride, end - begin} : Ahead{};
+    if (count == 0) return {};
+    return {rows + lesser(begin, greater(count - (end - begin), 0)) * stride + d, stride, count};
   }
-  __attribute__((always_inline)) void fetch(int64_t row, int64_t d) const {  // g++ drops calls that only prefetch
-    if (count) __builtin_prefetch(rows + row * stride + d, 0, 2);
+  // A line at a time. Inlined, for g++ drops calls that only prefetch.
+  __attribute__((always_inline)) void fetch(int64_t row, int64_t d, const void* soon) const {
+    if (count == 0 || d % (64 / int64_t(sizeof(T))) != 0) return;
+    __builtin_prefetch(rows + row * stride + d, 0, 2);
+    __builtin_prefetch(soon, 0, 2);
   }
 };
 
@@ -99,7 +110,7 @@ void dot_tile(const float* q, int64_t q_stride, const T* k, int64_t k_stride, in
     Vec key[COLUMNS];
     for (int n = 0; n < COLUMNS; ++n) {
       key[n] = load(k + n * k_stride + d);
-      ahead.fetch(n, d);
+      ahead.fetch(n, d, k + (n + SOON) * k_stride + d);
     }
     for (int r = 0; r < ROWS; ++r) {
       Vec query = load(q + r * q_stride + d);
@@ -119,7 +130,7 @@ void weigh_tile(const float* weights, const T* v, int64_t v_stride, int64_t coun
     Vec value[COLUMNS];
     for (int c = 0; c < COLUMNS; ++c) {
       value[c] = load(v + n * v_stride + c * LANES);
-      ahead.fetch(n, c * LANES);
+      ahead.fetch(n, c * LANES, v + (n + SOON) * v_stride + c * LANES);
     }
     for (int r = 0; r < ROWS; ++r) {
       Vec weight = broadcast(weights[r * KEYS + n]);
@@ -189,21 +200,20 @@ struct Row {
 // Scores -> weights, for keys [first, last) of the `count` of a block; the others get weight 0. Returns the factor f.
 // distance: from the query back to the first key of the block.
 float soften(const Params& p, Row& row, float* scores, int64_t first, int64_t last, int64_t count, int64_t distance) {
-  const Vec scale = broadcast(p.scale);
+  const Vec scale = broadcast(p.scale), cap = broadcast(p.softcap), nothing = broadcast(-INF);
+  const Vec from = broadcast(float(first)), to = broadcast(float(last)), slope = broadcast(row.slope);
+  const bool is_seen = first == 0 && last == count && count % LANES == 0;  // all of it
   const int64_t end = (count + LANES - 1) / LANES * LANES;  // <= KEYS
-  if (p.softcap > 0) {
-    const Vec cap = broadcast(p.softcap);
-    for (int64_t n = 0; n < end; n += LANES) store(scores + n, cap * tanh(load(scores + n) * scale / cap));
-  } else {
-    for (int64_t n = 0; n < end; n += LANES) store(scores + n, load(scores + n) * scale);
+  Vec block_max = nothing;
+  for (int64_t n = 0; n < end; n += LANES) {
+    const Vec key = broadcast(float(n)) + counting();
+    Vec score = load(scores + n) * scale;
+    if (p.softcap > 0) score = cap * tanh(score / cap);
+    if (p.alibi_slopes) score = score - slope * (broadcast(float(distance)) - key);
+    if (!is_seen) score = key < from ? nothing : key < to ? score : nothing;
+    store(scores + n, score);
+    block_max = larger(block_max, score);
   }
-  if (p.alibi_slopes)
-    for (int64_t n = 0; n < end; ++n) scores[n] -= row.slope * float(distance - n);
-  for (int64_t n = 0; n < first; ++n) scores[n] = -INF;
-  for (int64_t n = last; n < end; ++n) scores[n] = -INF;
-
-  Vec block_max = broadcast(-INF);
-  for (int64_t n = 0; n < end; n += LANES) block_max = larger(block_max, load(scores + n));
   const float old_max = row.max, max = max_lanes(block_max);
   row.max = max > old_max ? max : old_max;
   // All scores so far may be -inf: subtract 0 then, since -inf - -inf is NaN.
@@ -228,6 +238,7 @@ class Task {
     const int64_t pair = task / p.blocks_per_pair;
     batch_row = pair / p.num_kv_heads, kv_head = pair % p.num_kv_heads;
     padding = padding_of(p, batch_row), length = p.lengths[batch_row];
+    stored = p.tokens == 1 ? length + 1 : length;
     first = task % p.blocks_per_pair * p.block_tokens;
     last = lesser(first + p.block_tokens, p.tokens);
     const int64_t rows = p.block_tokens * group;
@@ -299,13 +310,13 @@ class Task {
     if (angle == TEXT) position = greater(position, begin_text);
     int64_t count = lesser((angle == SINK ? sinks_end : end_text) - position, KEYS);
     if (count <= 0) return {};
-    if (position >= length) {
+    if (position >= stored) {
       const int64_t token = position - length + padding;
       return {at<T>(p.rotated_k, batch_row, kv_head, token), at<T>(p.v, batch_row, kv_head, token),
               p.rotated_k.token_stride, p.v.token_stride, position, count, angle};
     }
     const int64_t slot = slot_of(p, position), wrap = angle == SINK ? p.sink_size : p.sink_size + p.ring_size;
-    count = lesser(count, lesser(length - position, wrap - slot));
+    count = lesser(count, lesser(stored - position, wrap - slot));
     return {at<T>(p.k_cache, batch_row, kv_head, slot), at<T>(p.v_cache, batch_row, kv_head, slot),
             p.k_cache.token_stride, p.v_cache.token_stride, position, count, angle};
   }
@@ -318,11 +329,11 @@ class Task {
     if (begin == end) return;
 
     const Ahead<T> values_ahead = {block.v, block.v_stride, block.count};
-    const Ahead<T> keys_ahead = {next.k, next.k_stride, next.count};
+    const Ahead<T> keys_ahead = next.count > 0 ? Ahead<T>{next.k, next.k_stride, next.count} : values_ahead;
     const bool aligned = p.head_dim == dim && p.v_dim == v_dim;
-    if (aligned && (sizeof(T) == sizeof(float) || end - begin <= ROW_TILE)) {
+    if (aligned && (sizeof(T) == sizeof(float) || end - begin <= 2 * ROW_TILE)) {
       attend_rows(block.k, block.k_stride, block.v, block.v_stride, block, begin, end, values_ahead, keys_ahead);
-    } else {  // widen once for all rows, and fill up to whole vectors
+    } else {  // widen once for all rows, which many pay for, and fill up to whole vectors
       for (int64_t n = 0; n < block.count; ++n) {
         widen(block.k + n * block.k_stride, p.head_dim, keys + n * dim);
         widen(block.v + n * block.v_stride, p.v_dim, values + n * v_dim);
@@ -375,6 +386,7 @@ class Task {
   const Params& p;
   const int64_t group, dim, v_dim;  // dims are padded to whole vectors
   int64_t batch_row, kv_head, padding, length;
+  int64_t stored;                           // positions before it are in the cache, the only token of a call as well
   int64_t first, last;                      // tokens
   int64_t sinks_end, begin_text, end_text;  // positions that any of them sees: [0, sinks_end), [begin_text, end_text)
   // Scratch: q by Angle (rows, dim), out (rows, v_dim), scores (rows, KEYS), keys (KEYS, dim), values (KEYS, v_dim).

@@ -1,16 +1,19 @@
 // sinkattn::decode and sinkattn::prefill for CPU tensors: checks, unpacking, threads. LibTorch's stable ABI is all that
 // is used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/ops.py, which loads this.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "params.h"
 
@@ -52,14 +55,26 @@ bool has_shape(const Tensor& x, std::initializer_list<int64_t> shape) {
   return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
 }
 
-Tensor with_contiguous_rows(const Tensor& x) {
-  return x.size(3) > 1 && x.stride(3) != 1 ? torch::stable::contiguous(x) : x;
-}
-
 Rows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
-Tensor contiguous_floats(const Tensor& x) {
-  return torch::stable::contiguous(x.scalar_type() == ScalarType::Float ? x : torch::stable::to(x, ScalarType::Float));
+// The data of x, contiguous and of that type; `copies` keeps what had to be copied.
+template <typename T>
+const T* data_of(const Tensor& x, ScalarType type, std::vector<Tensor>& copies) {
+  if (x.scalar_type() == type && x.is_contiguous()) return static_cast<const T*>(x.data_ptr());  // asking is cheaper
+  copies.push_back(torch::stable::contiguous(torch::stable::to(x, type)));
+  return static_cast<const T*>(copies.back().data_ptr());
+}
+
+// What new_empty gives, without the dispatcher.
+Tensor empty_like(const Tensor& x, const std::array<int64_t, 4>& shape) {
+  const std::array<int64_t, 4> strides = {shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1};
+  int32_t dtype = 0, device = 0;
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, shape.data(), strides.data(), dtype, device, x.get_device_index(), &made));
+  return Tensor(made);
 }
 
 struct alignas(64) Line {
@@ -78,11 +93,11 @@ void run(const Params& p) {
   if (p.dense_window <= 0) keys = std::min(keys, p.sink_size + p.window_size + p.block_tokens);
   const int64_t work = p.block_tokens * p.group * keys * (p.head_dim + p.v_dim);
   const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, work));
-  if (p.tokens == 1) {  // a task is all that is done to its pair
+  if (p.tokens == 1) {  // a task is all that is done to its pair, and what the token overwrites is seen no more
     torch::stable::parallel_for(0, pairs, grain, [&](int64_t begin, int64_t end) {
       if (p.rotation) isa.rotate_keys(p, begin, end);
-      attend(begin, end);
       isa.append(p, begin, end);
+      attend(begin, end);
     });
   } else {  // the cache changes when nobody reads it any more
     auto rotate_keys = [&](int64_t begin, int64_t end) { isa.rotate_keys(p, begin, end); };
@@ -98,11 +113,17 @@ Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
                const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes, int64_t sink_size,
                int64_t window_size, double scale, double softcap, int64_t rotary_start, bool interleaved,
                int64_t dense_window) {
-  // sinkattn/ops.py checks with better messages; these keep a direct call from reading or writing out of bounds.
+  // sinkattn/ops.py calls this first and words the error where it refuses, so what is refused there has to be refused
+  // here, before anything is written: but gradients, which it asks for itself.
   for (const Tensor* x : {&q, &k, &v, &k_cache, &v_cache}) {
-    STD_TORCH_CHECK(x->dim() == 4, "sinkattn: q, k, v, k_cache and v_cache must have 4 dims");
+    STD_TORCH_CHECK(x->dim() == 4 && (x->size(3) < 2 || x->stride(3) == 1),
+                    "sinkattn: q, k, v, k_cache and v_cache must have 4 dims, the last of stride 1");
     STD_TORCH_CHECK(x->scalar_type() == q.scalar_type(), "sinkattn: q, k, v, k_cache and v_cache must have one dtype");
   }
+  for (const Tensor* x : {&k, &v, &k_cache, &v_cache, &lengths})
+    STD_TORCH_CHECK(x->is_cpu(), "sinkattn: all tensors must be on the CPU");
+  for (const auto* x : {&counts, &rotation, &learned_logits, &alibi_slopes})
+    STD_TORCH_CHECK(!*x || (*x)->is_cpu(), "sinkattn: all tensors must be on the CPU");
   Params p{};
   p.dtype = dtype_of(q);
   p.batch = q.size(0), p.num_heads = q.size(1), p.tokens = q.size(2), p.head_dim = q.size(3);
@@ -121,46 +142,35 @@ Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   STD_TORCH_CHECK(p.head_dim <= MAX_HEAD_DIM && p.v_dim <= MAX_HEAD_DIM, "sinkattn: head_dim is above ", MAX_HEAD_DIM);
   STD_TORCH_CHECK(sink_size >= 0 && window_size >= 1 && window_size <= p.ring_size,
                   "sinkattn: sink_size and window_size do not fit the cache");
-
-  Tensor out = torch::stable::new_empty(q, {p.batch, p.tokens, p.num_heads, p.v_dim});
-  if (p.batch * p.num_heads * p.tokens == 0) return out;
-
-  Tensor row_lengths = torch::stable::contiguous(lengths), row_counts = lengths, angles = q, logits = q, slopes = q;
-  STD_TORCH_CHECK(has_shape(lengths, {p.batch}) && lengths.scalar_type() == ScalarType::Long,
-                  "sinkattn: lengths must be int64 (batch,)");
-  p.lengths = static_cast<const int64_t*>(row_lengths.data_ptr());
-  STD_TORCH_CHECK(*std::min_element(p.lengths, p.lengths + p.batch) >= 0, "sinkattn: lengths must not be negative");
-  if (counts) {
-    STD_TORCH_CHECK(has_shape(*counts, {p.batch}) && counts->scalar_type() == ScalarType::Long,
-                    "sinkattn: counts must be int64 (batch,)");
-    row_counts = torch::stable::contiguous(*counts);
-    p.counts = static_cast<const int64_t*>(row_counts.data_ptr());
-    auto [least, most] = std::minmax_element(p.counts, p.counts + p.batch);
-    STD_TORCH_CHECK(*least >= 0 && *most <= p.tokens, "sinkattn: counts must lie between 0 and the number of tokens");
-  }
+  STD_TORCH_CHECK(scale > 0, "sinkattn: scale must be positive");
+  STD_TORCH_CHECK(has_shape(lengths, {p.batch}) && lengths.scalar_type() == ScalarType::Long &&
+                      (!counts || (has_shape(*counts, {p.batch}) && counts->scalar_type() == ScalarType::Long)),
+                  "sinkattn: lengths and counts must be int64 (batch,)");
+  for (const auto* x : {&learned_logits, &alibi_slopes})
+    STD_TORCH_CHECK(!*x || has_shape(**x, {p.num_heads}), "sinkattn: what is per head must be (num_heads,)");
+  std::vector<Tensor> copies;
   if (rotation) {
     p.rotary_half = rotation->dim() == 5 ? rotation->size(4) : 0;
     STD_TORCH_CHECK(has_shape(*rotation, {p.batch, p.tokens, 2, 2, p.rotary_half}) && rotary_start >= 0 &&
                         rotary_start + 2 * p.rotary_half <= p.head_dim,
                     "sinkattn: rotation must be (batch, tokens, 2, 2, r / 2), r dims from rotary_start");
-    angles = contiguous_floats(*rotation);
-    if (p.rotary_half > 0) p.rotation = static_cast<const float*>(angles.data_ptr());
+    STD_TORCH_CHECK(rotation->scalar_type() == ScalarType::Float || rotation->scalar_type() == ScalarType::Double,
+                    "sinkattn: rotation must be float32");
+    if (p.rotary_half > 0) p.rotation = data_of<float>(*rotation, ScalarType::Float, copies);
   }
-  if (learned_logits) {
-    STD_TORCH_CHECK(has_shape(*learned_logits, {p.num_heads}), "sinkattn: learned_logits must be (num_heads,)");
-    logits = contiguous_floats(*learned_logits);
-    p.learned_logits = static_cast<const float*>(logits.data_ptr());
-  }
-  if (alibi_slopes) {
-    STD_TORCH_CHECK(has_shape(*alibi_slopes, {p.num_heads}), "sinkattn: alibi_slopes must be (num_heads,)");
-    slopes = contiguous_floats(*alibi_slopes);
-    p.alibi_slopes = static_cast<const float*>(slopes.data_ptr());
-  }
+  Tensor out = empty_like(q, {p.batch, p.tokens, p.num_heads, p.v_dim});
+  if (p.batch * p.num_heads * p.tokens == 0) return out;
 
-  const Tensor q_rows = with_contiguous_rows(q), k_rows = with_contiguous_rows(k), v_rows = with_contiguous_rows(v);
-  Tensor k_slots = with_contiguous_rows(k_cache), v_slots = with_contiguous_rows(v_cache);
-  p.q = rows_of(q_rows), p.k = rows_of(k_rows), p.v = rows_of(v_rows);
-  p.k_cache = rows_of(k_slots), p.v_cache = rows_of(v_slots);
+  p.lengths = data_of<int64_t>(lengths, ScalarType::Long, copies);
+  STD_TORCH_CHECK(*std::min_element(p.lengths, p.lengths + p.batch) >= 0, "sinkattn: lengths must not be negative");
+  if (counts) {
+    p.counts = data_of<int64_t>(*counts, ScalarType::Long, copies);
+    auto [least, most] = std::minmax_element(p.counts, p.counts + p.batch);
+    STD_TORCH_CHECK(*least >= 0 && *most <= p.tokens, "sinkattn: counts must lie between 0 and the number of tokens");
+  }
+  if (learned_logits) p.learned_logits = data_of<float>(*learned_logits, ScalarType::Float, copies);
+  if (alibi_slopes) p.alibi_slopes = data_of<float>(*alibi_slopes, ScalarType::Float, copies);
+  p.q = rows_of(q), p.k = rows_of(k), p.v = rows_of(v), p.k_cache = rows_of(k_cache), p.v_cache = rows_of(v_cache);
   p.out = {out.data_ptr(), out.stride(0), out.stride(2), out.stride(1)};
   p.rotated_k = p.k;
   std::unique_ptr<std::byte[]> rotated;
@@ -174,11 +184,6 @@ Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   p.block_tokens = std::min(p.tokens, std::max<int64_t>(1, rows_wanted / p.group));
   p.blocks_per_pair = (p.tokens + p.block_tokens - 1) / p.block_tokens;
   run(p);
-
-  Tensor cache = k_cache;
-  if (k_slots.data_ptr() != k_cache.data_ptr()) torch::stable::copy_(cache, k_slots);
-  cache = v_cache;
-  if (v_slots.data_ptr() != v_cache.data_ptr()) torch::stable::copy_(cache, v_slots);
   return out;
 }
 
@@ -186,6 +191,7 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
               const Tensor& lengths, const std::optional<Tensor>& counts, const std::optional<Tensor>& rotation,
               const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes, int64_t sink_size,
               int64_t window_size, double scale, double softcap, int64_t rotary_start, bool interleaved) {
+  STD_TORCH_CHECK(q.dim() == 4 && q.size(2) == 1, "sinkattn: decode takes one token a row");
   return prefill(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, sink_size,
                  window_size, scale, softcap, rotary_start, interleaved, 0);
 }

@@ -150,6 +150,12 @@ inline Vec sums_of_lanes(const Vec* v) {
 
 typedef uint32_t Bits __attribute__((vector_size(sizeof(Vec))));
 
+// (0, 1, ..., LANES - 1)
+inline Vec counting() {
+  static const float numbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return load(numbers);
+}
+
 // exp(x) = power * (1 + rest): x = n ln 2 + r with |r| <= ln(2) / 2, power = 2^n, rest = exp(r) - 1 by its Taylor
 // series, whose first left-out term is 5e-9. For |x| < 87. NaN in, NaN out.
 struct SplitExp {
