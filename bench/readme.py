@@ -134,6 +134,28 @@ def prefill_aims_table() -> str:
     return f"\n{table(header, rows)}\n"
 
 
+def flatness_table() -> str:
+    """One Stream over the length of its text, and whole models after texts of several lengths."""
+    rows = [
+        [f"{int(x['tokens']):,}", x["ms_per_token"], f"{int(x['memory_bytes']):,}"] for x in gpu_csv("flatness.csv")
+    ]
+    about = json.loads((GPU / "flatness.json").read_text())
+    host = {f"{bytes_ / 2**20:.0f} MiB" for bytes_ in about["host_peak_bytes"].values()}
+    times: dict[str, list[str]] = {}
+    for line in gpu_csv("lengths.csv"):
+        times.setdefault(line["tokens"], []).append(f"{float(line['ms_per_token']):.2f} ({line['memory_gb']})")
+    methods = list(dict.fromkeys(line["method"] for line in gpu_csv("lengths.csv")))
+    lengths = table(
+        ["tokens of text", *(f"{m}, ms (GB at most)" for m in methods)], [[n, *x] for n, x in times.items()]
+    )
+    return (
+        f"\n{table(['tokens of one Stream', 'ms a token', 'bytes allocated'], rows)}\n\nThe shipped model; means over "
+        f"{about['span']:,} tokens. The host's peak memory at these points: {' or '.join(sorted(host))}; all logits "
+        f"finite: {'yes' if about['finite'] else 'no'}.\n\n{lengths}\n\n{gpu_csv('lengths.csv')[0]['model']}, batch 1, "
+        "C 1024.\n"
+    )
+
+
 def launch_table() -> str:
     rows = [[line["op"], line["backend"], line["host_us"]] for line in gpu_csv("launch.csv")]
     return f"\n{table(['what is called', 'by', 'us'], rows)}\n\n{made_on_gpu('launch')}\n"
@@ -439,6 +461,7 @@ def figures() -> dict[str, str]:
         "prefill table": (prefill_table,),
         "prefill aims table": (prefill_aims_table,),
         "launch table": (launch_table,),
+        "flatness": (flatness_table,),
         "generate table": (generate_table,),
         "step table": (step_table,),
         "counters table": (counters_table,),
