@@ -184,7 +184,9 @@ class BuildExt(build_ext):
         OBJECTS.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
         library.unlink(missing_ok=True)
-        newest = max(path.stat().st_mtime for path in (*sources.iterdir(), Path("setup.py")))
+        newest = max(
+            path.stat().st_mtime for path in (*sources.iterdir(), *sources.parent.glob("*.h"), Path("setup.py"))
+        )
         stale = [job for job in jobs if not Path(job[-1]).exists() or Path(job[-1]).stat().st_mtime < newest]
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
             list(pool.map(self.call, stale))

@@ -1,13 +1,9 @@
 // sinkattn::decode and sinkattn::prefill for CPU tensors: checks, unpacking, threads. LibTorch's stable ABI is all that
 // is used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/ops.py, which loads this.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
@@ -15,13 +11,11 @@
 #include <optional>
 #include <vector>
 
+#include "../tensors.h"
 #include "params.h"
 
 namespace sinkattn {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // The fastest that this machine runs, or the one that the environment variable SINKATTN_CPU_ISA names if it runs here.
 const Kernels& kernels() {
@@ -50,32 +44,7 @@ DType dtype_of(const Tensor& x) {
   }
 }
 
-bool has_shape(const Tensor& x, std::initializer_list<int64_t> shape) {
-  auto sizes = x.sizes();
-  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
-}
-
 Rows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
-
-// The data of x, contiguous and of that type; `copies` keeps what had to be copied.
-template <typename T>
-const T* data_of(const Tensor& x, ScalarType type, std::vector<Tensor>& copies) {
-  if (x.scalar_type() == type && x.is_contiguous()) return static_cast<const T*>(x.data_ptr());  // asking is cheaper
-  copies.push_back(torch::stable::contiguous(torch::stable::to(x, type)));
-  return static_cast<const T*>(copies.back().data_ptr());
-}
-
-// What new_empty gives, without the dispatcher.
-Tensor empty_like(const Tensor& x, const std::array<int64_t, 4>& shape) {
-  const std::array<int64_t, 4> strides = {shape[1] * shape[2] * shape[3], shape[2] * shape[3], shape[3], 1};
-  int32_t dtype = 0, device = 0;
-  AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, shape.data(), strides.data(), dtype, device, x.get_device_index(), &made));
-  return Tensor(made);
-}
 
 struct alignas(64) Line {
   float floats[16];

@@ -1,12 +1,8 @@
 // sinkattn::decode_cuda, prefill_cuda and linear for CUDA tensors: checks, unpacking, stream. LibTorch's stable ABI is
 // all that is used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/ops.py, which loads
 // this.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <array>
@@ -17,6 +13,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../tensors.h"
 #include "decode.h"
 #include "linear.h"
 #include "prefill.h"
@@ -26,9 +23,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace sinkattn::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "sinkattn: ", what, ": ", cudaGetErrorString(error));
@@ -48,44 +42,12 @@ const Device& device_of(int index) {
   return device;
 }
 
-bool has_shape(const Tensor& x, std::initializer_list<int64_t> shape) {
-  auto sizes = x.sizes();
-  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
-}
-
 bool is_aligned(const Tensor& x) {
   auto sizes = x.sizes(), strides = x.strides();
   bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
   for (int dim = 0; dim < 3; ++dim) aligned = aligned && (strides[dim] % 8 == 0 || sizes[dim] < 2);
   return aligned;
 }
-
-// The data of x, contiguous and of that type; `copies` keeps what had to be copied.
-template <typename T>
-const T* data_of(const Tensor& x, ScalarType type, std::vector<Tensor>& copies) {
-  if (x.scalar_type() == type && x.is_contiguous()) return static_cast<const T*>(x.data_ptr());  // asking is cheaper
-  copies.push_back(torch::stable::contiguous(torch::stable::to(x, type)));
-  return static_cast<const T*>(copies.back().data_ptr());
-}
-
-// What new_empty gives, without the dispatcher, which takes longer than everything else here.
-Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape, ScalarType type) {
-  std::array<int64_t, 4> strides;
-  int64_t size = 1;
-  for (int dim = int(shape.size()); dim-- > 0; size *= shape.begin()[dim]) strides[dim] = size;
-  int32_t dtype = 0, device = 0;
-  AtenTensorHandle made = nullptr;
-  switch (type) {
-    case ScalarType::Float: dtype = aoti_torch_dtype_float32(); break;
-    case ScalarType::Int: dtype = aoti_torch_dtype_int32(); break;
-    default: STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));  // that of x
-  }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(), strides.data(), dtype,
-                                                         device, x.get_device_index(), &made));
-  return Tensor(made);
-}
-Tensor empty_like(const Tensor& x, std::initializer_list<int64_t> shape) { return empty(x, shape, x.scalar_type()); }
 
 // The arguments that both ops take.
 struct Arguments {
@@ -182,7 +144,7 @@ Tensor arrivals_of(const Tensor& k_cache, int64_t pairs, cudaStream_t stream) {
   if (const auto found = kept->find(key); found != kept->end()) return found->second;
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check(cudaStreamIsCapturing(stream, &status), "capture");
-  Tensor made = empty(k_cache, {pairs}, ScalarType::Int);
+  Tensor made = empty(k_cache, {pairs}, aoti_torch_dtype_int32());
   check(cudaMemsetAsync(made.data_ptr(), 0, pairs * sizeof(int), stream), "counters");
   if (status == cudaStreamCaptureStatusNone) kept->emplace(key, made);
   return made;
@@ -212,7 +174,7 @@ Tensor decode_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   p.overlap = overlap;
   const cudaStream_t stream = stream_of(index);
   if (const int64_t floats = partial_floats(p, sharing)) {
-    copies.push_back(empty(q, {floats}, ScalarType::Float)), p.partials = static_cast<float*>(copies.back().data_ptr());
+    copies.push_back(empty(q, {floats}, aoti_torch_dtype_float32())), p.partials = static_cast<float*>(copies.back().data_ptr());
     copies.push_back(arrivals_of(k_cache, p.batch * p.num_kv_heads, stream));
     p.arrivals = static_cast<int*>(copies.back().data_ptr());
   }
