@@ -199,7 +199,7 @@ def steps(models: list[str], output_dir: Path, tokens: int, bandwidth: float) ->
         model = make(name)
         for batch, capacity in track(rows_of(name), description=name, console=console):
             about = dict(model=name, batch=batch, capacity=capacity)
-            floor = round(floor_ms(model, batch, capacity, bandwidth), 4)
+            floor = float(f"{floor_ms(model, batch, capacity, bandwidth):.4g}")  # of a tiny model it is nanoseconds
             rows.append(dict(about, method="floor", ms_per_token=floor))
             for method in methods_of(name, batch, capacity):
                 few = {"recompute": 8, "dynamic": max(5, tokens // 3)}.get(method, tokens)
