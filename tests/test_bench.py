@@ -41,7 +41,7 @@ def run(main, *arguments) -> str:
     app.command()(main)
     result = CliRunner().invoke(app, [str(x) for x in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout  # progress bars are on stderr
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -512,7 +512,7 @@ def test_the_judge_is_the_unpatched_model():
 
 
 @pytest.mark.parametrize("endless", [(), ("--endless",)])
-def test_endless_generation(endless, monkeypatch, capsys):
+def test_endless_generation(endless, monkeypatch):
     import endless_generation
 
     from sinkattn import Stream

@@ -51,14 +51,14 @@ def test_generate_goes_on_beyond_the_context():
     arguments = ("generate", "demo", "--window-size", "60", "--max-new-tokens", "80", "--seed", "1")
     result = run(*arguments, "--prompt", "import os\n")
     assert result.exit_code == 0, result.output
-    assert len(result.output) > 80
+    assert len(result.stdout) > 80
     assert run(*arguments, "--prompt", "-", input="import os\n").stdout == result.stdout
 
 
 def test_chat_takes_several_turns():
     result = run("chat", "demo", "--max-new-tokens", "12", "--window-size", "40", input="def f(x):\nreturn x\n\n")
     assert result.exit_code == 0, result.output
-    assert result.output.count("you:") == 3
+    assert result.stdout.count("you:") == 3
 
 
 def test_chat_template_turns(tmp_path):
