@@ -105,7 +105,7 @@ def _attend_kernel(
         sinks = tl.minimum(length + last + 1, sink_size).to(tl.int32)
         furthest = sink_size + window_size - 1  # where the sinks see the queries: there, or nearer
         on = query + tl.minimum(length, furthest).to(tl.int32)
-        seen_from = tl.where(is_dense, on, tl.minimum(length + query, furthest).to(tl.int32))
+        seen_from = tl.where(is_dense != 0, on, tl.minimum(length + query, furthest).to(tl.int32))
         for start in tl.range(0, sinks, SINK_BLOCK, num_stages=1):
             slot = start + tl.arange(0, SINK_BLOCK)
             key = tl.maximum(slot - length, -1).to(tl.int32)  # -1 is any that the cache has
