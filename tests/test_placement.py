@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import sinkattn
 from oracle import relative_error, streaming_logits
@@ -101,7 +102,7 @@ torch.distributed.destroy_process_group()
 
 
 def test_adapters():
-    """LoRA by PEFT, around the model or inside: the adapters act, and the patch may be asked of either."""
+    """LoRA by PEFT around the model: the adapters act, and the patch may be asked of either."""
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     ids, config = (
         random_ids(1, 3 * C),
@@ -121,8 +122,13 @@ def test_adapters():
     assert (
         torch.equal(wrapped.merge_and_unload().generate(ids, max_new_tokens=1)[:, :-1], ids) and greedy.shape[1] == 47
     )
-    inside = tiny("llama")
-    inside.add_adapter(config)
+
+
+def test_adapters_inside():
+    """The same by transformers' own `add_adapter`, which may want a newer PEFT than is installed."""
+    peft = pytest.importorskip("peft", minversion=MIN_PEFT_VERSION)
+    ids, inside = random_ids(1, 3 * C), tiny("llama")
+    inside.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     expected = streaming_logits(inside, ids, S, W)
     with patch(inside, S, W):
         assert relative_error(fed(inside, ids, 5), expected) < 2e-5
