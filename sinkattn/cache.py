@@ -251,8 +251,9 @@ def _layers_of(plan: Plan) -> tuple[list, dict[tuple[int, int], SinkLayer]]:
 class SinkCache(Cache):
     """The KV cache of a patched model: S pinned sinks and a ring of W recent tokens per layer, constant in memory.
 
-    ``cache = SinkCache(model)`` for a model that `patch` was called on; pass it as ``past_key_values`` to hold a text
-    over several calls of `generate` or `forward`. Batch size, dtype and device are those of the first call.
+    ``cache = SinkCache(model)`` for a model that `patch` was called on; pass it as ``past_key_values`` (``cache``, as
+    transformers calls it from 5.24 on) to hold a text over several calls of `generate` or `forward`. Batch size, dtype
+    and device are those of the first call.
 
     Attributes:
         lengths: (batch,) int64, tokens each row holds (padding not counted), or None before the first call.

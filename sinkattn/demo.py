@@ -27,6 +27,7 @@ from transformers import (
 
 from .cache import SinkCache
 from .patch import patch
+from .rope import cache_name
 
 MODEL = Path(__file__).parent / "demo_model"
 TEXTS = 4  # held-out texts, side by side
@@ -50,6 +51,11 @@ class Way:
     def loss(self) -> Tensor:
         """(tokens,) mean over the texts."""
         return torch.cat(self.losses, dim=1).mean(0)
+
+    @property
+    def with_cache(self) -> dict[str, Cache]:
+        """The argument that hands the cache to the model."""
+        return {cache_name(self.model.forward): self.cache}
 
 
 def held_out_text() -> str:
@@ -106,7 +112,7 @@ def _measure(way: Way, ids: Tensor, advance) -> None:
     while begin < tokens:
         times.append(_now(ids.device))
         end = min(begin + CHUNK, tokens - TIMED) if begin < tokens - TIMED else begin + 1
-        logits = way.model(ids[:, begin:end], past_key_values=way.cache, use_cache=True).logits
+        logits = way.model(ids[:, begin:end], use_cache=True, **way.with_cache).logits
         way.losses.append(cross_entropy(logits.mT.float(), ids[:, begin + 1 : end + 1], reduction="none").cpu())
         advance(end - begin)
         begin = end
@@ -187,7 +193,7 @@ def _continue(way: Way, tokenizer, ids: Tensor, new_tokens: int, seed: int) -> N
     way.model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=way.cache,
+        **way.with_cache,
         max_new_tokens=new_tokens,
         do_sample=True,
         temperature=0.8,

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from . import ops
 from .cache import Plan, SinkCache
@@ -24,6 +24,7 @@ from .fuse import Fused, Observer
 from .rope import (
     Recorder,
     UnsupportedModelError,
+    cache_name,
     counts_in_three,
     input_device,
     probe,
@@ -40,8 +41,10 @@ ROUTES = {  # how attention is reached: the implementation that the config names
 }
 HARMLESS = {"position_ids", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k"}  # tensors that attention may be given
 IMAGES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+CACHE_NAMES = ("cache", "past_key_values")  # of the cache among arguments and outputs; a caller may use either
+CACHE = cache_name(GenerationMixin.prepare_inputs_for_generation)  # transformers' own
 # What a step may be given and still be the one that was captured
-PLAIN = {"input_ids", "attention_mask", "past_key_values", "use_cache", "return_dict", "position_ids", "cache_position",
+PLAIN = {"input_ids", "attention_mask", *CACHE_NAMES, "use_cache", "return_dict", "position_ids", "cache_position",
          "logits_to_keep", "mm_token_type_ids"}  # fmt: skip
 WATCHED_CHUNK = 512  # of watched attention, which goes on to compute its own (tokens, tokens) scores
 CHUNK = 2048  # tokens of a prompt that go through the model at a time
@@ -145,7 +148,7 @@ class Handle:
         self._forward, self._generate = model.forward, getattr(model, "generate", None)
         self._prepare_inputs = getattr(model, "prepare_inputs_for_generation", None)
         self._counts_in_three = counts_in_three(model)
-        self._takes_positions = takes_positions(model.forward)
+        self._takes_positions, self._cache_name = takes_positions(model.forward), cache_name(model.forward)
         self._parameters = tuple(inspect.signature(model.forward).parameters)
         self._fused: Fused | None = None
         self._replaced: dict[str, object] = {}
@@ -206,7 +209,7 @@ class Handle:
         more = {"position_ids": torch.zeros_like(ids)} if self._takes_positions else {}
         try:
             with _current.of(observer):
-                self.model(input_ids=ids, past_key_values=observer, use_cache=True, **more)
+                self.model(input_ids=ids, use_cache=True, **{self._cache_name: observer}, **more)
         finally:
             observer.close()
         return observer
@@ -309,7 +312,7 @@ class Handle:
         config's). Long inputs go through in chunks. Raises ValueError or TypeError for input that cannot be right,
         before the cache is touched.
         """
-        kwargs = dict(zip(self._parameters, args, strict=False)) | kwargs
+        kwargs = _named(self._cache_name, dict(zip(self._parameters, args, strict=False)) | kwargs)
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if (ids is None) == (embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -323,23 +326,23 @@ class Handle:
             raise ValueError(
                 "output_attentions: the fused attention has no weights to show; remove() the patch for that"
             )
-        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        cache, use_cache = kwargs.get(self._cache_name), kwargs.get("use_cache")
         if cache is None:
             if use_cache is None:
                 use_cache = getattr(self.model.config.get_text_config(decoder=True), "use_cache", True)
             cache = SinkCache(self.model)
         elif not isinstance(cache, SinkCache):
             raise TypeError(
-                f"past_key_values is a {type(cache).__name__}; a patched model takes a sinkattn.SinkCache or none"
+                f"{self._cache_name} is a {type(cache).__name__}; a patched model takes a sinkattn.SinkCache or none"
             )
         cache.check(batch, given.device, self.plan)
-        keep_cache = kwargs.get("past_key_values") is not None or use_cache
+        keep_cache = self._cache_name in kwargs or use_cache
         mask = self._mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
         if tokens == 1 and self._may_replay(kwargs, cache):
             output = self.replay(cache, ids, mask)
             if output is not None:
                 copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, dict(output))
-                return self._finished(type(output)(**copied, past_key_values=cache), kwargs)
+                return self._finished(type(output)(**copied, **{CACHE: cache}), kwargs)
         mask = None if mask is None else mask.bool()
         places = self._places_of(kwargs, mask, cache)
         if tokens > 1:  # one look at the values and the model a prompt, none a token
@@ -407,7 +410,7 @@ class Handle:
         whole = len(ends) == 1
         pieces = []
         for begin, end in itertools.pairwise([0, *ends]):
-            part = {**kwargs, "past_key_values": cache, "use_cache": True, "return_dict": True}
+            part = {**kwargs, self._cache_name: cache, "use_cache": True, "return_dict": True}
             for name in ("input_ids", "inputs_embeds", "token_type_ids"):
                 if kwargs.get(name) is not None:
                     part[name] = kwargs[name][:, begin:end]
@@ -431,7 +434,7 @@ class Handle:
                 loss = self.model.loss_function(logits=output["logits"], labels=labels, vocab_size=vocab_size)
                 output = type(output)(loss=loss, **output)
         if not keep_cache:
-            output = type(output)(**{k: v for k, v in output.items() if k != "past_key_values"})
+            output = _without_cache(output)
         return self._finished(output, kwargs)
 
     def _finished(self, output, kwargs: dict):
@@ -506,11 +509,11 @@ class Handle:
 
     def _one_token(self, cache: SinkCache, ids: Tensor, mask: Tensor):
         """What is captured: a step over the cache, on the device."""
-        part = {"input_ids": ids, "past_key_values": cache, "use_cache": True, "return_dict": True}
+        part = {"input_ids": ids, self._cache_name: cache, "use_cache": True, "return_dict": True}
         part |= {"attention_mask": mask} if cache.has_state else {}
         output = self._forward_of(part, cache, mask, None)
         cache.settle(ids)
-        return type(output)(**{name: x for name, x in output.items() if name != "past_key_values"})
+        return _without_cache(output)
 
     def _ends(self, tokens: int, cache: SinkCache, mask: Tensor | None) -> list[int]:
         """Where the pieces of an input end.
@@ -560,7 +563,8 @@ class Handle:
         """The model's own `generate` with a SinkCache: its own, or yours with the full history or new ids alone."""
         if kwargs.get("cache_implementation") is not None:
             raise ValueError("cache_implementation: a patched model brings its own cache; leave it out")
-        cache, ids = kwargs.get("past_key_values"), inputs if inputs is not None else kwargs.get("input_ids")
+        kwargs = _named(CACHE, kwargs)
+        cache, ids = kwargs.get(CACHE), inputs if inputs is not None else kwargs.get("input_ids")
         if isinstance(ids, Tensor) and ids.shape[-1] == 0 and kwargs.get("inputs_embeds") is None:
             raise ValueError("an empty prompt: give at least one token")
         if isinstance(cache, SinkCache) and cache.seen and isinstance(ids, Tensor):  # forward refuses other caches
@@ -576,12 +580,13 @@ class Handle:
 
     def prepare_inputs(self, input_ids: Tensor, *args, **kwargs) -> dict:
         """`GenerationMixin.prepare_inputs_for_generation`: one more token of a text needs no positions."""
-        cache = kwargs.get("past_key_values")
+        kwargs = _named(CACHE, kwargs)
+        cache = kwargs.get(CACHE)
         is_next = kwargs.get("next_sequence_length") == 1 and isinstance(cache, SinkCache) and cache.seen
         if not is_next or not _is_plain(kwargs, "next_sequence_length"):
             return self._prepare_inputs(input_ids, *args, **kwargs)
         mask = kwargs.get("attention_mask")
-        return dict(input_ids=input_ids[:, -1:], attention_mask=mask, past_key_values=cache, use_cache=True)
+        return {"input_ids": input_ids[:, -1:], "attention_mask": mask, CACHE: cache, "use_cache": True}
 
     def _padding_of(self, ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """The mask `generate` would infer: pad ids are padding, unless they also end a text."""
@@ -592,16 +597,27 @@ class Handle:
 
     def prepare_cache(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
         """`GenerationMixin._prepare_cache_for_generation`: whatever the config names, the cache is a SinkCache."""
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"]._is_user_defined = True
+        if model_kwargs.get(CACHE) is not None:
+            model_kwargs[CACHE]._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = SinkCache(self.model)
+            model_kwargs[CACHE] = SinkCache(self.model)
 
 
 def _is_plain(kwargs: dict, *more: str) -> bool:
     """Whether nothing is asked of a step but the next logits; more: other names that may be given."""
     given = (name for name, value in kwargs.items() if value is not None and value is not False)
     return all(name in PLAIN or name in more for name in given)
+
+
+def _named(name: str, kwargs: dict) -> dict:
+    """The arguments with the cache, whichever of its names it came under, called `name`; without one if it is None."""
+    cache = next((kwargs[x] for x in CACHE_NAMES if kwargs.get(x) is not None), None)
+    others = {x: value for x, value in kwargs.items() if x not in CACHE_NAMES}
+    return others if cache is None else {**others, name: cache}
+
+
+def _without_cache(output):
+    return type(output)(**{name: x for name, x in output.items() if name not in CACHE_NAMES})
 
 
 def _joined(pieces: list):

@@ -274,6 +274,11 @@ def takes_positions(forward) -> bool:
     return any(x.name == "position_ids" or x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters)
 
 
+def cache_name(forward) -> str:
+    """What a model's forward calls the cache: "cache" from transformers 5.24 on, unless the model is older."""
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
 def probe(
     model: PreTrainedModel, recorder: Recorder, capacity: int, longest: int
 ) -> dict[tuple[int, int], ProbedLayer]:
@@ -297,12 +302,12 @@ def probe(
     def run(ids: Tensor, positions: list[int] | Tensor | None) -> Tensor:
         recorder.forget()
         recorder.reset()
-        more = {}
+        more = {cache_name(model.forward): recorder}
         if positions is not None and takes_positions(model.forward):
             lists = isinstance(positions, list)
             more["position_ids"] = torch.tensor(positions, device=ids.device)[:, None] if lists else positions
         try:
-            return model(input_ids=ids, past_key_values=recorder, use_cache=True, **more)[0]
+            return model(input_ids=ids, use_cache=True, **more)[0]
         except UnsupportedModelError:
             raise
         except Exception as error:  # a model that cannot even run the probe cannot be patched: say why

@@ -43,6 +43,18 @@ def test_greedy_beyond_the_trained_length(model):
     assert torch.equal(logits.argmax(-1), found[:, 40:])
 
 
+def test_the_cache_by_either_name(model):
+    """`cache`, as transformers calls it from 5.24 on, or `past_key_values`: whichever version is installed."""
+    ids = random_ids(1, 20)
+    expected = model.generate(ids, **GREEDY)
+    for name in ("cache", "past_key_values"):
+        cache = SinkCache(model)
+        assert torch.equal(model.generate(ids, **{name: cache}, **GREEDY), expected) and cache.seen == 59
+        output = model(expected[:, -1:], **{name: cache})
+        assert output.past_key_values is cache and cache.seen == 60
+    assert model(ids, use_cache=False).past_key_values is None
+
+
 def test_left_padded_batch_and_prefill_chunks(model):
     ids, mask = left_padded(3, 30)
     together = model.generate(ids, attention_mask=mask, **GREEDY)
