@@ -45,6 +45,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfa
 CUDA_SOURCES = {  # file: the GPUs it is for
     "decode": ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"],  # and later
     "prefill": ["-gencode=arch=compute_90a,code=sm_90a"],
+    "linear_wide": ["-gencode=arch=compute_90a,code=sm_90a"],
     "linear": ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"],
 }
 

@@ -1,6 +1,6 @@
 """Products of a few rows on one GPU: python bench/linear.py --output-dir bench/results/h200
 
-The products of three models' layers and their heads, bfloat16, 1 to 16 rows. sinkattn's figure holds what lies around
+The products of three models' layers and their heads, bfloat16, 1 to 64 rows. sinkattn's figure holds what lies around
 the product as well: the norm before qkv, gate and up, and head, the gate, the residual after o and down. The peer is
 `torch.nn.functional.linear` (cuBLAS), which does the product alone. "layers" is all of a model's layers in a row, but
 no attention: qkv, o, gate and up, down, with norms, gates and residuals, which the peer leaves to torch's own kernels.
@@ -24,7 +24,7 @@ from torch.nn.functional import linear, rms_norm, silu
 
 from sinkattn import ops
 
-ROWS = (1, 2, 4, 8, 16)
+ROWS = (1, 4, 8, 9, 16, 32, 64)
 PROVIDERS = ("sinkattn", "torch")
 EPS = 1e-5
 LAYERS = {"Llama-2-7B": 32, "Llama-3-8B": 32, "Qwen3-0.6B": 28}
@@ -93,9 +93,9 @@ def measure_layers(provider: str, layers: dict[str, list[torch.Tensor]], rows: i
 
 
 def plot(rows: list[tuple], path: Path) -> None:
-    """Share of the floor over size, a panel for 1 and for 8 rows of x."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for axis, wanted in zip(axes, (1, 8), strict=True):
+    """Share of the floor over size, a panel for 1, 8 and 64 rows of x."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4), sharey=True)
+    for axis, wanted in zip(axes, (1, 8, 64), strict=True):
         for provider in PROVIDERS:
             points = sorted(
                 {
@@ -108,7 +108,7 @@ def plot(rows: list[tuple], path: Path) -> None:
         axis.set(xscale="log", xlabel="bytes of the weight over read bandwidth (us)", title=f"rows: {wanted}")
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="share of the floor reached", ylim=(0, 1.05))
-    axes[1].legend(fontsize=8)
+    axes[2].legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

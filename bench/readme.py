@@ -161,6 +161,25 @@ def launch_table() -> str:
     return f"\n{table(['what is called', 'by', 'us'], rows)}\n\n{made_on_gpu('launch')}\n"
 
 
+def linear_table() -> str:
+    """Products of one model, a column a number of rows: sinkattn and torch, microseconds."""
+    times: dict[str, dict] = {}
+    for line in gpu_csv("linear.csv"):
+        if line["model"] == "Llama-3-8B":
+            times.setdefault(line["product"], {})[line["rows"], line["provider"]] = line
+    counts = list(dict.fromkeys(rows for of in times.values() for rows, _ in of))
+    rows = []
+    for product, of in times.items():
+        first = of[counts[0], "sinkattn"]
+        shape = f" {first['out_features']} x {first['in_features']}" if first["in_features"] else ""
+        digits = 1 if shape else 0
+        us = lambda line, column: f"{float(line[column]):.{digits}f}"  # noqa: B023, E731
+        cells = [f"{us(of[n, 'sinkattn'], 'us')} / {us(of[n, 'torch'], 'us')}" for n in counts]
+        rows.append([product + shape, us(first, "floor_us"), *cells])
+    header = ["us, sinkattn / torch", "floor", *(f"rows: {n}" for n in counts)]
+    return f"\n{table(header, rows)}\n\n`python bench/linear.py --output-dir bench/results/h200`\n"
+
+
 def counters_table() -> str:
     rows = []
     for line in gpu_csv("counters.csv"):
@@ -464,6 +483,7 @@ def figures() -> dict[str, str]:
         "flatness": (flatness_table,),
         "generate table": (generate_table,),
         "step table": (step_table,),
+        "linear table": (linear_table,),
         "counters table": (counters_table,),
         "errors table": (errors_table,),
         "tensor parallel table": (tensor_parallel_table,),

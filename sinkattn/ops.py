@@ -27,8 +27,8 @@ MAX_HEAD_DIM = 256
 CUDA_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))  # of csrc/cuda
 CUDA_MAX_GROUP = 16
 CUDA_PREFILL_HEAD_DIMS, CUDA_PREFILL_MAX_SINKS = (64, 128), 128
-LINEAR_MAX_ROWS = 16
-FEW_ROWS = 8  # with more, torch's products read a weight as fast: bench/linear.py
+LINEAR_MAX_ROWS, LINEAR_MAX_ROWS_ELSEWHERE = 64, 16  # on Hopper and the CPU, on other GPUs
+FEW_ROWS = 8  # with more, torch's products are as fast on other GPUs than Hopper: bench/linear.py
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? counts, "
@@ -472,6 +472,11 @@ def _check_linear(x, weight, bias, norm_weight, residual, activation) -> None:
         raise TypeError(f"on a GPU linear takes float16 and bfloat16, not {x.dtype}")
     if x.shape[1] % 8:
         raise ValueError(f"on a GPU linear takes multiples of 8 for in_features, not {x.shape[1]}")
+    if x.shape[0] > LINEAR_MAX_ROWS_ELSEWHERE and not _is_hopper(x.device.index):
+        raise ValueError(
+            f"x has {x.shape[0]} rows; on GPUs of another compute capability than 9.0 linear takes up to "
+            f"{LINEAR_MAX_ROWS_ELSEWHERE}: use torch.nn.functional.linear"
+        )
     for name, tensor in (("x", x), ("norm_weight", norm_weight), ("bias", bias), ("residual", residual)):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"{name} has strides {tensor.stride()}; on a GPU it must be contiguous")
@@ -488,7 +493,7 @@ def takes_linear(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cuda"
         and HAS_CUDA_LIBRARY
-        and len(x) <= FEW_ROWS
+        and (len(x) <= FEW_ROWS or (len(x) <= LINEAR_MAX_ROWS and _is_hopper(x.device.index)))
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.shape[1] % 8 == 0
         and weight.stride(1) == 1
@@ -515,10 +520,12 @@ def linear(
     where what is not given is left out: ``h = x``, ``out = y + residual``. RMSNorm is ``n = x / sqrt(mean(x^2) +
     norm_eps)`` in float32, then ``norm_weight * n`` with n rounded before and the product after as in LlamaRMSNorm if
     norm_shift is 0, and otherwise ``(norm_shift + norm_weight) * n``, rounded once as in GemmaRMSNorm. What
-    follows, the gate too, is float32 and rounded once, at the end. The same input gives the same bits.
+    follows, the gate too, is float32 and rounded once, at the end. The same input gives the same bits. Of more than 8
+    rows on a GPU ``norm_weight * x`` is what is rounded, and the root of the mean square divides y.
 
     Tensors, on a GPU float16 or bfloat16, on the CPU any floating-point dtype; none is mutated:
-        x: (rows, in_features), contiguous, up to 16 rows; in_features a multiple of 8.
+        x: (rows, in_features), contiguous, up to 64 rows, on GPUs of another compute capability than 9.0 up to 16;
+            in_features a multiple of 8.
         weight: (out_features, in_features), dtype of x; rows contiguous, aligned to 16 bytes, any distance apart. With
             an activation its first half are the gate's rows. On a GPU, weights (weight, bias, norm_weight) are read
             before the kernel ahead in the stream is done, so that one must not be what writes them.

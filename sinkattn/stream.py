@@ -222,7 +222,8 @@ class Stream:
         return self._next_ids(settings, watched) if self._choice is None else self._choice()
 
     def _next_ids(self, settings: "_Settings", watched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        scores = self._processors(self._ids, self._logits.float())
+        is_plain = not (self._processors or settings.do_sample)  # then the largest is the largest in any dtype
+        scores = self._logits if is_plain else self._processors(self._ids, self._logits.float())
         if settings.do_sample:
             scores = scores.softmax(-1) / self._noise  # exponentially distributed: the largest is a draw
         ids, at = scores.argmax(-1), self._next % self._ids.shape[1]

@@ -105,7 +105,7 @@ def check(rows, in_features, outputs, dtype, device, **way):
 @pytest.mark.parametrize("device", DEVICES)
 class TestValues:
     @pytest.mark.parametrize("way", WAYS)
-    @pytest.mark.parametrize("rows", range(17))
+    @pytest.mark.parametrize("rows", [*range(18), 24, 33, 63, 64])
     def test_rows(self, device, rows, way):
         for dtype in DTYPES:
             check(rows, 264, 75, dtype, device, **WAYS[way])
@@ -113,20 +113,39 @@ class TestValues:
     @pytest.mark.parametrize("outputs", [1, 7, 16, 31, 32, 33, 2049, 4500])
     @pytest.mark.parametrize("way", ["plain", "all"])
     def test_outputs(self, device, outputs, way):
-        for rows in (1, 5):
+        for rows in (1, 5, 30):
             check(rows, 128, outputs, torch.bfloat16, device, **WAYS[way])
 
     @pytest.mark.parametrize("in_features", [8, 24, 32, 248, 256, 1000, 4096, 14336])
     @pytest.mark.parametrize("way", ["plain", "norm", "all"])
     def test_inputs(self, device, in_features, way):
-        for rows in (1, 8, 16):
+        for rows in (1, 8, 16, 64):
             check(rows, in_features, 48, torch.bfloat16, device, **WAYS[way])
 
     def test_many_rounds(self, device):
         """Blocks that go through the weight several times as deep as their ring."""
-        for rows in (1, 8, 11):
+        for rows in (1, 8, 11, 64):
             check(rows, 1032, 20000, torch.bfloat16, device, residual=True)
             check(rows, 520, 10001, torch.float16, device, norm=True, activation="silu")
+
+    @pytest.mark.parametrize("outputs", [1000, 4096, 6144, 12288, 16000, 24000, 28672, 50000])
+    def test_many_rows(self, device, outputs):
+        """Weights of every size: how blocks share them depends on it."""
+        check(64, 520, outputs, torch.bfloat16, device, norm=True, residual=True)
+        check(41, 200, outputs // 2, torch.float16, device, norm=True, norm_shift=1.0, bias=True, activation="silu")
+
+    @pytest.mark.parametrize("size", [1e-4, 1e3])
+    def test_rows_of_any_size(self, device, size):
+        """float16 before its norm: what begins far smaller or larger than it goes on, or is small or large."""
+        for rows in (8, 20):
+            (x, weight, bias), keywords = make(rows, 512, 300, torch.float16, device, norm=True)
+            keywords["norm_eps"] = 1e-12
+            for x_ in (
+                x * size / 50,
+                torch.cat((x[:, :64] * 0, x[:, 64:]), 1),
+                torch.cat((x[:, :64] * size, x[:, 64:]), 1),
+            ):
+                assert_close(ops.linear(x_, weight, bias, **keywords), exact(x_, weight, bias, **keywords), x.dtype)
 
     def test_gates_far_out(self, device):
         """Gates where an exponential overflows."""
@@ -140,7 +159,7 @@ class TestValues:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("way", WAYS)
 def test_wide_dtypes(way, dtype):
-    for rows in (0, 1, 16):
+    for rows in (0, 1, 16, 64):
         check(rows, 37, 21, dtype, "cpu", **WAYS[way])
 
 
@@ -155,7 +174,7 @@ def test_norm_of_transformers(model, device):
         norm = (LlamaRMSNorm if model == "llama" else GemmaRMSNorm)(64, eps=1e-5)
         norm.weight.data = torch.randn(64)
         norm = norm.to(device, dtype)
-        x, weight = 5 * torch.randn(9, 64, device=device).to(dtype), torch.eye(64, device=device).to(dtype)
+        x, weight = 5 * torch.randn(8, 64, device=device).to(dtype), torch.eye(64, device=device).to(dtype)
         with torch.no_grad():
             shift = 0.0 if model == "llama" else 1.0
             out = ops.linear(x, weight, norm_weight=norm.weight, norm_eps=1e-5, norm_shift=shift)
@@ -168,7 +187,7 @@ def test_norm_of_transformers(model, device):
 
 @on_gpu
 def test_same_bits():
-    for rows in (1, 8, 16):
+    for rows in (1, 8, 16, 64):
         tensors, keywords = make(rows, 1096, 3000, torch.bfloat16, "cuda", **WAYS["all"])
         first = ops.linear(*tensors, **keywords).view(torch.int16)
         for _ in range(20):
@@ -185,13 +204,19 @@ def test_neighbours_do_not_matter():
         alone = ops.linear(tensors[0][row : row + 1], *tensors[1:], **keywords)
         keywords["residual"] = of_all
         assert torch.equal(alone[0].view(torch.int16), whole[row].view(torch.int16))
+    (x, *others), keywords = make(64, 1096, 3000, torch.bfloat16, "cuda", **WAYS["all"])
+    whole, residual = ops.linear(x, *others, **keywords), keywords["residual"]
+    for rows in (9, 32, 45):
+        some = ops.linear(x[:rows], *others, **keywords | {"residual": residual[:rows]})
+        assert torch.equal(some.view(torch.int16), whole[:rows].view(torch.int16))
 
 
 @on_gpu
-def test_chain_in_a_graph():
+@pytest.mark.parametrize("rows", [2, 40])
+def test_chain_in_a_graph(rows):
     """Layers that wait for each other while the next one's weights are on their way, captured, replayed, and eager."""
-    layers = [make(2, 512, 512, torch.bfloat16, "cuda", norm=True, residual=True) for _ in range(12)]
-    gates = [make(2, 512, 512, torch.bfloat16, "cuda", activation="silu", norm=True) for _ in range(12)]
+    layers = [make(rows, 512, 512, torch.bfloat16, "cuda", norm=True, residual=True) for _ in range(12)]
+    gates = [make(rows, 512, 512, torch.bfloat16, "cuda", activation="silu", norm=True) for _ in range(12)]
 
     def step(x):
         for ((_, weight, _), keywords), ((_, gate, _), gate_keywords) in zip(layers, gates, strict=True):
@@ -206,14 +231,14 @@ def test_chain_in_a_graph():
             x = exact(y, weight, None, **keywords | {"residual": x}).to(torch.bfloat16)
         return x.double()
 
-    x = torch.randn(2, 512, device="cuda").bfloat16()
+    x = torch.randn(rows, 512, device="cuda").bfloat16()
     eager = step(x)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step(x)
     for _ in range(5):
-        x.copy_(torch.randn(2, 512))
+        x.copy_(torch.randn(rows, 512))
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(step(x), out)
@@ -251,7 +276,7 @@ def bad(**changes):
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (bad(x=torch.randn(17, 16)), ValueError, "up to 16 rows, x has 17"),
+        (bad(x=torch.randn(65, 16)), ValueError, "up to 64 rows, x has 65"),
         (bad(x=torch.randn(1, 2, 16)), ValueError, "do not fit"),
         (bad(x=torch.randn(2, 8)), ValueError, "do not fit"),
         (
@@ -303,7 +328,7 @@ def test_errors_on_a_gpu():
         with pytest.raises(error, match=message):
             call()
     nothing = (None, None, 0.0, 0.0, None, "")
-    for arguments in ((new(17, 16), weight), (x.float(), weight), (x, new(8, 20)[:, :16]), (x, new(8, 24)[:, 4:20])):
+    for arguments in ((new(65, 16), weight), (x.float(), weight), (x, new(8, 20)[:, :16]), (x, new(8, 24)[:, 4:20])):
         with pytest.raises(RuntimeError, match="sinkattn"):
             torch.ops.sinkattn.linear(*arguments, *nothing)
     with pytest.raises(RuntimeError, match="unknown activation"):

@@ -1,4 +1,4 @@
-// Products of a few rows with a weight, the norm before and the gate and residual after, in one launch.
+// Products of up to 16 rows with a weight, the norm before and the gate and residual after, in one launch.
 //
 // Floor: the bytes of the weight, read once. What it takes to get there:
 //
@@ -12,8 +12,8 @@
 //   weight must not be what the kernel ahead writes.
 #include <algorithm>
 
+#include "activation.h"
 #include "launch.h"
-#include "linear.h"
 #include "numbers.h"
 
 namespace sinkattn::cuda {
@@ -76,12 +76,6 @@ __device__ uint4 normal(uint4 x, uint4 weight, float scale, float shift) {
   return x;
 }
 
-__device__ float activated(float x, Activation activation) {
-  if (activation == Activation::silu) return x / (1 + __expf(-x));
-  if (activation == Activation::gelu) return 0.5f * x * (1 + erff(x * 0.70710678f));
-  return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-}
-
 // Rows of the weight that a block multiplies at a time, with an activation half of them gates.
 template <int TILES>
 constexpr int ROWS = 16 * TILES;
@@ -97,7 +91,7 @@ template <typename T, int TILES, int COLUMNS>
 __global__ void __launch_bounds__(THREADS) linear_kernel(const __grid_constant__ Linear p, int stages) {
   constexpr int ROWS = cuda::ROWS<TILES>, SUMS = cuda::SUMS<TILES>;
   extern __shared__ uint4 shared[];
-  __shared__ float squares[WARPS][MAX_LINEAR_ROWS];
+  __shared__ float squares[WARPS][MAX_NARROW_ROWS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool has_norm = p.norm_weight != nullptr, gated = p.activation != Activation::none;
   const int norm_row = ROWS + p.rows, stage_size = (norm_row + has_norm) * PIECES;
@@ -262,11 +256,13 @@ __global__ void __launch_bounds__(THREADS) linear_kernel(const __grid_constant__
         for (int w = 0; w < WARPS; ++w) total += sums[(w * p.rows + row) * SUMS + number];
         return total;
       };
-      float y = sum(output) + (p.bias ? to_float(bias[i][0]) : 0);
-      if (gated)
-        y = activated(y, p.activation) * (sum(most + output) + (p.bias ? to_float(bias[i][1]) : 0));
-      if (p.residual) y += to_float(residual[i]);
-      static_cast<T*>(p.out)[int64_t(row) * count + first + output] = from_float<T>(y);
+      float y[1] = {sum(output) + (p.bias ? to_float(bias[i][0]) : 0)};
+      if (gated) {
+        activate(y, p.activation);
+        y[0] *= sum(most + output) + (p.bias ? to_float(bias[i][1]) : 0);
+      }
+      if (p.residual) y[0] += to_float(residual[i]);
+      static_cast<T*>(p.out)[int64_t(row) * count + first + output] = from_float<T>(y[0]);
     }
     __syncthreads();
   }
@@ -315,6 +311,7 @@ cudaError_t launch(const Linear& p, const Device& device, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t linear(const Linear& p, const Device& device, cudaStream_t stream) {
+  if (device.compute_major == 9 && p.rows > 8) return linear_wide(p, device, stream);
   return (p.is_bfloat16 ? launch<__nv_bfloat16> : launch<__half>)(p, device, stream);
 }
 

@@ -5,7 +5,7 @@
 
 namespace sinkattn::cuda {
 
-constexpr int MAX_LINEAR_ROWS = 16;
+constexpr int MAX_LINEAR_ROWS = 64, MAX_NARROW_ROWS = 16;  // of x: on Hopper, elsewhere
 
 enum class Activation { none, silu, gelu_tanh, gelu };
 
@@ -25,5 +25,6 @@ struct Linear {
 };
 
 cudaError_t linear(const Linear&, const Device&, cudaStream_t);
+cudaError_t linear_wide(const Linear&, const Device&, cudaStream_t);  // on Hopper, any rows: linear calls it for many
 
 }  // namespace sinkattn::cuda

@@ -220,7 +220,7 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
                   "sinkattn: the CUDA C++ linear takes float16 and bfloat16");
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.size(0) <= MAX_LINEAR_ROWS &&
                       x.size(1) > 0 && x.size(1) % 8 == 0 && x.size(1) < (1 << 28) && weight.size(0) < (1 << 28),
-                  "sinkattn: linear takes x (up to 16 rows, in_features) and weight (out_features, in_features), "
+                  "sinkattn: linear takes x (up to 64 rows, in_features) and weight (out_features, in_features), "
                   "in_features a multiple of 8");
   Linear p = {};
   p.rows = int(x.size(0)), p.in_features = int(x.size(1)), p.out_features = int(weight.size(0));
@@ -253,8 +253,11 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
   p.out = out.data_ptr();
 
   const int index = x.get_device_index();
+  const Device& device = device_of(index);
+  STD_TORCH_CHECK(p.rows <= MAX_NARROW_ROWS || device.compute_major == 9, "sinkattn: linear takes more than ",
+                  MAX_NARROW_ROWS, " rows on GPUs of compute capability 9.0 alone");
   torch::stable::accelerator::DeviceGuard guard(index);
-  check(linear(p, device_of(index), stream_of(index)), "launch of linear");
+  check(linear(p, device, stream_of(index)), "launch of linear");
   return out;
 }
 

@@ -13,12 +13,7 @@
 //   they take turns in asking for products. The first scores of a tile are asked for before the tile before is put
 //   away.
 // * Only tiles that an edge of the band goes through take a mask. Sinks are 16 keys at a time, in products of that size.
-#include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <type_traits>
-
+#include "hopper.h"
 #include "launch.h"
 #include "prefill.h"
 
@@ -44,45 +39,6 @@ __device__ float capped(float score, float softcap) {
   return softcap * LOG2E * (2 * __fdividef(1, 1 + exp2_fast(-score)) - 1);
 }
 
-// Two numbers in a register, the first in the low half.
-template <typename T>
-__device__ uint32_t pack(float low, float high) {
-  if constexpr (std::is_same_v<T, __half>) {
-    const __half2 x = __floats2half2_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(x);
-  } else {
-    const __nv_bfloat162 x = __floats2bfloat162_rn(low, high);
-    return reinterpret_cast<const uint32_t&>(x);
-  }
-}
-template <typename T>
-__device__ float2 unpack(uint32_t x) {
-  if constexpr (std::is_same_v<T, __half>)
-    return __half22float2(reinterpret_cast<const __half2&>(x));
-  else
-    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
-}
-
-// Barriers in shared memory, and the copy engine, which counts the bytes it brings at them.
-__device__ unsigned shared_address(const void* x) { return __cvta_generic_to_shared(x); }
-
-__device__ void open_barrier(uint64_t* barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-__device__ void expect_bytes(uint64_t* barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-}
-__device__ void arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ void wait(uint64_t* barrier, int phase) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::
-          "r"(shared_address(barrier)),
-      "r"(phase)
-      : "memory");
-}
 __device__ void copy_in(char* shared, const CUtensorMap& map, int dim, int token, int head, int row,
                         uint64_t* barrier) {
   asm volatile(
@@ -95,92 +51,6 @@ __device__ void copy_out(const CUtensorMap& map, int dim, int token, int head, i
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
                "r"(dim), "r"(token), "r"(head), "r"(row), "r"(shared_address(shared))
                : "memory");
-}
-// What was stored before is seen by the copy engine and the tensor cores.
-__device__ void publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Barriers of threads: `meet` waits for all, `pass` lets others go on.
-__device__ void meet(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ void pass(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
-// Products of a warpgroup. Tiles in shared memory are columns of 64 dims, rows of 128 bytes, swizzled. `columns_apart`
-// is for values, whose dims are not what is summed over.
-__device__ uint64_t describe(const char* tile, int columns_apart) {
-  return (shared_address(tile) & 0x3ffff) >> 4 | uint64_t(columns_apart >> 4) << 16 | uint64_t(1024 >> 4) << 32 |
-         uint64_t(1) << 62;
-}
-// So many bytes further on, which never carries out of the address.
-__device__ uint64_t further(uint64_t tile, int bytes) {
-  return (tile & 0xffffffff00000000) | uint32_t(uint32_t(tile) + bytes / 16);
-}
-__device__ void open_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int PENDING>
-__device__ void wait_for_products() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-}
-template <int N>
-__device__ void hold(float (&c)[N]) {  // keeps the compiler from moving what is done to c across this
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(c[i])::"memory");
-}
-template <int N>
-__device__ void hold(uint32_t (&a)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; ++i) asm volatile("" : "+r"(a[i])::"memory");
-}
-
-#define NAMES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define NAMES_32                                                                                             \
-  NAMES_8                                                                                                    \
-      ", %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, " \
-      "%28, %29, %30, %31"
-#define NAMES_64                                                                                          \
-  NAMES_32                                                                                                \
-      ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, " \
-      "%51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define SUMS_8(i)                                                                                             \
-  "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), \
-      "+f"(c[i + 7])
-#define SUMS_32 SUMS_8(0), SUMS_8(8), SUMS_8(16), SUMS_8(24)
-#define SUMS_64 SUMS_32, SUMS_8(32), SUMS_8(40), SUMS_8(48), SUMS_8(56)
-#define FROM_SHARED(TYPE, N, NAMES, SUMS, A, B, MORE)                                                     \
-  asm volatile("{\n.reg .pred more;\nsetp.ne.b32 more, " MORE ", 0;\nwgmma.mma_async.sync.aligned.m64n" N \
-               "k16.f32." TYPE "." TYPE " {" NAMES "}, " A ", " B ", more, 1, 1, 0, 0;\n}"                \
-               : SUMS                                                                                     \
-               : "l"(a), "l"(b), "r"(int(more)))
-#define FROM_REGISTERS(TYPE, N, NAMES, SUMS, A, B)                                                        \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " {" NAMES "}, {" A "}, " B \
-               ", 1, 1, 1, 1;"                                                                            \
-               : SUMS                                                                                     \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-
-// c (64, 2 N) of queries a and keys b, 16 dims; added to c where `more`.
-template <typename T, int N>
-__device__ void multiply(float (&c)[N], uint64_t a, uint64_t b, bool more) {
-  static_assert(N == 8 || N == 64);
-  if constexpr (N == 8 && std::is_same_v<T, __half>) FROM_SHARED("f16", "16", NAMES_8, SUMS_8(0), "%8", "%9", "%10");
-  if constexpr (N == 8 && !std::is_same_v<T, __half>) FROM_SHARED("bf16", "16", NAMES_8, SUMS_8(0), "%8", "%9", "%10");
-  if constexpr (N == 64 && std::is_same_v<T, __half>) FROM_SHARED("f16", "128", NAMES_64, SUMS_64, "%64", "%65", "%66");
-  if constexpr (N == 64 && !std::is_same_v<T, __half>)
-    FROM_SHARED("bf16", "128", NAMES_64, SUMS_64, "%64", "%65", "%66");
-}
-// c (64, 2 N) += weights a of 16 keys times their values b.
-template <typename T, int N>
-__device__ void multiply(float (&c)[N], const uint32_t* a, uint64_t b) {
-  static_assert(N == 32 || N == 64);
-  if constexpr (N == 32 && std::is_same_v<T, __half>)
-    FROM_REGISTERS("f16", "64", NAMES_32, SUMS_32, "%32, %33, %34, %35", "%36");
-  if constexpr (N == 32 && !std::is_same_v<T, __half>)
-    FROM_REGISTERS("bf16", "64", NAMES_32, SUMS_32, "%32, %33, %34, %35", "%36");
-  if constexpr (N == 64 && std::is_same_v<T, __half>)
-    FROM_REGISTERS("f16", "128", NAMES_64, SUMS_64, "%64, %65, %66, %67", "%68");
-  if constexpr (N == 64 && !std::is_same_v<T, __half>)
-    FROM_REGISTERS("bf16", "128", NAMES_64, SUMS_64, "%64, %65, %66, %67", "%68");
 }
 
 // Four dims of a head, as they lie in memory, and the four that are turned with them, by which angles on: -1 for none.
@@ -822,20 +692,14 @@ __global__ void __launch_bounds__(THREADS, 1)
 template <typename T>
 bool map_of(CUtensorMap& map, const Prefill& p, const void* x, int heads, int rows, int64_t row, int64_t head,
             int64_t token, int box_rows) {
-  static const auto encode = [] {
-    void* found = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
-  }();
+  const auto encode = map_encoder();
   const cuuint64_t sizes[4] = {cuuint64_t(p.head_dim), cuuint64_t(rows), cuuint64_t(heads), cuuint64_t(p.batch)};
   // Strides of dims of size 1 may be anything.
   const cuuint64_t strides[3] = {cuuint64_t(rows > 1 ? token : 8) * 2, cuuint64_t(heads > 1 ? head : 8) * 2,
                                  cuuint64_t(p.batch > 1 ? row : 8) * 2};
   const cuuint32_t box[4] = {64, cuuint32_t(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
-  const auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode &&
-         !encode(&map, type, 4, const_cast<void*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+         !encode(&map, MAP_TYPE<T>, 4, const_cast<void*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 

@@ -1,0 +1,483 @@
+// Products of up to 64 rows with a weight, the norm before and the gate and residual after, in one launch, for Hopper.
+//
+// Floor: the bytes of the weight, read once. What it takes to get near it, where linear.cu would be held up by x:
+//
+// * x is the operand of 64 rows, from registers, and rows of the weight are the other: a block takes TILE of them at a
+//   time, so that it reads 64 rows of x for TILE of the weight. One warp asks the copy engine for chunks of KC columns
+//   of both, two warpgroups take turns in multiplying what has come.
+// * A weight with few rows is split by columns as well: blocks of a cluster have the same rows, and each finishes a
+//   part of them, of which the others have put what they found into its shared memory.
+// * The norm scales rows of x, so it can wait: x is multiplied by the norm's weight as it comes, and what the squares
+//   of the whole row say is applied to the results.
+// * The weight does not depend on the kernel ahead: as much as there is room for is asked for before that is done.
+// * Little code: what is run once in a block comes from memory, too.
+#include <algorithm>
+
+#include "activation.h"
+#include "hopper.h"
+#include "launch.h"
+
+namespace sinkattn::cuda {
+namespace {
+
+constexpr int KC = 64;  // a line of 128 bytes
+constexpr int X_ROWS = MAX_LINEAR_ROWS, NORM_BYTES = KC * 2;
+constexpr int GROUPS = 2, CONSUMERS = 128 * GROUPS, THREADS = CONSUMERS + 128;
+constexpr int MAX_SPLIT = 4, MIN_STAGES = 4, MAX_STAGES = 12;
+
+struct Maps {
+  CUtensorMap x, weight, norm;
+};
+// Rows of the weight at a time, blocks of a cluster, stages of the ring, shared memory in bytes.
+struct Plan {
+  int tile, split, stages, bytes;
+};
+struct Barriers {
+  uint64_t in[MAX_STAGES], out[MAX_STAGES], found;
+};
+
+// Rows of x that are copied: what is not there gives sums that nobody stores.
+__host__ __device__ int x_rows_of(const Linear& p) { return (p.rows + 7) / 8 * 8; }
+// How far rows of sums lie apart, in numbers, so that lanes meet different banks.
+__host__ __device__ constexpr int apart(int columns) { return (columns + 15) / 16 * 16 + 8; }
+
+__device__ void copy_in(unsigned shared, const CUtensorMap& map, int column, int row, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(shared),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+__device__ void copy_in_once(unsigned shared, const CUtensorMap& map, int column, int row, uint64_t* barrier,
+                             uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
+      "%3}], [%4], %5;" ::"r"(shared),
+      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
+}
+// Where a block of the cluster has what is at this address here.
+__device__ unsigned of_block(unsigned address, int rank) {
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
+  return there;
+}
+// Into the memory of a block of the cluster, which counts the bytes at a barrier.
+__device__ void put(unsigned place, float x, unsigned barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(place),
+               "r"(__float_as_uint(x)), "r"(barrier)
+               : "memory");
+}
+__device__ void put(unsigned place, unsigned from, int bytes, unsigned barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(place),
+      "r"(from), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+
+// x of 64 columns, 16 rows a warp, to registers: for every 16 columns rows g and g + 8, 8 columns on again.
+__device__ void load(uint32_t (&a)[16], unsigned rows) {
+  const int lane = threadIdx.x % 32, row = lane % 16, half = lane / 16;
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[4 * k]), "=r"(a[4 * k + 1]), "=r"(a[4 * k + 2]), "=r"(a[4 * k + 3])
+                 : "r"(rows + row * 128 + ((2 * k + half) ^ row % 8) * 16)
+                 : "memory");
+}
+
+// Two numbers of x, made smaller or larger by a power of two, times shift + w.
+template <typename T>
+__device__ uint32_t weighed(uint32_t x, float size, uint32_t w, float shift) {
+  using Two = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  if (shift != 0) {
+    const float2 n = unpack<T>(x), v = unpack<T>(w);
+    return pack<T>((shift + v.x) * (n.x * size), (shift + v.y) * (n.y * size));
+  }
+  Two y = reinterpret_cast<const Two&>(x);
+  if constexpr (std::is_same_v<T, __half>) y = __hmul2(y, __float2half2_rn(size));
+  y = __hmul2(y, reinterpret_cast<const Two&>(w));
+  return reinterpret_cast<const uint32_t&>(y);
+}
+
+// Where a group is in the ring.
+struct Place {
+  int stage, phase;
+  __device__ void advance(int by, int stages) {  // by at most all of it
+    stage += by;
+    if (stage >= stages) stage -= stages, phase ^= 1;
+  }
+};
+
+// What was found for some outputs of one row, as (parts, X_ROWS, between) with gates and what they let through.
+struct Found {
+  const float* sums;
+  int parts, between, to_rest;
+  float scale;
+};
+
+__device__ void add_to(float (&y)[1], const float* x) { y[0] += x[0]; }
+__device__ void add_to(float (&y)[8], const float* x) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const float4 four = *reinterpret_cast<const float4*>(x + i);
+    y[i] += four.x, y[i + 1] += four.y, y[i + 2] += four.z, y[i + 3] += four.w;
+  }
+}
+
+// N outputs side by side, from number `output` of `count` in a row on; `at` is their place in a row of what was found.
+template <typename T, int N>
+__device__ void finish(const Linear& p, const Found& found, int count, int row, int output, int at) {
+  using Piece = std::conditional_t<N == 8, uint4, T>;
+  union Numbers {
+    Piece piece;
+    T number[N];
+    __device__ Numbers() {}
+  };
+  const int64_t place = int64_t(row) * count + output;
+  Numbers residual, bias, bias_of_rest, result;
+  if (p.residual) residual.piece = *reinterpret_cast<const Piece*>(static_cast<const T*>(p.residual) + place);
+  if (p.bias) {
+    const T* from = static_cast<const T*>(p.bias) + output;
+    bias.piece = *reinterpret_cast<const Piece*>(from);
+    if (found.to_rest) bias_of_rest.piece = *reinterpret_cast<const Piece*>(from + count);
+  }
+  float y[N] = {}, rest[N] = {};
+  const float* from = found.sums + row * found.between + at;
+  for (int s = 0; s < found.parts; ++s, from += X_ROWS * found.between) {
+    add_to(y, from);
+    if (found.to_rest) add_to(rest, from + found.to_rest);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) y[i] = y[i] * found.scale + (p.bias ? to_float(bias.number[i]) : 0);
+  if (found.to_rest) {
+    activate(y, p.activation);
+#pragma unroll
+    for (int i = 0; i < N; ++i) y[i] *= rest[i] * found.scale + (p.bias ? to_float(bias_of_rest.number[i]) : 0);
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) result.number[i] = from_float<T>(p.residual ? y[i] + to_float(residual.number[i]) : y[i]);
+  *reinterpret_cast<Piece*>(static_cast<T*>(p.out) + place) = result.piece;
+}
+
+template <typename T, int TILE>
+__global__ void __launch_bounds__(THREADS, 1)
+    wide_kernel(const __grid_constant__ Linear p, const __grid_constant__ Maps maps, const Plan plan) {
+  extern __shared__ char memory[];
+  __shared__ Barriers at;
+  __shared__ float squares[X_ROWS], squares_of_all[MAX_SPLIT][X_ROWS], scale[X_ROWS];  // of x; what makes it normal
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const bool has_norm = p.norm_weight != nullptr, gated = p.activation != Activation::none;
+  const int split = plan.split, stages = plan.stages;
+  // Stages of the weight's rows and x, of 1024 bytes and their multiples; the norm's weight; sums of this block,
+  // (X_ROWS, TILE); what blocks found of what this one finishes, (split, X_ROWS, outputs) or with gates twice as many.
+  constexpr int STAGE = (TILE + X_ROWS) * KC * 2;
+  char* ring = memory + (1024 - shared_address(memory) % 1024) % 1024;
+  char* norms = ring + stages * STAGE;
+  float* sums = reinterpret_cast<float*>(norms + stages * NORM_BYTES);
+  float* of_all = sums + X_ROWS * apart(TILE);
+
+  // The part of the columns of this block, in chunks, and its tiles.
+  const int part = blockIdx.x % split, first_tile = blockIdx.x / split, step = gridDim.x / split;
+  const int count = gated ? p.out_features / 2 : p.out_features, most = gated ? TILE / 2 : TILE;
+  const int tiles = (count + most - 1) / most, outputs = most / split;
+  const int all_chunks = (p.in_features + KC - 1) / KC;
+  const int begin = all_chunks * part / split, chunks = all_chunks * (part + 1) / split - begin;
+
+  if (threadIdx.x == CONSUMERS) {
+    for (int stage = 0; stage < stages; ++stage) {
+      open_barrier(&at.in[stage], 1);
+      open_barrier(&at.out[stage], 4);  // warps
+    }
+    open_barrier(&at.found, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish();
+    if (split > 1) expect_bytes(&at.found, split * (p.rows * (TILE / split) + (has_norm ? X_ROWS : 0)) * 4);
+  } else if (threadIdx.x == CONSUMERS + 32) {  // meanwhile
+    for (const CUtensorMap* map : {&maps.weight, &maps.x, &maps.norm})
+      asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+  }
+  auto meet_all = [&] {
+    if (split > 1)
+      asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    else
+      __syncthreads();
+  };
+
+  if (warp >= CONSUMERS / 32) {  // one thread of a group, whose registers the others get
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    uint64_t once;  // it is read once a step, and need not stay in the L2
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+    const int total = (tiles - first_tile + step - 1) / step * chunks, early = min(total, stages);
+    int tile = first_tile, chunk = 0;
+    Place place = {0, 1};
+    auto advance = [&] {
+      if (++chunk == chunks) chunk = 0, tile += step;
+      place.advance(1, stages);
+    };
+    auto ask_weight = [&] {
+      const unsigned to = shared_address(ring + place.stage * STAGE);
+      uint64_t* barrier = &at.in[place.stage];
+      const int column = (begin + chunk) * KC, row = tile * most;
+      expect_bytes(barrier, (TILE + x_rows_of(p)) * KC * 2 + (has_norm ? NORM_BYTES : 0));
+      copy_in_once(to, maps.weight, column, row, barrier, once);
+      if (gated) copy_in_once(to + most * KC * 2, maps.weight, column, count + row, barrier, once);
+      if (has_norm) copy_in(shared_address(norms + place.stage * NORM_BYTES), maps.norm, column, 0, barrier);
+    };
+    auto ask_x = [&] {
+      copy_in(shared_address(ring + place.stage * STAGE) + TILE * KC * 2, maps.x, (begin + chunk) * KC, 0,
+              &at.in[place.stage]);
+    };
+    const bool is_asking = threadIdx.x == CONSUMERS;
+    if (is_asking) {
+#pragma unroll 1
+      for (int i = 0; i < early; ++i) ask_weight(), advance();
+    }
+    __syncwarp();
+    let_next_launch();
+    meet_all();
+    wait_for_launch();
+    if (!is_asking) return;
+    tile = first_tile, chunk = 0, place = {0, 1};
+#pragma unroll 1
+    for (int i = 0; i < early; ++i) ask_x(), advance();
+#pragma unroll 1
+    for (int i = early; i < total; ++i) {
+      wait(&at.out[place.stage], place.phase);
+      ask_weight(), ask_x(), advance();
+    }
+    return;
+  }
+
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  let_next_launch();
+  meet_all();
+  const int group = warp / 4, g = lane / 4, c = lane % 4, row = warp % 4 * 16 + g;  // rows of the lane: and row + 8
+  const unsigned x_rows = shared_address(ring) + TILE * KC * 2 + warp % 4 * 16 * 128;
+  Place tile_at = {0, 0};
+  for (int tile = first_tile; tile < tiles; tile += step) {
+    // Groups take every other chunk.
+    float sum[TILE / 2] = {}, low[4] = {}, high[4] = {}, size[2] = {1, 1};
+    uint32_t now[16], next[16];
+    // Rows times themselves, lower and upper 8 of the warp: what counts is on the diagonals.
+    auto squares_of = [&](int r) {
+      const float even = r ? high[2] : low[0], odd = r ? high[3] : low[1];
+      return __shfl_sync(~0u, g % 2 ? odd : even, lane / 4 * 4 + g / 2);
+    };
+    auto prepare = [&](uint32_t (&a)[16], int stage, bool is_first) {
+      load(a, x_rows + stage * STAGE);
+      if (!has_norm) return;
+#pragma unroll
+      for (int k = 0; k < 16; k += 4) {
+        multiply<T>(low, a[k], a[k + 1], a[k + 2], a[k + 3], a[k], a[k + 2]);
+        multiply<T>(high, a[k], a[k + 1], a[k + 2], a[k + 3], a[k + 1], a[k + 3]);
+      }
+      if (std::is_same_v<T, __half> && is_first) {  // bfloat16 has room for anything
+#pragma unroll
+        for (int r = 0; r < 2; ++r)  // a power of two, so that nothing is rounded
+          size[r] = fminf(__int_as_float(__float_as_int(rsqrtf(squares_of(r) / KC)) & 0x7f800000), 4);
+      }
+      const uint32_t* weights = reinterpret_cast<const uint32_t*>(norms + stage * NORM_BYTES);
+#pragma unroll
+      for (int k = 0; k < 8; ++k) {
+        const uint32_t w = weights[4 * k + c];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) a[2 * k + r] = weighed<T>(a[2 * k + r], size[r], w, p.norm_shift);
+      }
+    };
+    Place place = tile_at;
+    place.advance(group, stages);
+    if (group < chunks) {
+      wait(&at.in[place.stage], place.phase);
+      prepare(now, place.stage, true);
+    }
+    for (int chunk = group; chunk < chunks; chunk += GROUPS) {
+      const uint64_t rows_of_weight = describe(ring + place.stage * STAGE, 16);
+      hold(sum), hold(now);
+      open_products();
+#pragma unroll
+      for (int k = 0; k < 4; ++k) multiply_rows<T, TILE>(sum, now + 4 * k, further(rows_of_weight, k * 32));
+      commit_products();
+      uint64_t* done = &at.out[place.stage];
+      place.advance(GROUPS, stages);
+      if (chunk + GROUPS < chunks) {
+        wait(&at.in[place.stage], place.phase);
+        prepare(next, place.stage, false);
+      }
+      wait_for_products<0>();
+      hold(sum), hold(now);
+      if (lane == 0) arrive(done);
+#pragma unroll
+      for (int i = 0; i < 16; ++i) now[i] = next[i];
+    }
+    const int behind = tile_at.stage + chunks;
+    tile_at = {behind % stages, tile_at.phase ^ (behind / stages & 1)};
+
+    // The groups meet, then the blocks that split the columns.
+    meet(1, CONSUMERS);  // what was found for the tile before is read
+    const float factor[2] = {1 / size[0], 1 / size[1]};
+    float* to = sums + row * apart(TILE) + c * 2;
+    auto add = [&](bool first) {
+#pragma unroll
+      for (int i = 0; i < TILE / 2; i += 2) {
+        float2* place = reinterpret_cast<float2*>(to + i % 4 / 2 * 8 * apart(TILE) + i / 4 * 8);
+        const float2 before = first ? make_float2(0, 0) : *place;
+        const float by = factor[i % 4 / 2];
+        *place = make_float2(fmaf(sum[i], by, before.x), fmaf(sum[i + 1], by, before.y));
+      }
+      if (!has_norm) return;
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const float found = squares_of(r);
+        if (c == 0) squares[row + 8 * r] = first ? found : squares[row + 8 * r] + found;
+      }
+    };
+    if (group == 1) add(true);
+    meet(1, CONSUMERS);
+    if (group == 0) add(false);
+    publish();
+    meet(1, CONSUMERS);
+    if (split > 1) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < split * X_ROWS; i += CONSUMERS) {
+        const int row = i % X_ROWS, owner = i / X_ROWS;
+        const unsigned barrier = of_block(shared_address(&at.found), owner);
+        if (has_norm) put(of_block(shared_address(&squares_of_all[part][row]), owner), squares[row], barrier);
+        if (row >= p.rows) continue;
+        const unsigned from = shared_address(sums + row * apart(TILE) + owner * outputs);
+        const unsigned to = of_block(shared_address(of_all + (part * X_ROWS + row) * apart(TILE / split)), owner);
+        put(to, from, outputs * 4, barrier);
+        if (gated) put(to + outputs * 4, from + most * 4, outputs * 4, barrier);
+      }
+      wait(&at.found, 0);
+      asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");  // all has come that others had to copy
+    }
+    if (threadIdx.x < X_ROWS && has_norm) {
+      float total = split > 1 ? 0 : squares[threadIdx.x];
+      for (int s = 0; s < split && split > 1; ++s) total += squares_of_all[s][threadIdx.x];
+      scale[threadIdx.x] = rsqrtf(total / p.in_features + p.norm_eps);
+    }
+    wait_for_launch();
+    meet(1, CONSUMERS);
+
+    Found found = {sums, 1, apart(TILE), gated ? most : 0, 1};
+    if (split > 1) found = {of_all, split, apart(TILE / split), gated ? outputs : 0, 1};
+    const int first = tile * most + part * outputs, limit = min(outputs, count - first);
+    const bool whole = count % 8 == 0 && outputs % 8 == 0 &&
+                       (reinterpret_cast<uintptr_t>(p.residual) | reinterpret_cast<uintptr_t>(p.bias)) % 16 == 0;
+    const int width = whole ? 8 : 1, units = outputs / width;
+    int at_row = threadIdx.x / units, unit = threadIdx.x % units;
+    const int more_rows = CONSUMERS / units, more = CONSUMERS % units;
+#pragma unroll 1
+    while (at_row < p.rows) {
+      const int at = unit * width;
+      if (has_norm) found.scale = scale[at_row];
+      if (at >= limit) {
+      } else if (whole) {
+        finish<T, 8>(p, found, count, at_row, first + at, at);
+      } else {
+        finish<T, 1>(p, found, count, at_row, first + at, at);
+      }
+      at_row += more_rows, unit += more;
+      if (unit >= units) unit -= units, ++at_row;
+    }
+  }
+  if (split > 1) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");  // what they copy is still here
+}
+
+template <typename T>
+bool map_of(CUtensorMap& map, const void* x, int columns, int rows, int64_t row, int box_rows, bool swizzled) {
+  const auto encode = map_encoder();
+  const cuuint64_t sizes[2] = {cuuint64_t(columns), cuuint64_t(rows)}, strides[1] = {cuuint64_t(row) * 2};
+  const cuuint32_t box[2] = {KC, cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  return encode &&
+         !encode(&map, MAP_TYPE<T>, 2, const_cast<void*>(x), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                 swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
+
+void measure(Plan& plan, const Device& device) {
+  const int of_all = plan.split > 1 ? plan.split * apart(plan.tile / plan.split) : 0;
+  const int stage = (plan.tile + X_ROWS) * KC * 2 + NORM_BYTES, sums = X_ROWS * (apart(plan.tile) + of_all) * 4;
+  plan.stages = std::min((device.shared_bytes - 4096 - sums) / stage, MAX_STAGES);
+  plan.bytes = 1024 + plan.stages * stage + sums;
+}
+
+// The plan whose busiest multiprocessor reads least. x comes from the L2 and weighs half; to begin and end costs as
+// much as FIXED bytes, another tile FIXED / 4. Of clusters of more than two blocks, seven of eight fit at a time. How
+// many rows x has does not matter, so that a row gives the same bits among any others.
+Plan plan_of(const Linear& p, const Device& device) {
+  constexpr double FIXED = 128 * 1024;
+  const bool gated = p.activation != Activation::none;
+  const int count = gated ? p.out_features / 2 : p.out_features, chunks = (p.in_features + KC - 1) / KC;
+  Plan best = {};
+  double least = 0;
+  for (int tile : {64, 96, 128, 144, 160, 176, 192, 224})
+    for (int split = 1; split <= std::min(chunks, MAX_SPLIT); split *= 2) {
+      Plan plan = {tile, split};
+      measure(plan, device);
+      const int most = gated ? tile / 2 : tile, tiles = (count + most - 1) / most;
+      const int at_once = split > 2 ? device.multiprocessors * 7 / 8 : device.multiprocessors;
+      const int rounds = (tiles + at_once / split - 1) / (at_once / split);
+      if (plan.stages < MIN_STAGES || most / split % 4 != 0 || (split > 1 && rounds > 1)) continue;
+      const double read = double((chunks + split - 1) / split) * (tile + X_ROWS / 2) * KC * 2;
+      const double put = split > 1 ? X_ROWS * 4.0 * tile : 0;
+      const double cost = rounds * (read + FIXED / 4) + FIXED + put;
+      if (best.tile == 0 || cost < least) best = plan, least = cost;
+    }
+  return best;
+}
+
+template <typename T, int TILE>
+cudaError_t launch(const Linear& p, const Plan& plan, const Device& device, cudaStream_t stream) {
+  const bool gated = p.activation != Activation::none;
+  const int count = gated ? p.out_features / 2 : p.out_features, most = gated ? TILE / 2 : TILE;
+  Maps maps;
+  const bool mapped =
+      map_of<T>(maps.x, p.x, p.in_features, p.rows, p.in_features, x_rows_of(p), true) &&
+      map_of<T>(maps.weight, p.weight, p.in_features, p.out_features, p.weight_row, most, true) &&
+      map_of<T>(maps.norm, p.norm_weight ? p.norm_weight : p.x, p.in_features, 1, p.in_features, 1, false);
+  if (!mapped) return cudaErrorInvalidValue;
+
+  const auto kernel = wide_kernel<T, TILE>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.bytes);
+  if (error != cudaSuccess) return error;
+  const int tiles = (count + most - 1) / most;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(plan.split > 1 ? tiles * plan.split : std::min(tiles, device.multiprocessors));
+  config.blockDim = dim3(THREADS);
+  config.dynamicSmemBytes = plan.bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {unsigned(plan.split), 1, 1};
+  config.attrs = attributes;
+  config.numAttrs = plan.split > 1 ? 2 : 1;
+  return cudaLaunchKernelEx(&config, kernel, p, maps, plan);
+}
+
+template <typename T>
+cudaError_t launch(const Linear& p, const Device& device, cudaStream_t stream) {
+  const Plan plan = plan_of(p, device);
+  switch (plan.tile) {
+    case 64: return launch<T, 64>(p, plan, device, stream);
+    case 96: return launch<T, 96>(p, plan, device, stream);
+    case 128: return launch<T, 128>(p, plan, device, stream);
+    case 144: return launch<T, 144>(p, plan, device, stream);
+    case 160: return launch<T, 160>(p, plan, device, stream);
+    case 176: return launch<T, 176>(p, plan, device, stream);
+    case 192: return launch<T, 192>(p, plan, device, stream);
+    case 224: return launch<T, 224>(p, plan, device, stream);
+    default: return cudaErrorInvalidConfiguration;
+  }
+}
+
+}  // namespace
+
+cudaError_t linear_wide(const Linear& p, const Device& device, cudaStream_t stream) {
+  return (p.is_bfloat16 ? launch<__nv_bfloat16> : launch<__half>)(p, device, stream);
+}
+
+}  // namespace sinkattn::cuda
