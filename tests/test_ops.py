@@ -156,8 +156,8 @@ def check(op, backend, device, dtype, case):
                 ops.decode(*tensors, **case.sizes, backend=backend)
             return
     before = copies(tensors, device="cpu")
-    exact, low = copies(before, torch.float64), copies(before)
-    exact_out = reference.attention(*exact, **case.sizes)
+    exact, low = copies(before, torch.float64, device), copies(before)
+    exact_out = reference.attention(*exact, **case.sizes).cpu()
     low_out = reference.attention(*low, **case.sizes)
     run = copies(tensors)
     out = getattr(ops, op)(*run, **case.sizes, backend=backend)
@@ -174,7 +174,7 @@ def check(op, backend, device, dtype, case):
     if before[7] is None:
         assert same_bits(k_cache, low[3])
     else:  # a turned key is a sum of two products
-        new_keys = (x.masked_fill(~is_new, 0).double() for x in (k_cache, exact[3]))
+        new_keys = (x.masked_fill(~is_new, 0).double() for x in (k_cache, exact[3].cpu()))
         torch.testing.assert_close(*new_keys, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 

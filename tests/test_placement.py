@@ -206,15 +206,17 @@ def demo():
 def test_pipeline_and_text_streamer(demo):
     """transformers' own loops around a patched model: a text far longer than its window, the same every way."""
     model, tokenizer = demo
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where a pipeline would bring it
+    model = copy.deepcopy(model).to(device)
     prompt = "def main():\n    for i in range(10):\n"
     options = dict(max_new_tokens=60, do_sample=False)
     with patch(model, 4, 28):
-        inputs = tokenizer(prompt, return_tensors="pt")
+        inputs = tokenizer(prompt, return_tensors="pt").to(device)
         plain = model.generate(**inputs, **options)
         text = tokenizer.decode(plain[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
         assert pipe(prompt, return_full_text=False, **options)[0]["generated_text"] == text
-        streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60, skip_special_tokens=True)
         thread = threading.Thread(target=model.generate, kwargs=dict(**inputs, **options, streamer=streamer))
         thread.start()
         assert "".join(streamer) == text
