@@ -58,7 +58,8 @@ SMALL = dict(  # by field name, for every config that has it; a sliding window b
 )  # fmt: skip
 MLA = dict(num_key_value_heads=4)
 SETTINGS = {  # what a type needs besides
-    "axk1": MLA, "deepseek_v2": MLA, "deepseek_v3": MLA, "glm4_moe_lite": MLA, "minicpm3": MLA, "youtu": MLA,
+    "axk1": MLA, "deepseek_v2": MLA, "deepseek_v3": MLA, "glm4_moe_lite": MLA, "minicpm3": MLA, "sarvam_mla": MLA,
+    "youtu": MLA,
     "bailing_hybrid": dict(MLA, layer_types=[LINEAR, FULL] * 2), "mllama_text_model": dict(cross_attention_layers=[1]),
     "dbrx": dict(
         attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0),
