@@ -24,9 +24,6 @@
 namespace sinkattn::cuda {
 namespace {
 
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LOWEST = -1e30f;  // a maximum before the first score: finite, as -inf - -inf is NaN
-
 // A tile is 16 rows of keys and 16 of values, in pieces of 16 bytes. Its columns are 8 pieces wide, and their rows are
 // swizzled. Which row is number n in a product is free: with g = lane / 4 and c = lane % 4, a lane takes pieces 4 s + c of
 // key number g (and g + 8), and pieces 8 j + g of values number 2 c, 2 c + 1 (and 8 more), and `row_of` is such that 8
@@ -74,12 +71,6 @@ __device__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-__device__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Two numbers in a register, the first in the low half.
 template <typename T>
 __device__ uint32_t pack(T low, T high) {
@@ -93,8 +84,6 @@ __device__ float capped(float score, float softcap) {
 
 // Clusters, from sm_90 on. Blocks hand what they found to the first one by stores that count themselves in at a barrier
 // in its shared memory: nobody but the first block waits.
-__device__ unsigned shared_address(const void* x) { return __cvta_generic_to_shared(x); }
-
 __device__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");

@@ -9,8 +9,6 @@ namespace sinkattn::cuda {
 namespace {
 
 // Barriers in shared memory, and the copy engine, which counts the bytes it brings at them.
-__device__ unsigned shared_address(const void* x) { return __cvta_generic_to_shared(x); }
-
 __device__ void open_barrier(uint64_t* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }

@@ -1,4 +1,4 @@
-// Numbers of 16 bits and products of them on tensor cores. No torch in here.
+// Numbers of 16 bits, products of them on tensor cores, scores in base 2. No torch in here.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -9,6 +9,17 @@
 
 namespace sinkattn::cuda {
 namespace {
+
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LOWEST = -1e30f;  // a maximum before the first score: finite, as -inf - -inf is NaN
+
+__device__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ unsigned shared_address(const void* x) { return __cvta_generic_to_shared(x); }
 
 // c (16, 8) += a (16, 16) b (16, 8), a lane's fragments each.
 template <typename T>

@@ -20,19 +20,11 @@
 namespace sinkattn::cuda {
 namespace {
 
-constexpr float LOG2E = 1.4426950408889634f;
-constexpr float LOWEST = -1e30f;                      // a maximum before the first score: finite, as -inf - -inf is NaN
 constexpr int QUERIES = 128, KEYS = 128, SINKS = 16;  // of a tile
 constexpr int STAGES = 2;
 constexpr int HELPERS = 256, TURNERS = HELPERS - 32, CONSUMERS = 2, THREADS = HELPERS + 128 * CONSUMERS;
 constexpr int MOVERS = 256;         // threads of a block that gathers
 constexpr int HEADS = 4, TURNS = 8;  // heads of a slot, or of a token of the chunk, that each of them takes
-
-__device__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // softcap * tanh(x / softcap) in base 2, from 2 x / softcap in base 2, as tanh(y) = 2 / (1 + exp(-2 y)) - 1.
 __device__ float capped(float score, float softcap) {
