@@ -169,6 +169,9 @@ def product(x: Tensor, linear: "Joined | nn.Linear", norm: Norm | None = None, r
     """`ops.linear`, by torch where it does not take the call. x: (rows, in_features)."""
     weight, bias = linear.weight, linear.bias
     if ops.takes_linear(x, weight):
+        x, residual = x.contiguous(), None if residual is None else residual.contiguous()
+        if norm is not None and x.dtype == torch.float16 and len(x) > ops.FEW_ROWS:
+            x, norm = norm(x), None  # x times the norm's weight may be too large for float16
         norms = {} if norm is None else dict(norm_weight=norm.weight, norm_eps=norm.eps, norm_shift=norm.shift)
         return ops.linear(x, weight, bias, **norms, residual=residual, activation=activation)
     y = F.linear(x if norm is None else norm(x), weight, bias)

@@ -470,7 +470,7 @@ def _check_linear(x, weight, bias, norm_weight, residual, activation) -> None:
         raise RuntimeError(f"linear is not available: {reason}")
     if x.dtype not in (torch.float16, torch.bfloat16):
         raise TypeError(f"on a GPU linear takes float16 and bfloat16, not {x.dtype}")
-    if x.shape[1] % 8:
+    if x.shape[1] % 8 or not x.shape[1]:
         raise ValueError(f"on a GPU linear takes multiples of 8 for in_features, not {x.shape[1]}")
     if x.shape[0] > LINEAR_MAX_ROWS_ELSEWHERE and not _is_hopper(x.device.index):
         raise ValueError(
@@ -519,9 +519,11 @@ def linear(
 
     where what is not given is left out: ``h = x``, ``out = y + residual``. RMSNorm is ``n = x / sqrt(mean(x^2) +
     norm_eps)`` in float32, then ``norm_weight * n`` with n rounded before and the product after as in LlamaRMSNorm if
-    norm_shift is 0, and otherwise ``(norm_shift + norm_weight) * n``, rounded once as in GemmaRMSNorm. What
-    follows, the gate too, is float32 and rounded once, at the end. The same input gives the same bits. Of more than 8
-    rows on a GPU ``norm_weight * x`` is what is rounded, and the root of the mean square divides y.
+    norm_shift is 0, and otherwise ``(norm_shift + norm_weight) * n``, rounded once as in GemmaRMSNorm. What follows,
+    the gate too, is float32 and rounded once, at the end. The same input gives the same bits. Of more than 8 rows on a
+    GPU of compute capability 9.0 ``norm_weight * x`` is what is rounded, and the root of the mean square divides y. In
+    float16 that product, times the power of two up to 4 by which the row's first 64 numbers come closest to 1, must be
+    within float16's range.
 
     Tensors, on a GPU float16 or bfloat16, on the CPU any floating-point dtype; none is mutated:
         x: (rows, in_features), contiguous, up to 64 rows, on GPUs of another compute capability than 9.0 up to 16;

@@ -317,6 +317,7 @@ def test_errors_on_a_gpu():
     for call, error, message in (
         (lambda: ops.linear(x.float(), weight.float()), TypeError, "takes float16 and bfloat16"),
         (lambda: ops.linear(new(2, 12), new(8, 12)), ValueError, "multiples of 8"),
+        (lambda: ops.linear(new(2, 0), new(8, 0)), ValueError, "multiples of 8"),
         (lambda: ops.linear(new(2, 32)[:, :16], weight), ValueError, "x has strides"),
         (lambda: ops.linear(x, new(16, 8).T), ValueError, "weight has strides"),
         (lambda: ops.linear(x, new(8, 20)[:, :16]), ValueError, "weight begins or has rows off"),
@@ -328,7 +329,13 @@ def test_errors_on_a_gpu():
         with pytest.raises(error, match=message):
             call()
     nothing = (None, None, 0.0, 0.0, None, "")
-    for arguments in ((new(65, 16), weight), (x.float(), weight), (x, new(8, 20)[:, :16]), (x, new(8, 24)[:, 4:20])):
+    for arguments in (
+        (new(65, 16), weight),
+        (x, weight.cpu()),
+        (x.float(), weight),
+        (x, new(8, 20)[:, :16]),
+        (x, new(8, 24)[:, 4:20]),
+    ):
         with pytest.raises(RuntimeError, match="sinkattn"):
             torch.ops.sinkattn.linear(*arguments, *nothing)
     with pytest.raises(RuntimeError, match="unknown activation"):

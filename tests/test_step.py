@@ -55,6 +55,21 @@ def test_what_is_fused_and_that_it_comes_back(name):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rows", [3, 12])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_embeddings_that_lie_apart(dtype, rows, device):
+    """One column of a batch's embeddings at a time, whose rows are not next to each other."""
+    model, ids = tiny("llama").to(device, dtype), random_ids(rows, 6, device)
+    with patch(model, S, W), torch.no_grad():
+        embeds, logits = model.get_input_embeddings()(ids), []
+        for name, given in (("input_ids", ids), ("inputs_embeds", embeds)):
+            cache = SinkCache(model)
+            steps = [model(**{name: given[:, t : t + 1]}, past_key_values=cache).logits for t in range(6)]
+            logits.append(torch.cat(steps, dim=1))
+    assert relative_error(logits[1], logits[0]) < 1e-2
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "olmo2", "gpt_neox", "gemma3"])
 def test_fused_or_not_is_rounding(name):
     model, ids = tiny(name).double(), random_ids(2, 3 * C)

@@ -25,6 +25,6 @@ struct Linear {
 };
 
 cudaError_t linear(const Linear&, const Device&, cudaStream_t);
-cudaError_t linear_wide(const Linear&, const Device&, cudaStream_t);  // on Hopper, any rows: linear calls it for many
+cudaError_t linear_wide(const Linear&, const Device&, cudaStream_t);  // on Hopper; linear calls it for many rows
 
 }  // namespace sinkattn::cuda

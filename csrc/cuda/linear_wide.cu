@@ -396,10 +396,12 @@ bool map_of(CUtensorMap& map, const void* x, int columns, int rows, int64_t row,
                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
+// An even number of stages: then each is one group's. The parity of a barrier does not tell what a group waits for from
+// the last but one to come there, so it has to have seen the last one.
 void measure(Plan& plan, const Device& device) {
   const int of_all = plan.split > 1 ? plan.split * apart(plan.tile / plan.split) : 0;
   const int stage = (plan.tile + X_ROWS) * KC * 2 + NORM_BYTES, sums = X_ROWS * (apart(plan.tile) + of_all) * 4;
-  plan.stages = std::min((device.shared_bytes - 4096 - sums) / stage, MAX_STAGES);
+  plan.stages = std::min((device.shared_bytes - 4096 - sums) / stage, MAX_STAGES) / 2 * 2;
   plan.bytes = 1024 + plan.stages * stage + sums;
 }
 

@@ -232,7 +232,10 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
                   activation);
   const int64_t halves = p.activation == Activation::none ? 1 : 2, outputs = weight.size(0) / halves;
   STD_TORCH_CHECK(weight.size(0) % halves == 0, "sinkattn: a gated weight needs an even number of rows");
+  const int index = x.get_device_index();
+  auto is_here = [&](const Tensor& tensor) { return tensor.is_cuda() && tensor.get_device_index() == index; };
   auto pointer = [&](const Tensor& tensor, std::initializer_list<int64_t> shape, uintptr_t alignment) {
+    STD_TORCH_CHECK(is_here(tensor), "sinkattn: all tensors must be on one device");
     STD_TORCH_CHECK(has_shape(tensor, shape) && tensor.scalar_type() == dtype && tensor.is_contiguous(),
                     "sinkattn: the tensors of linear must fit, be contiguous and have one dtype");
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % alignment == 0,
@@ -243,6 +246,7 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
   if (bias) p.bias = pointer(*bias, {p.out_features}, 2);
   if (norm_weight) p.norm_weight = pointer(*norm_weight, {p.in_features}, 16);
   if (residual) p.residual = pointer(*residual, {p.rows, outputs}, 2);
+  STD_TORCH_CHECK(is_here(weight), "sinkattn: all tensors must be on one device");
   STD_TORCH_CHECK(weight.scalar_type() == dtype && weight.stride(1) == 1 && weight.stride(0) % 8 == 0 &&
                       reinterpret_cast<uintptr_t>(weight.data_ptr()) % 16 == 0,
                   "sinkattn: weight must have the dtype of x and contiguous rows, aligned to 16 bytes");
@@ -252,7 +256,6 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
   if (p.rows == 0 || outputs == 0) return out;
   p.out = out.data_ptr();
 
-  const int index = x.get_device_index();
   const Device& device = device_of(index);
   STD_TORCH_CHECK(p.rows <= MAX_NARROW_ROWS || device.compute_major == 9, "sinkattn: linear takes more than ",
                   MAX_NARROW_ROWS, " rows on GPUs of compute capability 9.0 alone");
