@@ -195,10 +195,14 @@ def _check(
     _check_devices((q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes))
 
 
+def _begins_aligned(x: Tensor) -> bool:
+    """Whether 16-bit numbers begin at a multiple of 16 bytes. Compilation knows no offsets: it takes it so."""
+    return torch.compiler.is_compiling() or x.storage_offset() % 8 == 0
+
+
 def _is_aligned(x: Tensor) -> bool:
-    """Whether rows of 16-bit numbers begin at multiples of 16 bytes. Compilation knows no offsets: it takes it so."""
-    at_start = torch.compiler.is_compiling() or x.storage_offset() % 8 == 0
-    return at_start and all(stride % 8 == 0 for stride in x.stride()[:3])
+    """Whether rows of 16-bit numbers begin at multiples of 16 bytes."""
+    return _begins_aligned(x) and all(stride % 8 == 0 for stride in x.stride()[:3])
 
 
 def _not_in_cuda(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
@@ -483,8 +487,7 @@ def _check_linear(x, weight, bias, norm_weight, residual, activation) -> None:
     if weight.stride(1) != 1:
         raise ValueError(f"weight has strides {weight.stride()}; on a GPU the last must be 1")
     for name, tensor in (("x", x), ("norm_weight", norm_weight), ("weight", weight)):
-        at_start = tensor is None or torch.compiler.is_compiling() or tensor.storage_offset() % 8 == 0
-        if not at_start or (name == "weight" and weight.stride(0) % 8):
+        if not (tensor is None or _begins_aligned(tensor)) or (name == "weight" and weight.stride(0) % 8):
             raise ValueError(f"{name} begins or has rows off a multiple of 16 bytes; on a GPU all must begin at one")
 
 
@@ -497,7 +500,8 @@ def takes_linear(x: Tensor, weight: Tensor) -> bool:
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.shape[1] % 8 == 0
         and weight.stride(1) == 1
-        and weight.stride(0) % 8 == weight.storage_offset() % 8 == 0
+        and weight.stride(0) % 8 == 0
+        and _begins_aligned(weight)
         and _is_large(x.device.index)
     )
 

@@ -150,9 +150,11 @@ def test_compiled(order):
         assert relative_error(compiled(ids).logits, dense) < 2e-5
 
 
-def test_a_step_is_one_graph():
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_one_graph(dtype, device):
     """Dynamo finds nothing in a step that it would have to leave to Python, and the rings change as they do without."""
-    model, ids = tiny("llama"), random_ids(1, 20)
+    model, ids = tiny("llama").to(device, dtype), random_ids(1, 20).to(device)
     torch._dynamo.reset()
     with patch(model, S, W), torch.no_grad():
         cache = SinkCache(model)
@@ -160,7 +162,8 @@ def test_a_step_is_one_graph():
         plain = copy.deepcopy(cache)
         step = torch.compile(lambda ids: model(ids, past_key_values=cache).logits, fullgraph=True, backend="aot_eager")
         for token in ids[:, :3].split(1, dim=1):
-            assert relative_error(step(token), model(token, past_key_values=plain).logits) < 1e-5
+            expected = model(token, past_key_values=plain).logits
+            assert relative_error(step(token), expected) < (1e-5 if dtype == torch.float32 else 2e-2)
         assert torch.equal(cache.lengths, plain.lengths)
 
 
