@@ -311,7 +311,7 @@ cudaError_t launch(const Linear& p, const Device& device, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t linear(const Linear& p, const Device& device, cudaStream_t stream) {
-  if (device.compute_major == 9 && p.rows > 8) return linear_wide(p, device, stream);
+  if (device.compute_major == 9 && p.rows > FEW_ROWS) return linear_wide(p, device, stream);
   return (p.is_bfloat16 ? launch<__nv_bfloat16> : launch<__half>)(p, device, stream);
 }
 

@@ -6,6 +6,7 @@
 namespace sinkattn::cuda {
 
 constexpr int MAX_LINEAR_ROWS = 64, MAX_NARROW_ROWS = 16;  // of x: on Hopper, elsewhere
+constexpr int FEW_ROWS = 8;                                // with more, linear_wide.cu serves on Hopper
 
 enum class Activation { none, silu, gelu_tanh, gelu };
 

@@ -430,10 +430,29 @@ Plan plan_of(const Linear& p, const Device& device) {
   return best;
 }
 
-template <typename T, int TILE>
-cudaError_t launch(const Linear& p, const Plan& plan, const Device& device, cudaStream_t stream) {
+template <typename T>
+auto kernel_of(int tile) {
+  void (*kernel)(Linear, Maps, Plan) = nullptr;
+  switch (tile) {
+    case 64: kernel = wide_kernel<T, 64>; break;
+    case 96: kernel = wide_kernel<T, 96>; break;
+    case 128: kernel = wide_kernel<T, 128>; break;
+    case 144: kernel = wide_kernel<T, 144>; break;
+    case 160: kernel = wide_kernel<T, 160>; break;
+    case 176: kernel = wide_kernel<T, 176>; break;
+    case 192: kernel = wide_kernel<T, 192>; break;
+    case 224: kernel = wide_kernel<T, 224>; break;
+  }
+  return kernel;
+}
+
+template <typename T>
+cudaError_t launch(const Linear& p, const Device& device, cudaStream_t stream) {
+  const Plan plan = plan_of(p, device);
+  const auto kernel = kernel_of<T>(plan.tile);
+  if (kernel == nullptr) return cudaErrorInvalidConfiguration;
   const bool gated = p.activation != Activation::none;
-  const int count = gated ? p.out_features / 2 : p.out_features, most = gated ? TILE / 2 : TILE;
+  const int count = gated ? p.out_features / 2 : p.out_features, most = gated ? plan.tile / 2 : plan.tile;
   Maps maps;
   const bool mapped =
       map_of<T>(maps.x, p.x, p.in_features, p.rows, p.in_features, x_rows_of(p), true) &&
@@ -441,7 +460,6 @@ cudaError_t launch(const Linear& p, const Plan& plan, const Device& device, cuda
       map_of<T>(maps.norm, p.norm_weight ? p.norm_weight : p.x, p.in_features, 1, p.in_features, 1, false);
   if (!mapped) return cudaErrorInvalidValue;
 
-  const auto kernel = wide_kernel<T, TILE>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.bytes);
   if (error != cudaSuccess) return error;
   const int tiles = (count + most - 1) / most;
@@ -458,22 +476,6 @@ cudaError_t launch(const Linear& p, const Plan& plan, const Device& device, cuda
   config.attrs = attributes;
   config.numAttrs = plan.split > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, kernel, p, maps, plan);
-}
-
-template <typename T>
-cudaError_t launch(const Linear& p, const Device& device, cudaStream_t stream) {
-  const Plan plan = plan_of(p, device);
-  switch (plan.tile) {
-    case 64: return launch<T, 64>(p, plan, device, stream);
-    case 96: return launch<T, 96>(p, plan, device, stream);
-    case 128: return launch<T, 128>(p, plan, device, stream);
-    case 144: return launch<T, 144>(p, plan, device, stream);
-    case 160: return launch<T, 160>(p, plan, device, stream);
-    case 176: return launch<T, 176>(p, plan, device, stream);
-    case 192: return launch<T, 192>(p, plan, device, stream);
-    case 224: return launch<T, 224>(p, plan, device, stream);
-    default: return cudaErrorInvalidConfiguration;
-  }
 }
 
 }  // namespace
