@@ -526,8 +526,8 @@ def linear(
     norm_shift is 0, and otherwise ``(norm_shift + norm_weight) * n``, rounded once as in GemmaRMSNorm. What follows,
     the gate too, is float32 and rounded once, at the end. The same input gives the same bits. Of more than 8 rows on a
     GPU of compute capability 9.0 ``norm_weight * x`` is what is rounded, and the root of the mean square divides y. In
-    float16 that product, times a power of two up to 4 that brings 64 of the row's numbers near 1, must be within float16's
-    range.
+    float16 that product, times a power of two up to 4 that brings 64 of the row's numbers near 1, must be within the
+    range of float16.
 
     Tensors, on a GPU float16 or bfloat16, on the CPU any floating-point dtype; none is mutated:
         x: (rows, in_features), contiguous, up to 64 rows, on GPUs of another compute capability than 9.0 up to 16;
