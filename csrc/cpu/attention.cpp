@@ -16,14 +16,20 @@ namespace {
 
 constexpr int64_t KEYS = 64;             // per block
 constexpr int64_t VALUES = 32;           // that stay in the L1 cache until every column of the output has taken them
-constexpr int64_t SOON = 8;              // rows from the one worked on to the one that is asked for again
+constexpr int64_t SOON = 4096;           // bytes from what is worked on to what is asked for again
 constexpr int ROW_TILE = 4;              // rows that share the registers loaded with keys or values
 constexpr int KEY_TILE = REGISTERS / 8;  // keys that do: the tile of sums fills half of the registers
 constexpr float INF = __builtin_inff();
 
 inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t padded(int64_t dim) { return (dim + 15) / 16 * 16; }  // the widest Vec has 16 lanes
+template <typename T>
+constexpr int FLOAT_OVER = sizeof(float) / sizeof(T);  // numbers in the place of a float
+template <typename Operand>
+int64_t padded(int64_t dim) {  // the widest Vec has 16 lanes
+  constexpr int64_t whole = 16 * FLOAT_OVER<Operand>;
+  return (dim + whole - 1) / whole * whole;
+}
 
 template <typename T>
 T* at(const Rows& rows, int64_t row, int64_t head, int64_t token) {
@@ -49,17 +55,18 @@ int64_t sink_position(const Params& p, int64_t length, int64_t t) {
   return p.dense_window > 0 ? t - length + lesser(length, last) : lesser(t, last);
 }
 
-template <typename T>
-void widen(const T* x, int64_t dim, float* y) {
+// y = x, rounded if need be.
+template <typename T, typename U>
+void convert(const T* x, int64_t dim, U* y) {
   int64_t i = 0;
   for (; i + LANES <= dim; i += LANES) store(y + i, load(x + i));
-  for (; i < dim; ++i) y[i] = to_float(x[i]);
+  for (; i < dim; ++i) from_float(to_float(x[i]), y[i]);
 }
 
 // y = x with the rotary dims turned by the angles of cos and sin (half,). `angles` null: y = x.
 template <typename T>
 void rotate(const Params& p, const T* x, const float* angles, float* __restrict y) {
-  widen(x, p.head_dim, y);
+  convert(x, p.head_dim, y);
   if (!angles) return;
   const int64_t half = p.rotary_half;
   const float *cos = angles, *sin = angles + half;
@@ -83,7 +90,7 @@ const float* angles_of(const Params& p, int64_t row, int64_t token, Angle angle)
 
 // Rows that come from memory into the L2 cache while others are worked on: the values of a block while its keys are,
 // the next block's keys while its values are. Processors see runs within a page coming, and blocks are hardly larger.
-// They also drop what they are asked for while too much is under way, so it is asked for again a few rows before its turn.
+// They also drop what they are asked for while too much is under way, so it is asked for again a page before its turn.
 template <typename T>
 struct Ahead {
   const T* rows;
@@ -94,26 +101,36 @@ struct Ahead {
     if (count == 0) return {};
     return {rows + lesser(begin, greater(count - (end - begin), 0)) * stride + d, stride, count};
   }
-  // A line at a time. Inlined, for g++ drops calls that only prefetch.
-  __attribute__((always_inline)) void fetch(int64_t row, int64_t d, const void* soon) const {
+  // A line at a time, while the one at `now` is worked on. Inlined, for g++ drops calls that only prefetch.
+  __attribute__((always_inline)) void fetch(int64_t row, int64_t d, const void* now) const {
     if (count == 0 || d % (64 / int64_t(sizeof(T))) != 0) return;
     __builtin_prefetch(rows + row * stride + d, 0, 2);
-    __builtin_prefetch(soon, 0, 2);
+    __builtin_prefetch(static_cast<const char*>(now) + SOON, 0, 2);
   }
 };
 
+// What a product takes of a row at once.
+template <typename Operand, typename T>
+auto factors(const T* x) {
+  if constexpr (FLOAT_OVER<Operand> == 1)
+    return load(x);
+  else
+    return load_pairs(x);
+}
+
 // sums[r][n] = q[r] . k[n] for a tile, all but the sum of their lanes.
-template <int ROWS, int COLUMNS, typename T, typename U>
-void dot_tile(const float* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t dim, Vec* sums, Ahead<U> ahead) {
+template <int ROWS, int COLUMNS, typename Operand, typename T, typename U>
+void dot_tile(const Operand* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t dim, Vec* sums,
+              Ahead<U> ahead) {
   Vec sum[ROWS][COLUMNS] = {};
-  for (int64_t d = 0; d < dim; d += LANES) {
-    Vec key[COLUMNS];
+  for (int64_t d = 0; d < dim; d += LANES * FLOAT_OVER<Operand>) {
+    decltype(factors<Operand>(k)) key[COLUMNS];
     for (int n = 0; n < COLUMNS; ++n) {
-      key[n] = load(k + n * k_stride + d);
-      ahead.fetch(n, d, k + (n + SOON) * k_stride + d);
+      key[n] = factors<Operand>(k + n * k_stride + d);
+      ahead.fetch(n, d, k + n * k_stride + d);
     }
     for (int r = 0; r < ROWS; ++r) {
-      Vec query = load(q + r * q_stride + d);
+      auto query = factors<Operand>(q + r * q_stride + d);
       for (int n = 0; n < COLUMNS; ++n) sum[r][n] = fma(query, key[n], sum[r][n]);
     }
   }
@@ -121,19 +138,26 @@ void dot_tile(const float* q, int64_t q_stride, const T* k, int64_t k_stride, in
     for (int n = 0; n < COLUMNS; ++n) sums[r * COLUMNS + n] = sum[r][n];
 }
 
-// out[r] += weights[r] . v for a tile of ROWS rows and COLUMNS vectors; rows of weights are KEYS apart.
-template <int ROWS, int COLUMNS, typename T, typename U>
-void weigh_tile(const float* weights, const T* v, int64_t v_stride, int64_t count, float* out, int64_t out_stride,
+// out[r] += weights[r] . v for a tile of ROWS rows and COLUMNS vectors, for pairs of rows of v with its columns as
+// interleave() leaves them; rows of weights are KEYS floats apart.
+template <int ROWS, int COLUMNS, typename Operand, typename T, typename U>
+void weigh_tile(const Operand* weights, const T* v, int64_t v_stride, int64_t count, float* out, int64_t out_stride,
                 Ahead<U> ahead) {
+  constexpr int TOGETHER = FLOAT_OVER<Operand>;  // rows of v
   Vec sum[ROWS][COLUMNS] = {};
-  for (int64_t n = 0; n < count; ++n) {
-    Vec value[COLUMNS];
-    for (int c = 0; c < COLUMNS; ++c) {
-      value[c] = load(v + n * v_stride + c * LANES);
-      ahead.fetch(n, c * LANES, v + (n + SOON) * v_stride + c * LANES);
+  for (int64_t n = 0; n < count; n += TOGETHER) {
+    decltype(factors<Operand>(v)) value[COLUMNS];
+#pragma GCC unroll 8
+    for (int c = 0; c < COLUMNS; c += TOGETHER) {
+      const T* x = v + n * v_stride + c * LANES;
+      if constexpr (TOGETHER == 1)
+        value[c] = load(x);
+      else  // in want of a second row the first again, for its weight is 0
+        interleave(x, n + 1 < count ? x + v_stride : x, value[c], value[c + 1]);
+      for (int i = 0; i < TOGETHER; ++i) ahead.fetch(n + i, c * LANES, x + i * v_stride);
     }
     for (int r = 0; r < ROWS; ++r) {
-      Vec weight = broadcast(weights[r * KEYS + n]);
+      auto weight = repeated(weights + r * KEYS * TOGETHER + n);
       for (int c = 0; c < COLUMNS; ++c) sum[r][c] = fma(weight, value[c], sum[r][c]);
     }
   }
@@ -146,8 +170,8 @@ void weigh_tile(const float* weights, const T* v, int64_t v_stride, int64_t coun
 }
 
 // scores[r][n] = q[r] . k[n]; rows of scores are KEYS apart.
-template <int ROWS, typename T, typename U>
-void dot_rows(const float* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t count, float* scores,
+template <int ROWS, typename Operand, typename T, typename U>
+void dot_rows(const Operand* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t count, float* scores,
               const Ahead<U>& ahead) {
   // As many tiles of few rows as have, all in all, the sums of one full tile: LANES of them are a vector in the end.
   constexpr int TILES = ROW_TILE / ROWS, SUMS = ROW_TILE * KEY_TILE;
@@ -175,17 +199,17 @@ void dot_rows(const float* q, int64_t q_stride, const T* k, int64_t k_stride, in
   }
 }
 
-template <int ROWS, typename T, typename U>
-void weigh_rows(const float* weights, const T* v, int64_t v_stride, int64_t count, float* out, int64_t out_stride,
+template <int ROWS, typename Operand, typename T, typename U>
+void weigh_rows(const Operand* weights, const T* v, int64_t v_stride, int64_t count, float* out, int64_t out_stride,
                 const Ahead<U>& ahead) {
-  constexpr int COLUMNS = ROWS == 1 ? REGISTERS / 4 : REGISTERS / 8;
+  constexpr int COLUMNS = ROWS == 1 ? REGISTERS / 4 : REGISTERS / 8, FEW = FLOAT_OVER<Operand>;
   for (int64_t n = 0; n < count; n += VALUES, v += VALUES * v_stride, weights += VALUES) {
     const int64_t some = lesser(VALUES, count - n);
     int64_t d = 0;
     for (; d + COLUMNS * LANES <= out_stride; d += COLUMNS * LANES)
       weigh_tile<ROWS, COLUMNS>(weights, v + d, v_stride, some, out + d, out_stride, ahead.at(n, n + some, d));
-    for (; d < out_stride; d += LANES)
-      weigh_tile<ROWS, 1>(weights, v + d, v_stride, some, out + d, out_stride, ahead.at(n, n + some, d));
+    for (; d < out_stride; d += FEW * LANES)
+      weigh_tile<ROWS, FEW>(weights, v + d, v_stride, some, out + d, out_stride, ahead.at(n, n + some, d));
   }
 }
 
@@ -193,48 +217,18 @@ void weigh_rows(const float* weights, const T* v, int64_t v_stride, int64_t coun
 struct Row {
   int64_t position, window_start;  // of the token
   int64_t sink_position;           // where the sinks see it
-  float max, sum;                  // of its softmax so far
+  float max;                       // of its scores so far
   float slope;                     // ALiBi
 };
 
-// Scores -> weights, for keys [first, last) of the `count` of a block; the others get weight 0. Returns the factor f.
-// distance: from the query back to the first key of the block.
-float soften(const Params& p, Row& row, float* scores, int64_t first, int64_t last, int64_t count, int64_t distance) {
-  const Vec scale = broadcast(p.scale), cap = broadcast(p.softcap), nothing = broadcast(-INF);
-  const Vec from = broadcast(float(first)), to = broadcast(float(last)), slope = broadcast(row.slope);
-  const bool is_seen = first == 0 && last == count && count % LANES == 0;  // all of it
-  const int64_t end = (count + LANES - 1) / LANES * LANES;  // <= KEYS
-  Vec block_max = nothing;
-  for (int64_t n = 0; n < end; n += LANES) {
-    const Vec key = broadcast(float(n)) + counting();
-    Vec score = load(scores + n) * scale;
-    if (p.softcap > 0) score = cap * tanh(score / cap);
-    if (p.alibi_slopes) score = score - slope * (broadcast(float(distance)) - key);
-    if (!is_seen) score = key < from ? nothing : key < to ? score : nothing;
-    store(scores + n, score);
-    block_max = larger(block_max, score);
-  }
-  const float old_max = row.max, max = max_lanes(block_max);
-  row.max = max > old_max ? max : old_max;
-  // All scores so far may be -inf: subtract 0 then, since -inf - -inf is NaN.
-  const Vec subtract = broadcast(row.max == -INF ? 0 : row.max);
-
-  Vec sum = broadcast(0);
-  for (int64_t n = 0; n < end; n += LANES) {
-    Vec weight = exp_negative(load(scores + n) - subtract);
-    store(scores + n, weight);
-    sum = sum + weight;
-  }
-  const float factor = old_max == row.max ? 1 : exp_negative(broadcast(old_max) - subtract)[0];
-  row.sum = row.sum * factor + sum_lanes(sum);
-  return factor;
-}
-
 template <typename T>
 class Task {
+  using Operand = typename Factor<T>::Type;
+  static constexpr bool in_pairs = FLOAT_OVER<Operand> == 2;
+
  public:
   Task(const Params& p, int64_t task, float* scratch)
-      : p(p), group(p.group), dim(padded(p.head_dim)), v_dim(padded(p.v_dim)) {
+      : p(p), group(p.group), dim(padded<Operand>(p.head_dim)), v_dim(padded<Operand>(p.v_dim)) {
     const int64_t pair = task / p.blocks_per_pair;
     batch_row = pair / p.num_kv_heads, kv_head = pair % p.num_kv_heads;
     padding = padding_of(p, batch_row), length = p.lengths[batch_row];
@@ -243,14 +237,17 @@ class Task {
     last = lesser(first + p.block_tokens, p.tokens);
     const int64_t rows = p.block_tokens * group;
     auto take = [&scratch](int64_t floats) { return (scratch += floats) - floats; };
-    q[TEXT] = take(rows * dim), q[SINK] = take(rows * dim), out = take(rows * v_dim), scores = take(rows * KEYS);
-    keys = take(KEYS * dim), values = take(KEYS * v_dim);
+    auto take_operands = [&](int64_t n) { return reinterpret_cast<Operand*>(take(n / FLOAT_OVER<Operand>)); };
+    q[TEXT] = take_operands(rows * dim), q[SINK] = take_operands(rows * dim);
+    out = take(rows * v_dim), scores = take(rows * KEYS), sums = take(rows * LANES);
+    keys = take_operands(KEYS * dim), values = take_operands(KEYS * v_dim);
     state = reinterpret_cast<Row*>(take(rows * sizeof(Row) / sizeof(float)));
   }
 
   static int64_t scratch_floats(const Params& p) {
-    const int64_t dim = padded(p.head_dim), v_dim = padded(p.v_dim), rows = p.block_tokens * p.group;
-    return rows * (2 * dim + v_dim + KEYS + sizeof(Row) / sizeof(float)) + KEYS * (dim + v_dim);
+    const int64_t dim = padded<Operand>(p.head_dim), v_dim = padded<Operand>(p.v_dim);
+    const int64_t rows = p.block_tokens * p.group;
+    return rows * (2 * dim + v_dim + KEYS + LANES + sizeof(Row) / sizeof(float)) + KEYS * (dim + v_dim);
   }
 
   void run() {
@@ -270,8 +267,11 @@ class Task {
     }
     for (int64_t token = first, r = 0; token < last; ++token) {
       for (int64_t g = 0; g < group; ++g, ++r) {
+        if constexpr (in_pairs)
+          for (float* o = out + r * v_dim; o < out + (r + 1) * v_dim; o += 2 * LANES) Factor<T>::sort(o);
         T* result = at<T>(p.out, batch_row, kv_head * group + g, token);
-        for (int64_t d = 0; d < p.v_dim; ++d) from_float(out[r * v_dim + d] / state[r].sum, result[d]);
+        const float sum = sum_lanes(load(sums + r * LANES));
+        for (int64_t d = 0; d < p.v_dim; ++d) from_float(out[r * v_dim + d] / sum, result[d]);
       }
     }
   }
@@ -281,18 +281,23 @@ class Task {
 
   void start_rows() {
     const int64_t rows = (last - first) * group;
-    memset(q[TEXT], 0, rows * dim * sizeof(float));  // dims from head_dim to dim stay 0
-    memset(q[SINK], 0, rows * dim * sizeof(float));
+    float turned[MAX_HEAD_DIM];
+    memset(q[TEXT], 0, rows * dim * sizeof(Operand));  // dims from head_dim to dim stay 0
+    memset(q[SINK], 0, rows * dim * sizeof(Operand));
     memset(out, 0, rows * v_dim * sizeof(float));
+    memset(sums, 0, rows * LANES * sizeof(float));
     for (int64_t token = first, r = 0; token < last; ++token) {
       for (int64_t g = 0; g < group; ++g, ++r) {
         const int64_t head = kv_head * group + g, t = position_of(token);
         const T* query = at<T>(p.q, batch_row, head, token);
-        rotate(p, query, angles_of(p, batch_row, token, TEXT), q[TEXT] + r * dim);
-        rotate(p, query, angles_of(p, batch_row, token, SINK), q[SINK] + r * dim);
+        for (int angle = TEXT; angle <= SINK; ++angle) {
+          rotate(p, query, angles_of(p, batch_row, token, Angle(angle)), turned);
+          convert(turned, p.head_dim, q[angle] + r * dim);
+        }
         const float logit = p.learned_logits ? p.learned_logits[head] : -INF;  // as if a key without a value
         const float slope = p.alibi_slopes ? p.alibi_slopes[head] : 0;
-        state[r] = {t, window_start(p, length, t), sink_position(p, length, t), logit, logit == -INF ? 0.f : 1.f, slope};
+        state[r] = {t, window_start(p, length, t), sink_position(p, length, t), logit, slope};
+        if (logit != -INF) sums[r * LANES] = 1;
       }
     }
   }
@@ -331,14 +336,14 @@ class Task {
     const Ahead<T> values_ahead = {block.v, block.v_stride, block.count};
     const Ahead<T> keys_ahead = next.count > 0 ? Ahead<T>{next.k, next.k_stride, next.count} : values_ahead;
     const bool aligned = p.head_dim == dim && p.v_dim == v_dim;
-    if (aligned && (sizeof(T) == sizeof(float) || end - begin <= 2 * ROW_TILE)) {
+    if (aligned && (sizeof(T) == sizeof(Operand) || end - begin <= 2 * ROW_TILE)) {
       attend_rows(block.k, block.k_stride, block.v, block.v_stride, block, begin, end, values_ahead, keys_ahead);
     } else {  // widen once for all rows, which many pay for, and fill up to whole vectors
       for (int64_t n = 0; n < block.count; ++n) {
-        widen(block.k + n * block.k_stride, p.head_dim, keys + n * dim);
-        widen(block.v + n * block.v_stride, p.v_dim, values + n * v_dim);
-        for (int64_t d = p.head_dim; d < dim; ++d) keys[n * dim + d] = 0;
-        for (int64_t d = p.v_dim; d < v_dim; ++d) values[n * v_dim + d] = 0;
+        convert(block.k + n * block.k_stride, p.head_dim, keys + n * dim);
+        convert(block.v + n * block.v_stride, p.v_dim, values + n * v_dim);
+        memset(keys + n * dim + p.head_dim, 0, (dim - p.head_dim) * sizeof(Operand));
+        memset(values + n * v_dim + p.v_dim, 0, (v_dim - p.v_dim) * sizeof(Operand));
       }
       attend_rows(keys, dim, values, v_dim, block, begin, end, {}, keys_ahead);
     }
@@ -352,21 +357,51 @@ class Task {
       dot_rows<rows()>(q[block.angle] + r * dim, dim, k, k_stride, count, scores + r * KEYS,
                        r == begin ? values_ahead : Ahead<T>{});
     });
-    for (int64_t r = begin; r < end; ++r) {
-      Row& row = state[r];
-      const bool sinks = block.angle == SINK;
-      const int64_t seen_from = sinks ? 0 : lesser(greater(row.window_start - block.position, 0), count);
-      const int64_t seen_to = lesser(greater(row.position - block.position + 1, seen_from), count);
-      const int64_t distance = (sinks ? row.sink_position : row.position) - block.position;
-      const float factor = soften(p, row, scores + r * KEYS, seen_from, seen_to, count, distance);
-      if (factor == 1) continue;
-      const Vec factors = broadcast(factor);
-      for (float* o = out + r * v_dim; o < out + (r + 1) * v_dim; o += LANES) store(o, load(o) * factors);
-    }
+    for (int64_t r = begin; r < end; ++r) soften(block, r);
     for_tiles(begin, end, [&](auto rows, int64_t r) {
-      weigh_rows<rows()>(scores + r * KEYS, v, v_stride, count, out + r * v_dim, v_dim,
+      weigh_rows<rows()>(reinterpret_cast<const Operand*>(scores + r * KEYS), v, v_stride, count, out + r * v_dim, v_dim,
                          r == begin ? keys_ahead : Ahead<T>{});
     });
+  }
+
+  // The scores of a row with a block's keys become weights. What a row does not see gets weight 0.
+  void soften(const Block& block, int64_t r) {
+    Row& row = state[r];
+    const bool sinks = block.angle == SINK;
+    const int64_t count = block.count, end = (count + LANES - 1) / LANES * LANES;  // <= KEYS
+    const int64_t first = sinks ? 0 : lesser(greater(row.window_start - block.position, 0), count);
+    const int64_t last = lesser(greater(row.position - block.position + 1, first), count);
+    const bool is_seen = first == 0 && last == end;  // all of it
+    const Vec scale = broadcast(p.scale), cap = broadcast(p.softcap), nothing = broadcast(-INF);
+    const Vec from = broadcast(float(first)), to = broadcast(float(last)), slope = broadcast(row.slope);
+    const Vec distance = broadcast(float((sinks ? row.sink_position : row.position) - block.position));
+    float* row_scores = scores + r * KEYS;
+    Vec block_max = nothing;
+    for (int64_t n = 0; n < end; n += LANES) {
+      const Vec key = broadcast(float(n)) + counting();
+      Vec score = load(row_scores + n) * scale;
+      if (p.softcap > 0) score = cap * tanh(score / cap);
+      if (p.alibi_slopes) score = score - slope * (distance - key);
+      if (!is_seen) score = key < from ? nothing : key < to ? score : nothing;
+      store(row_scores + n, score);
+      block_max = larger(block_max, score);
+    }
+    if (any_above(block_max, broadcast(row.max))) {  // seldom, once some blocks are done
+      const float max = max_lanes(block_max);
+      const Vec factor = exp_negative(broadcast(row.max - max));
+      row.max = max;
+      store(sums + r * LANES, load(sums + r * LANES) * factor);
+      for (float* o = out + r * v_dim; o < out + (r + 1) * v_dim; o += LANES) store(o, load(o) * factor);
+    }
+    // All scores so far may be -inf: subtract 0 then, since -inf - -inf is NaN.
+    const Vec subtract = broadcast(row.max == -INF ? 0 : row.max);
+    auto* weights = reinterpret_cast<Operand*>(row_scores);
+    Vec sum = load(sums + r * LANES);
+    for (int64_t n = 0; n < end; n += LANES) {
+      store(weights + n, exp_negative(load(row_scores + n) - subtract));
+      sum = sum + load(weights + n);  // as they are stored, rounded or not
+    }
+    store(sums + r * LANES, sum);
   }
 
   // f(number of rows, first row) for [begin, end) in tiles; the number is a constant of its type.
@@ -389,8 +424,9 @@ class Task {
   int64_t stored;                           // positions before it are in the cache, the only token of a call as well
   int64_t first, last;                      // tokens
   int64_t sinks_end, begin_text, end_text;  // positions that any of them sees: [0, sinks_end), [begin_text, end_text)
-  // Scratch: q by Angle (rows, dim), out (rows, v_dim), scores (rows, KEYS), keys (KEYS, dim), values (KEYS, v_dim).
-  float *q[2], *out, *scores, *keys, *values;
+  // Scratch: q by Angle (rows, dim), out (rows, v_dim), scores (rows, KEYS), sums of weights by lane (rows, LANES), keys (KEYS, dim), values (KEYS, v_dim).
+  Operand *q[2], *keys, *values;
+  float *out, *scores, *sums;
   Row* state;  // (rows,)
 };
 
@@ -441,7 +477,11 @@ extern const Kernels kernels = {
     [](const Params& p, int64_t begin, int64_t end) {
       with_dtype(p.dtype, [&](auto zero) { rotate_keys<decltype(zero)>(p, begin, end); });
     },
-    [](const Params& p) { return Task<float>::scratch_floats(p); },
+    [](const Params& p) {
+      int64_t floats = 0;
+      with_dtype(p.dtype, [&](auto zero) { floats = Task<decltype(zero)>::scratch_floats(p); });
+      return floats;
+    },
     [](const Params& p, int64_t begin, int64_t end, float* scratch) {
       with_dtype(p.dtype, [&](auto zero) {
         for (int64_t task = begin; task < end; ++task) Task<decltype(zero)>(p, task, scratch).run();

@@ -25,8 +25,10 @@ const Kernels& kernels() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq") && allowed(avx512::kernels))
-      return avx512::kernels;
+        __builtin_cpu_supports("avx512dq")) {
+      if (__builtin_cpu_supports("avx512bf16") && allowed(avx512_bf16::kernels)) return avx512_bf16::kernels;
+      if (allowed(avx512::kernels)) return avx512::kernels;
+    }
     // Every processor with AVX2 has F16C, which old compilers cannot ask for.
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allowed(avx2::kernels)) return avx2::kernels;
 #endif
@@ -172,7 +174,7 @@ STABLE_TORCH_LIBRARY_IMPL(sinkattn, CPU, m) {
   m.impl("prefill", TORCH_BOX(&prefill));
 }
 
-// "avx512", "avx2" or "portable": what runs here. For ctypes.
+// "avx512_bf16", "avx512", "avx2" or "portable": what runs here. For ctypes.
 extern "C" __attribute__((visibility("default"))) const char* sinkattn_cpu_isa() { return kernels().name; }
 
 }  // namespace sinkattn

@@ -50,6 +50,9 @@ struct Kernels {
   void (*append)(const Params&, int64_t begin_pair, int64_t end_pair);
 };
 
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
 namespace avx512 {
 extern const Kernels kernels;
 }

@@ -81,6 +81,7 @@ inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 inline float sum_lanes(Vec v) { return _mm512_reduce_add_ps(v); }
 inline float max_lanes(Vec v) { return _mm512_reduce_max_ps(v); }
+inline bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 // (sum_lanes(v[0]), ..., sum_lanes(v[LANES - 1])): a tree that halves the number of vectors at every level.
 inline Vec sums_of_lanes(const Vec* v) {
   Vec four[4];  // 128 bits four times: of v[4 i] to v[4 i + 3]
@@ -119,6 +120,7 @@ inline float max_lanes(Vec v) {
   __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
+inline bool any_above(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
 inline Vec sums_of_lanes(const Vec* v) {
   Vec left = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
   Vec right = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
@@ -142,10 +144,51 @@ inline float max_lanes(Vec v) {
   float a = v[0] > v[2] ? v[0] : v[2], b = v[1] > v[3] ? v[1] : v[3];
   return a > b ? a : b;
 }
+inline bool any_above(Vec a, Vec b) { return a[0] > b[0] || a[1] > b[1] || a[2] > b[2] || a[3] > b[3]; }
 inline Vec sums_of_lanes(const Vec* v) {
   return Vec{sum_lanes(v[0]), sum_lanes(v[1]), sum_lanes(v[2]), sum_lanes(v[3])};
 }
 
+#endif
+
+// What one factor of a product is held as, the query or the weights, where the other, keys or values, is of type T.
+//
+// As floats, LANES at a time, or in pairs of bfloat16 on processors that multiply these: a lane then takes two products,
+// fma(a, b, c) = a[0] b[0] + a[1] b[1] + c.
+template <typename T>
+struct Factor {
+  using Type = float;
+};
+
+inline Vec repeated(const float* x) { return broadcast(*x); }
+
+#if defined(__AVX512BF16__)
+template <>
+struct Factor<BF16> {
+  using Type = BF16;
+  // Puts 2 * LANES sums that interleave()'s values went into in the order of i.
+  static void sort(float* x) {
+    const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    Vec a = load(x), b = load(x + LANES);
+    store(x, _mm512_permutex2var_ps(a, lower, b));
+    store(x + LANES, _mm512_permutex2var_ps(a, _mm512_add_epi32(lower, _mm512_set1_epi32(8)), b));
+  }
+};
+
+using Pairs = __m512bh;
+inline Pairs load_pairs(const BF16* x) { return (Pairs)_mm512_loadu_si512(x); }
+inline void store(BF16* x, Vec v) { _mm256_storeu_si256((__m256i*)x, (__m256i)_mm512_cvtneps_pbh(v)); }
+inline Pairs repeated(const BF16* x) {
+  uint32_t pair;
+  memcpy(&pair, x, sizeof(pair));
+  return (Pairs)_mm512_set1_epi32(pair);
+}
+inline Vec fma(Pairs a, Pairs b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
+// Pairs (x[i], y[i]) of two rows: of i = 0 to 3, 8 to 11, 16 to 19 and 24 to 27 in the first, of the rest in the second.
+inline void interleave(const BF16* x, const BF16* y, Pairs& first, Pairs& second) {
+  __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(y);
+  first = (Pairs)_mm512_unpacklo_epi16(a, b), second = (Pairs)_mm512_unpackhi_epi16(a, b);
+}
 #endif
 
 typedef uint32_t Bits __attribute__((vector_size(sizeof(Vec))));
