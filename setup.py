@@ -176,7 +176,8 @@ class BuildExt(build_ext):
             jobs = [self.job([*COMPILER, *FLAGS, *include, *more], sources / "ops_cpu.cpp", "ops_cpu")]
             for instructions, options in INSTRUCTION_SETS.items():
                 options = [*COMPILER, *FLAGS, f"-DSINKATTN_ISA={instructions}", *options, *more]
-                jobs.append(self.job(options, sources / "attention.cpp", f"attention_{instructions}"))
+                for file in ("attention", "linear"):
+                    jobs.append(self.job(options, sources / f"{file}.cpp", f"{file}_{instructions}"))
         else:
             include += ["-isystem", str(NVCC.parent.parent / "include")]
             nvcc = [str(NVCC), "-ccbin", COMPILER[0], *NVCC_FLAGS]

@@ -1,4 +1,4 @@
-"""Attention of a layer, and a whole model, on the CPU: python bench/cpu.py --output-dir bench/results/cpu
+"""Attention, products of few rows and a whole model on the CPU: python bench/cpu.py --output-dir bench/results/cpu
 
 Decode: one token more for a cache of C tokens, one row. Prefill: T tokens into an empty cache. What is timed is all
 that a layer of a model needs between its projections, rotation, storing and attention, but for two marked with a star:
@@ -19,6 +19,9 @@ fastest counts. The floor of a round is the bytes of keys and values, 2 * kv_hea
 pace of the two readings beside it, in the mean, for the bandwidth of a virtual machine changes within seconds.
 Microseconds, bandwidths and the share of the floor (floor over time, round by round) are medians over the rounds.
 GFLOP/s of a prompt count 4 * head_dim * heads for each pair of query and key that the provider looks at.
+
+Products: `sinkattn.ops.linear` and torch's `linear` take turns like that with as many weights as have 256 MB; the floor
+is a weight's bytes.
 
 The model has the shape of Qwen2.5-0.5B and random weights. Its steps, patched and not, take turns as well, at a cache
 of 1024 tokens, with the same weights; the floor is the bytes of weights and cache over the read bandwidth.
@@ -45,7 +48,7 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
@@ -218,6 +221,31 @@ def measure(case: Case, peers: dict[str, Peer], reader: Reader) -> dict[str, dic
     return {name: {key: statistics.median(row[key] for row in some) for key in some[0]} for name, some in found.items()}
 
 
+def linear_rows(out_features: int, in_features: int, rows: int, dtype: str, threads: int, reader: Reader, rounds: int):
+    """By provider, medians over the rounds: a row of linear.csv each."""
+    torch.set_num_threads(threads)
+    count = -(-reader.x.nbytes // (out_features * in_features * getattr(torch, dtype).itemsize))
+    weights = [torch.randn(out_features, in_features).to(getattr(torch, dtype)) for _ in range(count)]
+    x = torch.randn(rows, in_features).to(weights[0].dtype)
+    found: dict[str, list[dict]] = {"sinkattn": [], "torch": []}
+    for number in range(rounds + 1):
+        before = reader.bandwidth()
+        for name, product in (("sinkattn", ops.linear), ("torch", linear)):
+            begin = time.perf_counter()
+            for weight in weights:
+                product(x, weight)
+            us, after = 1e6 * (time.perf_counter() - begin) / count, reader.bandwidth()
+            floor = 1e6 * weights[0].nbytes * (1 / before + 1 / after) / 2
+            if number:
+                found[name].append({"us": us, "floor_us": floor, "of_floor": floor / us})
+            before = after
+    case = dict(out_features=out_features, in_features=in_features, rows=rows, dtype=dtype, threads=threads)
+    return [
+        case | {"provider": name} | {key: statistics.median(row[key] for row in some) for key in some[0]}
+        for name, some in found.items()
+    ]
+
+
 def model_seconds(dtype: str, threads: tuple[int, ...], capacity: int, rounds: int, reader: Reader, shape: dict):
     """{threads: (seconds of a step patched, unpatched, at the floor)}."""
     torch.manual_seed(0)
@@ -339,6 +367,17 @@ def main(
     console.print(table)
     plot(rows, output_dir / "cpu.png")
 
+    table, rows = Table("weight", "rows", "dtype", "us", "torch us", "of floor", title="products of few rows"), []
+    for shape in ((64, 48),) if tiny else ((4096, 4096), (9728, 896)):
+        for dtype in ("float32", "bfloat16", "float16"):
+            for count in (1, 4, 8):
+                own, torchs = linear_rows(*shape, count, dtype, 1 if tiny else 2, reader, 2 if tiny else 7)
+                rows += own, torchs
+                numbers = f"{own['us']:.0f}", f"{torchs['us']:.0f}", f"{own['of_floor']:.0%}"
+                table.add_row(f"{shape[0]} x {shape[1]}", str(count), dtype, *numbers)
+        write(rows, output_dir / "linear.csv")
+    console.print(table)
+
     shape = dict(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
         vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=32768,
@@ -349,7 +388,7 @@ def main(
         shape |= dict(num_attention_heads=2, num_key_value_heads=1)
         threads, capacity, rounds = (1,), 32, 2
     table = Table("dtype", "threads", "patched tokens/s", "transformers tokens/s", "floor tokens/s", title="model")
-    for dtype in ("float32", "bfloat16"):
+    for dtype in ("float32", "bfloat16", "float16"):
         for count, (patched, plain, floor) in model_seconds(dtype, threads, capacity, rounds, reader, shape).items():
             rows.append(
                 dict(

@@ -277,6 +277,19 @@ def cpu_prefill_table() -> str:
     return f"\n{table(['heads/kv x dim', 'T', 'C', 'dtype', 'threads', *providers], lines)}\n"
 
 
+def cpu_linear_table() -> str:
+    """Microseconds."""
+    with (ROOT / "bench/results/cpu/linear.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    rows = []
+    for own, torchs in zip(lines[::2], lines[1::2], strict=True):
+        case = f"{own['out_features']} x {own['in_features']}", own["rows"], own["dtype"], own["threads"]
+        times = (f"{float(line['us']):,.0f}" for line in (own, torchs))
+        rows.append([*case, f"{float(own['floor_us']):,.0f}", *times, f"{float(own['of_floor']):.0%}"])
+    names = ["weight", "rows", "dtype", "threads", "floor", "sinkattn", "torch", "sinkattn of floor"]
+    return f"\n{table(names, rows)}\n"
+
+
 def cpu_model_table() -> str:
     """Tokens a second."""
     with (ROOT / "bench/results/cpu/model.csv").open() as file:
@@ -490,6 +503,7 @@ def figures() -> dict[str, str]:
         "cpu machine": (cpu_machine,),
         "cpu decode table": (cpu_decode_table,),
         "cpu prefill table": (cpu_prefill_table,),
+        "cpu linear table": (cpu_linear_table,),
         "cpu model table": (cpu_model_table,),
     }
     found = {}

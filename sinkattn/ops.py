@@ -79,7 +79,7 @@ HAS_CUDA_LIBRARY = torch.version.cuda is not None and _load("_C_cuda.so")
 if not HAS_CPU_LIBRARY:
     torch.library.impl("sinkattn::decode", "CPU", reference.attention)
     torch.library.impl("sinkattn::prefill", "CPU", reference.attention)
-torch.library.impl("sinkattn::linear", "CPU", reference.linear)
+    torch.library.impl("sinkattn::linear", "CPU", reference.linear)
 
 
 def _triton(op: str):
@@ -492,7 +492,15 @@ def _check_linear(x, weight, bias, norm_weight, residual, activation) -> None:
 
 
 def takes_linear(x: Tensor, weight: Tensor) -> bool:
-    """Whether the compiled `linear` serves x (rows, in_features) and is the faster one: few rows on a large GPU."""
+    """Whether the compiled `linear` serves x (rows, in_features) and is the faster one: few rows, and no small GPU."""
+    if x.device.type == "cpu":
+        return (
+            HAS_CPU_LIBRARY
+            and len(x) <= FEW_ROWS
+            and x.dtype in DTYPES
+            and weight.stride(1) == 1
+            and not torch.is_autocast_enabled("cpu")
+        )
     return (
         x.device.type == "cuda"
         and HAS_CUDA_LIBRARY
@@ -529,7 +537,9 @@ def linear(
     float16 that product, times a power of two up to 4 that brings 64 of the row's numbers near 1, must be within the
     range of float16.
 
-    Tensors, on a GPU float16 or bfloat16, on the CPU any floating-point dtype; none is mutated:
+    Tensors, on a GPU float16 or bfloat16, on the CPU any floating-point dtype; none is mutated. Layouts are what a GPU
+    needs, the CPU takes any: its compiled op the three dtypes of `decode` and weights with contiguous rows, and
+    `reference.linear` the rest.
         x: (rows, in_features), contiguous, up to 64 rows, on GPUs of another compute capability than 9.0 up to 16;
             in_features a multiple of 8.
         weight: (out_features, in_features), dtype of x; rows contiguous, aligned to 16 bytes, any distance apart. With
@@ -550,4 +560,6 @@ def linear(
     Source: the definition in code is `sinkattn.reference.linear`.
     """
     _check_linear(x, weight, bias, norm_weight, residual, activation)
-    return torch.ops.sinkattn.linear(x, weight, bias, norm_weight, norm_eps, norm_shift, residual, activation)
+    in_reference = x.device.type == "cpu" and (x.dtype not in DTYPES or weight.stride(1) != 1)
+    op = reference.linear if in_reference else torch.ops.sinkattn.linear
+    return op(x, weight, bias, norm_weight, norm_eps, norm_shift, residual, activation)

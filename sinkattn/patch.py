@@ -659,7 +659,7 @@ def patch(
         attended densely and only then cut down to sinks and window (quadratic time; what attention_sinks does).
     backend: "auto", "cuda", "triton", "cpu" or "reference", see `sinkattn.ops`.
     fuse: "layers" computes modules of the usual form by fewer kernels, see fuse.py: attention, decoder layers and, for
-        few rows on a GPU, linear layers; "attention" only the first; "none" leaves every module its own forward.
+        few rows, linear layers; "attention" only the first; "none" leaves every module its own forward.
         Outputs differ by rounding alone. Weights are laid side by side, and held once.
     cuda_graph: on a GPU, replay steps of one token as a CUDA graph: captured at the second such step, and kept, with
         the memory of the last cache, for the next one of as many rows. What cannot be captured runs as it is, and

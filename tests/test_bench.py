@@ -552,6 +552,11 @@ def test_cpu_bench(tmp_path):
         if row["tokens"] == "64":
             flops = 4 * 16 * 4 * sum(keys.get(row["provider"], lambda t: t + 1)(t) for t in range(64))
             assert float(row["gflops"]) * float(row["us"]) == pytest.approx(flops / 1e3, rel=1e-2)
+    products = rows_of(tmp_path / "linear.csv")
+    assert [(row["provider"], row["rows"]) for row in products] == 3 * [
+        (name, rows) for rows in ("1", "4", "8") for name in ("sinkattn", "torch")
+    ]
+    assert all(float(row["floor_us"]) > 0 and float(row["us"]) > 0 for row in products)
     assert all(float(row[name]) > 0 for row in rows_of(tmp_path / "model.csv") for name in ("patched", "transformers"))
     assert json.loads((tmp_path / "cpu.json").read_text())["missing"] == ["attention_sinks", "llama.cpp"]
     assert plt.imread(tmp_path / "cpu.png").std() > 0.01

@@ -194,6 +194,46 @@ def test_same_bits():
             assert torch.equal(ops.linear(*tensors, **keywords).view(torch.int16), first)
 
 
+@pytest.mark.skipif(not ops.HAS_CPU_LIBRARY, reason="the compiled CPU ops were not built")
+def test_threads_and_strides_do_not_matter():
+    """On the CPU: the same bits from any number of threads, and from tensors that lie apart."""
+    threads = torch.get_num_threads()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for rows in (1, 3, 8, 33):
+            (x, weight, bias), keywords = make(rows, 300, 1000, dtype, "cpu", **WAYS["all"])
+            try:
+                torch.set_num_threads(1)
+                alone = ops.linear(x, weight, bias, **keywords)
+            finally:
+                torch.set_num_threads(threads)
+            apart = [torch.stack((tensor, tensor.flip(0)), dim=-1)[..., 0] for tensor in (x, bias)]
+            keywords |= {
+                name: keywords[name].repeat_interleave(2, -1)[..., ::2] for name in ("norm_weight", "residual")
+            }
+            assert not any(tensor.is_contiguous() for tensor in (*apart, keywords["residual"]))
+            assert torch.equal(ops.linear(apart[0], weight, apart[1], **keywords), alone)
+            columns = weight.T.contiguous().T  # no compiled op takes these
+            assert_close(ops.linear(x, columns, bias, **keywords), exact(x, columns, bias, **keywords), dtype)
+            with pytest.raises(RuntimeError, match="contiguous rows"):
+                torch.ops.sinkattn.linear(x, columns, None, None, 0.0, 0.0, None, "")
+
+
+@pytest.mark.skipif(not ops.HAS_CPU_LIBRARY, reason="the compiled CPU ops were not built")
+@pytest.mark.parametrize(
+    "arguments", [{"weight": 15}, {"bias": 15}, {"norm_weight": 15}, {"residual": 15}, {"rows": 65}]
+)
+def test_what_the_compiled_cpu_op_refuses(arguments):
+    """Called without `ops.linear`, which words it."""
+    sizes = {"weight": 16, "bias": 20, "norm_weight": 16, "residual": 20, "rows": 2} | arguments
+    x, weight, bias = torch.randn(sizes["rows"], 16), torch.randn(20, sizes["weight"]), torch.randn(sizes["bias"])
+    norm_weight, residual = torch.randn(sizes["norm_weight"]), torch.randn(sizes["rows"], sizes["residual"])
+    for others in ((bias, norm_weight, residual), (bias.half(), norm_weight.half(), residual.half())):
+        with pytest.raises(RuntimeError, match="sinkattn: "):
+            torch.ops.sinkattn.linear(x, weight, others[0], others[1], 1e-5, 0.0, others[2], "")
+    with pytest.raises(RuntimeError, match="unknown activation"):
+        torch.ops.sinkattn.linear(torch.randn(2, 16), torch.randn(20, 16), None, None, 0.0, 0.0, None, "relu")
+
+
 @on_gpu
 def test_neighbours_do_not_matter():
     """A row gives the same bits alone and among others."""

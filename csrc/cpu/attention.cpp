@@ -8,26 +8,18 @@
 //
 // so a key or value is loaded once for all rows of the task, and scratch memory doesn't grow with the window. The order
 // of all sums is fixed: the same call gives the same bits with any number of threads.
-#include "params.h"
-#include "vec.h"
+#include "tile.h"
 
 namespace sinkattn::SINKATTN_ISA {
 namespace {
 
-constexpr int64_t KEYS = 64;             // per block
-constexpr int64_t VALUES = 32;           // that stay in the L1 cache until every column of the output has taken them
-constexpr int64_t SOON = 4096;           // bytes from what is worked on to what is asked for again
-constexpr int ROW_TILE = 4;              // rows that share the registers loaded with keys or values
-constexpr int KEY_TILE = REGISTERS / 8;  // keys that do: the tile of sums fills half of the registers
+constexpr int64_t KEYS = 64;    // per block
+constexpr int64_t VALUES = 32;  // that stay in the L1 cache until every column of the output has taken them
 constexpr float INF = __builtin_inff();
 
-inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
-template <typename T>
-constexpr int FLOAT_OVER = sizeof(float) / sizeof(T);  // numbers in the place of a float
 template <typename Operand>
 int64_t padded(int64_t dim) {  // the widest Vec has 16 lanes
-  constexpr int64_t whole = 16 * FLOAT_OVER<Operand>;
+  constexpr int64_t whole = 16 * PER_FLOAT<Operand>;
   return (dim + whole - 1) / whole * whole;
 }
 
@@ -55,14 +47,6 @@ int64_t sink_position(const Params& p, int64_t length, int64_t t) {
   return p.dense_window > 0 ? t - length + lesser(length, last) : lesser(t, last);
 }
 
-// y = x, rounded if need be.
-template <typename T, typename U>
-void convert(const T* x, int64_t dim, U* y) {
-  int64_t i = 0;
-  for (; i + LANES <= dim; i += LANES) store(y + i, load(x + i));
-  for (; i < dim; ++i) from_float(to_float(x[i]), y[i]);
-}
-
 // y = x with the rotary dims turned by the angles of cos and sin (half,). `angles` null: y = x.
 template <typename T>
 void rotate(const Params& p, const T* x, const float* angles, float* __restrict y) {
@@ -88,62 +72,12 @@ const float* angles_of(const Params& p, int64_t row, int64_t token, Angle angle)
   return p.rotation ? p.rotation + ((row * p.tokens + token) * 2 + angle) * 2 * p.rotary_half : nullptr;
 }
 
-// Rows that come from memory into the L2 cache while others are worked on: the values of a block while its keys are,
-// the next block's keys while its values are. Processors see runs within a page coming, and blocks are hardly larger.
-// They also drop what they are asked for while too much is under way, so it is asked for again a page before its turn.
-template <typename T>
-struct Ahead {
-  const T* rows;
-  int64_t stride, count;
-
-  // What to fetch while rows [begin, end) are worked on, from dim d on: in want of rows, the last ones again.
-  Ahead at(int64_t begin, int64_t end, int64_t d = 0) const {
-    if (count == 0) return {};
-    return {rows + lesser(begin, greater(count - (end - begin), 0)) * stride + d, stride, count};
-  }
-  // A line at a time, while the one at `now` is worked on. Inlined, for g++ drops calls that only prefetch.
-  __attribute__((always_inline)) void fetch(int64_t row, int64_t d, const void* now) const {
-    if (count == 0 || d % (64 / int64_t(sizeof(T))) != 0) return;
-    __builtin_prefetch(rows + row * stride + d, 0, 2);
-    __builtin_prefetch(static_cast<const char*>(now) + SOON, 0, 2);
-  }
-};
-
-// What a product takes of a row at once.
-template <typename Operand, typename T>
-auto factors(const T* x) {
-  if constexpr (FLOAT_OVER<Operand> == 1)
-    return load(x);
-  else
-    return load_pairs(x);
-}
-
-// sums[r][n] = q[r] . k[n] for a tile, all but the sum of their lanes.
-template <int ROWS, int COLUMNS, typename Operand, typename T, typename U>
-void dot_tile(const Operand* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t dim, Vec* sums,
-              Ahead<U> ahead) {
-  Vec sum[ROWS][COLUMNS] = {};
-  for (int64_t d = 0; d < dim; d += LANES * FLOAT_OVER<Operand>) {
-    decltype(factors<Operand>(k)) key[COLUMNS];
-    for (int n = 0; n < COLUMNS; ++n) {
-      key[n] = factors<Operand>(k + n * k_stride + d);
-      ahead.fetch(n, d, k + n * k_stride + d);
-    }
-    for (int r = 0; r < ROWS; ++r) {
-      auto query = factors<Operand>(q + r * q_stride + d);
-      for (int n = 0; n < COLUMNS; ++n) sum[r][n] = fma(query, key[n], sum[r][n]);
-    }
-  }
-  for (int r = 0; r < ROWS; ++r)
-    for (int n = 0; n < COLUMNS; ++n) sums[r * COLUMNS + n] = sum[r][n];
-}
-
 // out[r] += weights[r] . v for a tile of ROWS rows and COLUMNS vectors, for pairs of rows of v with its columns as
 // interleave() leaves them; rows of weights are KEYS floats apart.
 template <int ROWS, int COLUMNS, typename Operand, typename T, typename U>
 void weigh_tile(const Operand* weights, const T* v, int64_t v_stride, int64_t count, float* out, int64_t out_stride,
                 Ahead<U> ahead) {
-  constexpr int TOGETHER = FLOAT_OVER<Operand>;  // rows of v
+  constexpr int TOGETHER = PER_FLOAT<Operand>;  // rows of v
   Vec sum[ROWS][COLUMNS] = {};
   for (int64_t n = 0; n < count; n += TOGETHER) {
     decltype(factors<Operand>(v)) value[COLUMNS];
@@ -169,40 +103,10 @@ void weigh_tile(const Operand* weights, const T* v, int64_t v_stride, int64_t co
   }
 }
 
-// scores[r][n] = q[r] . k[n]; rows of scores are KEYS apart.
-template <int ROWS, typename Operand, typename T, typename U>
-void dot_rows(const Operand* q, int64_t q_stride, const T* k, int64_t k_stride, int64_t count, float* scores,
-              const Ahead<U>& ahead) {
-  // As many tiles of few rows as have, all in all, the sums of one full tile: LANES of them are a vector in the end.
-  constexpr int TILES = ROW_TILE / ROWS, SUMS = ROW_TILE * KEY_TILE;
-  static_assert(SUMS % LANES == 0);
-  const int64_t dim = q_stride;
-  int64_t n = 0;
-  for (; n + TILES * KEY_TILE <= count; n += TILES * KEY_TILE) {
-    Vec sums[SUMS];
-    float dots[SUMS];
-    for (int i = TILES * ROWS * KEY_TILE; i < SUMS; ++i) sums[i] = broadcast(0);
-    for (int tile = 0; tile < TILES; ++tile) {
-      const int64_t at = n + tile * KEY_TILE;
-      dot_tile<ROWS, KEY_TILE>(q, q_stride, k + at * k_stride, k_stride, dim, sums + tile * ROWS * KEY_TILE,
-                               ahead.at(at, at + KEY_TILE));
-    }
-    for (int i = 0; i < SUMS; i += LANES) store(dots + i, sums_of_lanes(sums + i));
-    for (int tile = 0; tile < TILES; ++tile)
-      for (int r = 0; r < ROWS; ++r)
-        memcpy(scores + r * KEYS + n + tile * KEY_TILE, dots + (tile * ROWS + r) * KEY_TILE, KEY_TILE * sizeof(float));
-  }
-  for (; n < count; ++n) {
-    Vec sums[ROWS];
-    dot_tile<ROWS, 1>(q, q_stride, k + n * k_stride, k_stride, dim, sums, ahead.at(n, n + 1));
-    for (int r = 0; r < ROWS; ++r) scores[r * KEYS + n] = sum_lanes(sums[r]);
-  }
-}
-
 template <int ROWS, typename Operand, typename T, typename U>
 void weigh_rows(const Operand* weights, const T* v, int64_t v_stride, int64_t count, float* out, int64_t out_stride,
                 const Ahead<U>& ahead) {
-  constexpr int COLUMNS = ROWS == 1 ? REGISTERS / 4 : REGISTERS / 8, FEW = FLOAT_OVER<Operand>;
+  constexpr int COLUMNS = ROWS == 1 ? REGISTERS / 4 : REGISTERS / 8, FEW = PER_FLOAT<Operand>;
   for (int64_t n = 0; n < count; n += VALUES, v += VALUES * v_stride, weights += VALUES) {
     const int64_t some = lesser(VALUES, count - n);
     int64_t d = 0;
@@ -224,7 +128,7 @@ struct Row {
 template <typename T>
 class Task {
   using Operand = typename Factor<T>::Type;
-  static constexpr bool in_pairs = FLOAT_OVER<Operand> == 2;
+  static constexpr bool in_pairs = PER_FLOAT<Operand> == 2;
 
  public:
   Task(const Params& p, int64_t task, float* scratch)
@@ -237,7 +141,7 @@ class Task {
     last = lesser(first + p.block_tokens, p.tokens);
     const int64_t rows = p.block_tokens * group;
     auto take = [&scratch](int64_t floats) { return (scratch += floats) - floats; };
-    auto take_operands = [&](int64_t n) { return reinterpret_cast<Operand*>(take(n / FLOAT_OVER<Operand>)); };
+    auto take_operands = [&](int64_t n) { return reinterpret_cast<Operand*>(take(n / PER_FLOAT<Operand>)); };
     q[TEXT] = take_operands(rows * dim), q[SINK] = take_operands(rows * dim);
     out = take(rows * v_dim), scores = take(rows * KEYS), sums = take(rows * LANES);
     keys = take_operands(KEYS * dim), values = take_operands(KEYS * v_dim);
@@ -317,13 +221,23 @@ class Task {
     if (count <= 0) return {};
     if (position >= stored) {
       const int64_t token = position - length + padding;
-      return {at<T>(p.rotated_k, batch_row, kv_head, token), at<T>(p.v, batch_row, kv_head, token),
-              p.rotated_k.token_stride, p.v.token_stride, position, count, angle};
+      return {at<T>(p.rotated_k, batch_row, kv_head, token),
+              at<T>(p.v, batch_row, kv_head, token),
+              p.rotated_k.token_stride,
+              p.v.token_stride,
+              position,
+              count,
+              angle};
     }
     const int64_t slot = slot_of(p, position), wrap = angle == SINK ? p.sink_size : p.sink_size + p.ring_size;
     count = lesser(count, lesser(stored - position, wrap - slot));
-    return {at<T>(p.k_cache, batch_row, kv_head, slot), at<T>(p.v_cache, batch_row, kv_head, slot),
-            p.k_cache.token_stride, p.v_cache.token_stride, position, count, angle};
+    return {at<T>(p.k_cache, batch_row, kv_head, slot),
+            at<T>(p.v_cache, batch_row, kv_head, slot),
+            p.k_cache.token_stride,
+            p.v_cache.token_stride,
+            position,
+            count,
+            angle};
   }
 
   // Positions and window starts grow from row to row, so the rows that see some of a block are neighbours.
@@ -354,13 +268,13 @@ class Task {
                    int64_t end, const Ahead<T>& values_ahead, const Ahead<T>& keys_ahead) {
     const int64_t count = block.count;
     for_tiles(begin, end, [&](auto rows, int64_t r) {
-      dot_rows<rows()>(q[block.angle] + r * dim, dim, k, k_stride, count, scores + r * KEYS,
+      dot_rows<rows()>(q[block.angle] + r * dim, dim, k, k_stride, dim, count, scores + r * KEYS, KEYS,
                        r == begin ? values_ahead : Ahead<T>{});
     });
     for (int64_t r = begin; r < end; ++r) soften(block, r);
     for_tiles(begin, end, [&](auto rows, int64_t r) {
-      weigh_rows<rows()>(reinterpret_cast<const Operand*>(scores + r * KEYS), v, v_stride, count, out + r * v_dim, v_dim,
-                         r == begin ? keys_ahead : Ahead<T>{});
+      weigh_rows<rows()>(reinterpret_cast<const Operand*>(scores + r * KEYS), v, v_stride, count, out + r * v_dim,
+                         v_dim, r == begin ? keys_ahead : Ahead<T>{});
     });
   }
 
@@ -404,27 +318,14 @@ class Task {
     store(sums + r * LANES, sum);
   }
 
-  // f(number of rows, first row) for [begin, end) in tiles; the number is a constant of its type.
-  template <int N>
-  struct Number {
-    constexpr int operator()() const { return N; }
-  };
-  template <typename F>
-  static void for_tiles(int64_t begin, int64_t end, F f) {
-    for (; begin + ROW_TILE <= end; begin += ROW_TILE) f(Number<ROW_TILE>(), begin);
-    static_assert(ROW_TILE == 4);
-    if (end - begin == 3) f(Number<3>(), begin);
-    if (end - begin == 2) f(Number<2>(), begin);
-    if (end - begin == 1) f(Number<1>(), begin);
-  }
-
   const Params& p;
   const int64_t group, dim, v_dim;  // dims are padded to whole vectors
   int64_t batch_row, kv_head, padding, length;
   int64_t stored;                           // positions before it are in the cache, the only token of a call as well
   int64_t first, last;                      // tokens
   int64_t sinks_end, begin_text, end_text;  // positions that any of them sees: [0, sinks_end), [begin_text, end_text)
-  // Scratch: q by Angle (rows, dim), out (rows, v_dim), scores (rows, KEYS), sums of weights by lane (rows, LANES), keys (KEYS, dim), values (KEYS, v_dim).
+  // Scratch: q by Angle (rows, dim), keys (KEYS, dim), values (KEYS, v_dim); out (rows, v_dim), scores (rows, KEYS),
+  // sums of weights by lane (rows, LANES).
   Operand *q[2], *keys, *values;
   float *out, *scores, *sums;
   Row* state;  // (rows,)
@@ -459,14 +360,10 @@ void append(const Params& p, int64_t begin, int64_t end) {
   }
 }
 
-template <typename F>
-void with_dtype(DType dtype, F f) {
-  if (dtype == DType::float32) f(float());
-  if (dtype == DType::float16) f(F16());
-  if (dtype == DType::bfloat16) f(BF16());
-}
-
 }  // namespace
+
+void normalize(const Linear&);  // linear.cpp
+void multiply(const Linear&, int64_t begin, int64_t end);
 
 // In the order of Kernels' members.
 #define SINKATTN_STRING_(x) #x
@@ -490,6 +387,8 @@ extern const Kernels kernels = {
     [](const Params& p, int64_t begin, int64_t end) {
       with_dtype(p.dtype, [&](auto zero) { append<decltype(zero)>(p, begin, end); });
     },
+    normalize,
+    multiply,
 };
 
 }  // namespace sinkattn::SINKATTN_ISA

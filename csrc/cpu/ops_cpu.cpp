@@ -1,14 +1,16 @@
-// sinkattn::decode and sinkattn::prefill for CPU tensors: checks, unpacking, threads. LibTorch's stable ABI is all that
-// is used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/ops.py, which loads this.
+// The ops decode, prefill and linear for CPU tensors: checks, unpacking, threads. LibTorch's stable ABI is all that is
+// used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/ops.py, which loads this.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "../tensors.h"
@@ -16,6 +18,8 @@
 
 namespace sinkattn {
 namespace {
+
+constexpr int64_t MAX_LINEAR_ROWS = 64;  // as in sinkattn/ops.py
 
 // The fastest that this machine runs, or the one that the environment variable SINKATTN_CPU_ISA names if it runs here.
 const Kernels& kernels() {
@@ -81,9 +85,9 @@ void run(const Params& p) {
 
 Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                const Tensor& lengths, const std::optional<Tensor>& counts, const std::optional<Tensor>& rotation,
-               const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes, int64_t sink_size,
-               int64_t window_size, double scale, double softcap, int64_t rotary_start, bool interleaved,
-               int64_t dense_window) {
+               const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes,
+               int64_t sink_size, int64_t window_size, double scale, double softcap, int64_t rotary_start,
+               bool interleaved, int64_t dense_window) {
   // sinkattn/ops.py calls this first and words the error where it refuses, so what is refused there has to be refused
   // here, before anything is written: but gradients, which it asks for itself.
   for (const Tensor* x : {&q, &k, &v, &k_cache, &v_cache}) {
@@ -167,11 +171,56 @@ Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k
                  window_size, scale, softcap, rotary_start, interleaved, 0);
 }
 
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+              const std::optional<Tensor>& norm_weight, double norm_eps, double norm_shift,
+              const std::optional<Tensor>& residual, const std::string& activation) {
+  static const std::array<const char*, 4> names = {"", "silu", "gelu_tanh", "gelu"};  // in the order of Activation
+  const auto name = std::find(names.begin(), names.end(), activation);
+  STD_TORCH_CHECK(name != names.end(), "sinkattn: unknown activation ", activation);
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.size(0) <= MAX_LINEAR_ROWS,
+                  "sinkattn: linear takes x (up to 64 rows, in_features) and weight (out_features, in_features)");
+  Linear p{};
+  p.activation = Activation(name - names.begin()), p.dtype = dtype_of(x);
+  const int64_t halves = p.activation == Activation::none ? 1 : 2;
+  p.rows = x.size(0), p.in_features = x.size(1), p.outputs = weight.size(0) / halves;
+  STD_TORCH_CHECK(weight.size(0) % halves == 0, "sinkattn: a gated weight needs an even number of rows");
+  STD_TORCH_CHECK(weight.is_cpu() && weight.scalar_type() == x.scalar_type() && weight.stride(1) == 1,
+                  "sinkattn: weight must be on the CPU, have the dtype of x and contiguous rows");
+  std::vector<Tensor> copies;
+  auto pointer = [&](const Tensor& tensor, std::initializer_list<int64_t> shape) {
+    STD_TORCH_CHECK(tensor.is_cpu() && has_shape(tensor, shape) && tensor.scalar_type() == x.scalar_type(),
+                    "sinkattn: the tensors of linear must fit, be on the CPU and have one dtype");
+    return data_of<void>(tensor, x.scalar_type(), copies);
+  };
+  p.x = pointer(x, {p.rows, p.in_features});
+  p.weight = weight.data_ptr(), p.weight_stride = weight.stride(0);
+  if (bias) p.bias = pointer(*bias, {weight.size(0)});
+  if (norm_weight) p.norm_weight = pointer(*norm_weight, {p.in_features});
+  if (residual) p.residual = pointer(*residual, {p.rows, p.outputs});
+  p.norm_eps = float(norm_eps), p.norm_shift = float(norm_shift);
+  Tensor out = empty_like(x, {p.rows, p.outputs});
+  if (p.rows == 0 || p.outputs == 0) return out;
+  p.out = out.data_ptr();
+
+  const Kernels& isa = kernels();
+  p.h_stride = (p.in_features + 31) / 32 * 32;  // whole vectors of any type
+  std::unique_ptr<Line[]> h(new Line[p.rows * p.h_stride / 16]);
+  p.h = h.get();
+  isa.normalize(p);
+  constexpr int64_t outputs = 16;  // of a task: the lanes of the widest vector
+  const int64_t grain = std::max<int64_t>(1, (1 << 16) / (outputs * std::max<int64_t>(1, p.rows * p.in_features)));
+  torch::stable::parallel_for(0, (p.outputs + outputs - 1) / outputs, grain, [&](int64_t begin, int64_t end) {
+    isa.multiply(p, outputs * begin, std::min(outputs * end, p.outputs));
+  });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sinkattn, CPU, m) {
   m.impl("decode", TORCH_BOX(&decode));
   m.impl("prefill", TORCH_BOX(&prefill));
+  m.impl("linear", TORCH_BOX(&linear));
 }
 
 // "avx512_bf16", "avx512", "avx2" or "portable": what runs here. For ctypes.

@@ -41,13 +41,29 @@ struct Params {
   int64_t group, block_tokens, blocks_per_pair;
 };
 
-// attention.cpp, compiled for one instruction set. Pairs and tasks are [begin, end).
+enum class Activation { none, silu, gelu_tanh, gelu };
+
+// A product of few rows: out = act(gate) * up + residual with [gate | up] = RMSNorm(x) weight^T + bias. Null: left out.
+struct Linear {
+  DType dtype;  // of all but h
+  int64_t rows, in_features, outputs, weight_stride, h_stride;
+  const void *x, *norm_weight;  // (rows, in_features), (in_features,)
+  const void *weight, *bias;    // (outputs, in_features), (outputs,), or twice as many of both with a gate
+  const void* residual;         // (rows, outputs)
+  void *h, *out;                // (rows, h_stride): what normalize() makes of x for multiply(); (rows, outputs)
+  float norm_eps, norm_shift;
+  Activation activation;
+};
+
+// attention.cpp and linear.cpp, compiled for one instruction set. Pairs, tasks and outputs are [begin, end).
 struct Kernels {
   const char* name;
   void (*rotate_keys)(const Params&, int64_t begin_pair, int64_t end_pair);
   int64_t (*scratch_floats)(const Params&);  // size of attend's scratch memory, aligned to 64 bytes
   void (*attend)(const Params&, int64_t begin_task, int64_t end_task, float* scratch);
   void (*append)(const Params&, int64_t begin_pair, int64_t end_pair);
+  void (*normalize)(const Linear&);
+  void (*multiply)(const Linear&, int64_t begin_output, int64_t end_output);
 };
 
 namespace avx512_bf16 {

@@ -12,7 +12,12 @@
 #include <immintrin.h>
 #endif
 
+#include "params.h"
+
 namespace sinkattn::SINKATTN_ISA {
+
+inline int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct F16 {
   uint16_t bits;
@@ -153,8 +158,8 @@ inline Vec sums_of_lanes(const Vec* v) {
 
 // What one factor of a product is held as, the query or the weights, where the other, keys or values, is of type T.
 //
-// As floats, LANES at a time, or in pairs of bfloat16 on processors that multiply these: a lane then takes two products,
-// fma(a, b, c) = a[0] b[0] + a[1] b[1] + c.
+// As floats, LANES at a time, or in pairs of bfloat16 on processors that multiply these: a lane then takes two
+// products, fma(a, b, c) = a[0] b[0] + a[1] b[1] + c.
 template <typename T>
 struct Factor {
   using Type = float;
@@ -184,12 +189,41 @@ inline Pairs repeated(const BF16* x) {
   return (Pairs)_mm512_set1_epi32(pair);
 }
 inline Vec fma(Pairs a, Pairs b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
-// Pairs (x[i], y[i]) of two rows: of i = 0 to 3, 8 to 11, 16 to 19 and 24 to 27 in the first, of the rest in the second.
+// Pairs (x[i], y[i]) of two rows: of i = 0 to 3, 8 to 11, 16 to 19 and 24 to 27 in the first, of the rest in the
+// second.
 inline void interleave(const BF16* x, const BF16* y, Pairs& first, Pairs& second) {
   __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(y);
   first = (Pairs)_mm512_unpacklo_epi16(a, b), second = (Pairs)_mm512_unpackhi_epi16(a, b);
 }
 #endif
+
+template <typename T>
+constexpr int PER_FLOAT = sizeof(float) / sizeof(T);  // numbers in the place of a float
+
+// What a product takes of a row at once.
+template <typename Operand, typename T>
+auto factors(const T* x) {
+  if constexpr (PER_FLOAT<Operand> == 1)
+    return load(x);
+  else
+    return load_pairs(x);
+}
+
+// y = x, rounded if need be.
+template <typename T, typename U>
+void convert(const T* x, int64_t dim, U* y) {
+  int64_t i = 0;
+  for (; i + LANES <= dim; i += LANES) store(y + i, load(x + i));
+  for (; i < dim; ++i) from_float(to_float(x[i]), y[i]);
+}
+
+// f(a zero of the type that is named).
+template <typename F>
+void with_dtype(DType dtype, F f) {
+  if (dtype == DType::float32) f(float());
+  if (dtype == DType::float16) f(F16());
+  if (dtype == DType::bfloat16) f(BF16());
+}
 
 typedef uint32_t Bits __attribute__((vector_size(sizeof(Vec))));
 
