@@ -29,7 +29,6 @@ of 1024 tokens, with the same weights; the floor is the bytes of weights and cac
 
 import copy
 import csv
-import ctypes
 import functools
 import json
 import os
@@ -288,14 +287,6 @@ def machine() -> str:
     return f"{names[0].split(':')[1].strip() if names else platform.processor()}, {os.cpu_count()} cores"
 
 
-def instructions() -> str:
-    """Of sinkattn's compiled ops on this machine."""
-    library = Path(ops.__file__).with_name("_C_cpu.so")
-    name = ctypes.CDLL(str(library)).sinkattn_cpu_isa
-    name.restype = ctypes.c_char_p
-    return name().decode()
-
-
 def plot(rows: list[dict], path: Path) -> None:
     """Microseconds of a decode step by provider, a panel a capacity and dtype, the largest number of threads."""
     rows = [row for row in rows if row["tokens"] == 1 and row["threads"] == max(row["threads"] for row in rows)]
@@ -342,7 +333,7 @@ def main(
     versions = {"sinkattn": sinkattn.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     about = {
         "machine": machine(),
-        "instructions": instructions(),
+        "instructions": ops.CPU_ISA,
         "versions": versions | {"python": platform.python_version()},
         "peers": {name: peer.versions for name, peer in peers.items()},
         "missing": missing,

@@ -28,7 +28,7 @@ CUDA_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 19
 CUDA_MAX_GROUP = 16
 CUDA_PREFILL_HEAD_DIMS, CUDA_PREFILL_MAX_SINKS = (64, 128), 128
 LINEAR_MAX_ROWS, LINEAR_MAX_ROWS_ELSEWHERE = 64, 16  # on Hopper and the CPU, on other GPUs
-FEW_ROWS = 8  # with more, torch's products are as fast on other GPUs than Hopper: bench/linear.py
+FEW_ROWS = 8  # with more, torch's products are as fast but on Hopper, or may be (CPUs): bench/linear.py, bench/cpu.py
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? counts, "
@@ -74,7 +74,14 @@ def _load(name: str) -> bool:
     return name == "_C_cpu.so" or bool(ctypes.CDLL(library).sinkattn_cuda_runs())
 
 
+def _cpu_isa() -> str:
+    name = ctypes.CDLL(Path(__file__).parent / "_C_cpu.so").sinkattn_cpu_isa
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
 HAS_CPU_LIBRARY = _load("_C_cpu.so")
+CPU_ISA = _cpu_isa() if HAS_CPU_LIBRARY else ""  # what the compiled CPU ops run here: "avx512_bf16", ..., "portable"
 HAS_CUDA_LIBRARY = torch.version.cuda is not None and _load("_C_cuda.so")
 if not HAS_CPU_LIBRARY:
     torch.library.impl("sinkattn::decode", "CPU", reference.attention)
@@ -492,10 +499,11 @@ def _check_linear(x, weight, bias, norm_weight, residual, activation) -> None:
 
 
 def takes_linear(x: Tensor, weight: Tensor) -> bool:
-    """Whether the compiled `linear` serves x (rows, in_features) and is the faster one: few rows, and no small GPU."""
+    """Whether the compiled `linear` serves x (rows, in_features) and is the faster one: few rows, no small GPU, and
+    on the CPU instructions that it is written for."""
     if x.device.type == "cpu":
         return (
-            HAS_CPU_LIBRARY
+            CPU_ISA not in ("", "portable")
             and len(x) <= FEW_ROWS
             and x.dtype in DTYPES
             and weight.stride(1) == 1
