@@ -37,6 +37,7 @@ import statistics
 import subprocess
 import time
 import types
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -189,8 +190,30 @@ class Peer:
         return self.answer()
 
 
+def take_turns(
+    rounds: dict[str, Callable[[], float]], parts: int, size: int, count: int, reader: Reader
+) -> dict[str, dict[str, float]]:
+    """By provider the medians of its rounds, of which a function runs one and gives the seconds.
+
+    "us" of each of a round's parts, "floor_us" of a part's bytes, "of_floor" and "read_gb_s".
+    """
+    found: dict[str, list[dict]] = {name: [] for name in rounds}
+    for number in range(count + 1):
+        before = reader.bandwidth()
+        for name, one_round in rounds.items():
+            if number > 2 and parts * sum(1e-6 * row["us"] for row in found[name]) > PATIENCE:
+                continue
+            us, after = 1e6 * one_round() / parts, reader.bandwidth()
+            floor = 1e6 * size * (1 / before + 1 / after) / 2
+            if number:  # the first warms up
+                row = {"us": us, "floor_us": floor, "of_floor": floor / us, "read_gb_s": 1e-3 * size / floor}
+                found[name].append(row)
+            before = after
+    return {name: {key: statistics.median(row[key] for row in some) for key in some[0]} for name, some in found.items()}
+
+
 def measure(case: Case, peers: dict[str, Peer], reader: Reader) -> dict[str, dict[str, float]]:
-    """By provider the medians of its rounds: "us" of a layer, "floor_us", "of_floor" and "read_gb_s"."""
+    """What `take_turns` says of a layer."""
     torch.set_num_threads(case.threads)
 
     def own_round(step, take_back) -> float:
@@ -205,19 +228,7 @@ def measure(case: Case, peers: dict[str, Peer], reader: Reader) -> dict[str, dic
     for name, peer in peers.items():
         peer.ask(asdict(case))
         rounds[name] = functools.partial(peer.ask, "round")
-    found: dict[str, list[dict]] = {name: [] for name in rounds}
-    for number in range(case.rounds + 1):
-        before = reader.bandwidth()
-        for name, one_round in rounds.items():
-            if number > 2 and case.layers * sum(1e-6 * row["us"] for row in found[name]) > PATIENCE:
-                continue
-            us, after = 1e6 * one_round() / case.layers, reader.bandwidth()
-            floor = 1e6 * case.bytes * (1 / before + 1 / after) / 2
-            if number:  # the first warms up
-                row = {"us": us, "floor_us": floor, "of_floor": floor / us, "read_gb_s": 1e-3 * case.bytes / floor}
-                found[name].append(row)
-            before = after
-    return {name: {key: statistics.median(row[key] for row in some) for key in some[0]} for name, some in found.items()}
+    return take_turns(rounds, case.layers, case.bytes, case.rounds, reader)
 
 
 def linear_rows(out_features: int, in_features: int, rows: int, dtype: str, threads: int, reader: Reader, rounds: int):
@@ -226,23 +237,21 @@ def linear_rows(out_features: int, in_features: int, rows: int, dtype: str, thre
     count = -(-reader.x.nbytes // (out_features * in_features * getattr(torch, dtype).itemsize))
     weights = [torch.randn(out_features, in_features).to(getattr(torch, dtype)) for _ in range(count)]
     x = torch.randn(rows, in_features).to(weights[0].dtype)
-    found: dict[str, list[dict]] = {"sinkattn": [], "torch": []}
-    for number in range(rounds + 1):
-        before = reader.bandwidth()
-        for name, product in (("sinkattn", ops.linear), ("torch", linear)):
-            begin = time.perf_counter()
-            for weight in weights:
-                product(x, weight)
-            us, after = 1e6 * (time.perf_counter() - begin) / count, reader.bandwidth()
-            floor = 1e6 * weights[0].nbytes * (1 / before + 1 / after) / 2
-            if number:
-                found[name].append({"us": us, "floor_us": floor, "of_floor": floor / us})
-            before = after
+
+    def own_round(product) -> float:
+        begin = time.perf_counter()
+        for weight in weights:
+            product(x, weight)
+        return time.perf_counter() - begin
+
+    products = {"sinkattn": ops.linear, "torch": linear}
+    found = take_turns(
+        {name: functools.partial(own_round, product) for name, product in products.items()},
+        count, weights[0].nbytes, rounds, reader,
+    )  # fmt: skip
     case = dict(out_features=out_features, in_features=in_features, rows=rows, dtype=dtype, threads=threads)
-    return [
-        case | {"provider": name} | {key: statistics.median(row[key] for row in some) for key in some[0]}
-        for name, some in found.items()
-    ]
+    keys = ("us", "floor_us", "of_floor")
+    return [case | {"provider": name} | {key: row[key] for key in keys} for name, row in found.items()]
 
 
 def model_seconds(dtype: str, threads: tuple[int, ...], capacity: int, rounds: int, reader: Reader, shape: dict):

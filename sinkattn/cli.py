@@ -172,9 +172,10 @@ def info() -> None:
         devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:
         kind = torch.device(device).type
-        threads = f"{torch.get_num_threads()} threads, {ops.CPU_ISA or 'no compiled ops'}"
-        name = threads if kind == "cpu" else torch.cuda.get_device_name(device)
-        table.add_row(device, name)
+        if kind == "cpu":
+            table.add_row(device, f"{torch.get_num_threads()} threads, {ops.CPU_ISA or 'no compiled ops'}")
+        else:
+            table.add_row(device, torch.cuda.get_device_name(device))
         for backend in ops.BACKENDS:
             reason = ops.missing_backend(backend, kind)
             table.add_row(

@@ -1,4 +1,4 @@
-"""`ops.linear` against its formula in float64: the reference on the CPU, the compiled op on a GPU.
+"""`ops.linear` against its formula in float64: the compiled ops, and the reference where none is.
 
 Weights lie in something larger that holds NaN, and outputs in memory that held NaN, so a wrong read shows, and a row
 that is not written.

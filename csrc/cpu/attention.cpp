@@ -219,25 +219,16 @@ class Task {
     if (angle == TEXT) position = greater(position, begin_text);
     int64_t count = lesser((angle == SINK ? sinks_end : end_text) - position, KEYS);
     if (count <= 0) return {};
-    if (position >= stored) {
-      const int64_t token = position - length + padding;
-      return {at<T>(p.rotated_k, batch_row, kv_head, token),
-              at<T>(p.v, batch_row, kv_head, token),
-              p.rotated_k.token_stride,
-              p.v.token_stride,
-              position,
-              count,
-              angle};
+    const bool is_new = position >= stored;
+    const Rows &k = is_new ? p.rotated_k : p.k_cache, &v = is_new ? p.v : p.v_cache;
+    int64_t row = position - length + padding;
+    if (!is_new) {
+      row = slot_of(p, position);
+      const int64_t wrap = angle == SINK ? p.sink_size : p.sink_size + p.ring_size;
+      count = lesser(count, lesser(stored - position, wrap - row));
     }
-    const int64_t slot = slot_of(p, position), wrap = angle == SINK ? p.sink_size : p.sink_size + p.ring_size;
-    count = lesser(count, lesser(stored - position, wrap - slot));
-    return {at<T>(p.k_cache, batch_row, kv_head, slot),
-            at<T>(p.v_cache, batch_row, kv_head, slot),
-            p.k_cache.token_stride,
-            p.v_cache.token_stride,
-            position,
-            count,
-            angle};
+    const T *key = at<T>(k, batch_row, kv_head, row), *value = at<T>(v, batch_row, kv_head, row);
+    return {key, value, k.token_stride, v.token_stride, position, count, angle};
   }
 
   // Positions and window starts grow from row to row, so the rows that see some of a block are neighbours.

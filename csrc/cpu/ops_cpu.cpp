@@ -56,6 +56,9 @@ struct alignas(64) Line {
   float floats[16];
 };
 
+// Tasks for a thread at the least: it should have 2^16 multiplications to do. work: a task's.
+int64_t grain_of(int64_t work) { return std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, work)); }
+
 void run(const Params& p) {
   const Kernels& isa = kernels();
   const int64_t pairs = p.batch * p.num_kv_heads, tasks = pairs * p.blocks_per_pair;
@@ -63,11 +66,9 @@ void run(const Params& p) {
     std::unique_ptr<Line[]> scratch(new Line[isa.scratch_floats(p) / 16 + 1]);
     isa.attend(p, begin, end, scratch[0].floats);
   };
-  // A thread should have 2^16 multiplications to do; a task has about this many.
   int64_t keys = *std::max_element(p.lengths, p.lengths + p.batch) + p.tokens;
   if (p.dense_window <= 0) keys = std::min(keys, p.sink_size + p.window_size + p.block_tokens);
-  const int64_t work = p.block_tokens * p.group * keys * (p.head_dim + p.v_dim);
-  const int64_t grain = std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, work));
+  const int64_t grain = grain_of(p.block_tokens * p.group * keys * (p.head_dim + p.v_dim));
   if (p.tokens == 1) {  // a task is all that is done to its pair, and what the token overwrites is seen no more
     torch::stable::parallel_for(0, pairs, grain, [&](int64_t begin, int64_t end) {
       if (p.rotation) isa.rotate_keys(p, begin, end);
@@ -208,7 +209,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   p.h = h.get();
   isa.normalize(p);
   constexpr int64_t outputs = 16;  // of a task: the lanes of the widest vector
-  const int64_t grain = std::max<int64_t>(1, (1 << 16) / (outputs * std::max<int64_t>(1, p.rows * p.in_features)));
+  const int64_t grain = grain_of(outputs * p.rows * p.in_features);
   torch::stable::parallel_for(0, (p.outputs + outputs - 1) / outputs, grain, [&](int64_t begin, int64_t end) {
     isa.multiply(p, outputs * begin, std::min(outputs * end, p.outputs));
   });
