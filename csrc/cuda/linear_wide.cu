@@ -6,7 +6,7 @@
 //   time, so that it reads 64 rows of x for TILE of the weight. One warp asks the copy engine for chunks of KC columns
 //   of both, two warpgroups take turns in multiplying what has come.
 // * A weight with few rows is split by columns as well: blocks of a cluster have the same rows, and each finishes a
-//   part of them, of which the others have put what they found into its shared memory.
+//   part of them, for which the others put what they found into its shared memory.
 // * The norm scales rows of x, so it can wait: x is multiplied by the norm's weight as it comes, and what the squares
 //   of the whole row say is applied to the results.
 // * The weight does not depend on the kernel ahead: as much as there is room for is asked for before that is done.
@@ -109,10 +109,15 @@ struct Place {
   }
 };
 
-// What was found for some outputs of one row, as (parts, X_ROWS, between) with gates and what they let through.
+// Sums of this block's outputs, (..., X_ROWS, between): of its own columns, of those of the others in its cluster, and
+// what scales them. With gates, what they let through lies `to_rest` further on.
+struct Sums {
+  const float* first;
+  int between, to_rest;
+};
 struct Found {
-  const float* sums;
-  int parts, between, to_rest;
+  Sums own, of_others;
+  int others;
   float scale;
 };
 
@@ -125,9 +130,10 @@ __device__ void add_to(float (&y)[8], const float* x) {
   }
 }
 
-// N outputs side by side, from number `output` of `count` in a row on; `at` is their place in a row of what was found.
+// N outputs side by side, from number `output` of `count` in a row on; `at` is their place in a row of sums.
 template <typename T, int N>
 __device__ void finish(const Linear& p, const Found& found, int count, int row, int output, int at) {
+  const bool gated = found.own.to_rest != 0;
   using Piece = std::conditional_t<N == 8, uint4, T>;
   union Numbers {
     Piece piece;
@@ -140,17 +146,19 @@ __device__ void finish(const Linear& p, const Found& found, int count, int row, 
   if (p.bias) {
     const T* from = static_cast<const T*>(p.bias) + output;
     bias.piece = *reinterpret_cast<const Piece*>(from);
-    if (found.to_rest) bias_of_rest.piece = *reinterpret_cast<const Piece*>(from + count);
+    if (gated) bias_of_rest.piece = *reinterpret_cast<const Piece*>(from + count);
   }
   float y[N] = {}, rest[N] = {};
-  const float* from = found.sums + row * found.between + at;
-  for (int s = 0; s < found.parts; ++s, from += X_ROWS * found.between) {
+  auto add = [&](const Sums& sums, int part) {
+    const float* from = sums.first + (part * X_ROWS + row) * sums.between + at;
     add_to(y, from);
-    if (found.to_rest) add_to(rest, from + found.to_rest);
-  }
+    if (gated) add_to(rest, from + sums.to_rest);
+  };
+  add(found.own, 0);
+  for (int other = 0; other < found.others; ++other) add(found.of_others, other);
 #pragma unroll
   for (int i = 0; i < N; ++i) y[i] = y[i] * found.scale + (p.bias ? to_float(bias.number[i]) : 0);
-  if (found.to_rest) {
+  if (gated) {
     activate(y, p.activation);
 #pragma unroll
     for (int i = 0; i < N; ++i) y[i] *= rest[i] * found.scale + (p.bias ? to_float(bias_of_rest.number[i]) : 0);
@@ -165,17 +173,18 @@ __global__ void __launch_bounds__(THREADS, 1)
     wide_kernel(const __grid_constant__ Linear p, const __grid_constant__ Maps maps, const Plan plan) {
   extern __shared__ char memory[];
   __shared__ Barriers at;
-  __shared__ float squares[X_ROWS], squares_of_all[MAX_SPLIT][X_ROWS], scale[X_ROWS];  // of x; what makes it normal
+  __shared__ float squares[X_ROWS], squares_of_others[MAX_SPLIT - 1][X_ROWS];  // of x
+  __shared__ float scale[X_ROWS];                                              // makes x normal
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool has_norm = p.norm_weight != nullptr, gated = p.activation != Activation::none;
   const int split = plan.split, stages = plan.stages;
   // Stages of the weight's rows and x, of 1024 bytes and their multiples; the norm's weight; sums of this block,
-  // (X_ROWS, TILE); what blocks found of what this one finishes, (split, X_ROWS, outputs) or with gates twice as many.
+  // (X_ROWS, TILE); those of others for what this one finishes, (split - 1, X_ROWS, outputs), with gates twice as many.
   constexpr int STAGE = (TILE + X_ROWS) * KC * 2;
   char* ring = memory + (1024 - shared_address(memory) % 1024) % 1024;
   char* norms = ring + stages * STAGE;
   float* sums = reinterpret_cast<float*>(norms + stages * NORM_BYTES);
-  float* of_all = sums + X_ROWS * apart(TILE);
+  float* of_others = sums + X_ROWS * apart(TILE);
 
   // The part of the columns of this block, in chunks, and its tiles.
   const int part = blockIdx.x % split, first_tile = blockIdx.x / split, step = gridDim.x / split;
@@ -184,6 +193,29 @@ __global__ void __launch_bounds__(THREADS, 1)
   const int all_chunks = (p.in_features + KC - 1) / KC;
   const int begin = all_chunks * part / split, chunks = all_chunks * (part + 1) / split - begin;
 
+  // One thread of the last group asks for all that is read.
+  uint64_t once;  // the weight is, in a step, and need not stay in the L2
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  const int total = (tiles - first_tile + step - 1) / step * chunks, early = min(total, stages);
+  int asked_tile = first_tile, asked_chunk = 0;
+  Place asked = {0, 1};
+  auto advance = [&] {
+    if (++asked_chunk == chunks) asked_chunk = 0, asked_tile += step;
+    asked.advance(1, stages);
+  };
+  auto ask_weight = [&] {
+    const unsigned to = shared_address(ring + asked.stage * STAGE);
+    uint64_t* barrier = &at.in[asked.stage];
+    const int column = (begin + asked_chunk) * KC, row = asked_tile * most;
+    expect_bytes(barrier, (TILE + x_rows_of(p)) * KC * 2 + (has_norm ? NORM_BYTES : 0));
+    copy_in_once(to, maps.weight, column, row, barrier, once);
+    if (gated) copy_in_once(to + most * KC * 2, maps.weight, column, count + row, barrier, once);
+    if (has_norm) copy_in(shared_address(norms + asked.stage * NORM_BYTES), maps.norm, column, 0, barrier);
+  };
+  auto ask_x = [&] {
+    copy_in(shared_address(ring + asked.stage * STAGE) + TILE * KC * 2, maps.x, (begin + asked_chunk) * KC, 0,
+            &at.in[asked.stage]);
+  };
   if (threadIdx.x == CONSUMERS) {
     for (int stage = 0; stage < stages; ++stage) {
       open_barrier(&at.in[stage], 1);
@@ -192,66 +224,36 @@ __global__ void __launch_bounds__(THREADS, 1)
     open_barrier(&at.found, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     publish();
-    if (split > 1) expect_bytes(&at.found, split * (p.rows * (TILE / split) + (has_norm ? X_ROWS : 0)) * 4);
+    if (split > 1) expect_bytes(&at.found, (split - 1) * (p.rows * (TILE / split) + (has_norm ? X_ROWS : 0)) * 4);
+#pragma unroll 1
+    for (int i = 0; i < early; ++i) ask_weight(), advance();
   } else if (threadIdx.x == CONSUMERS + 32) {  // meanwhile
     for (const CUtensorMap* map : {&maps.weight, &maps.x, &maps.norm})
       asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
   }
-  auto meet_all = [&] {
-    if (split > 1)
-      asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
-    else
-      __syncthreads();
-  };
+  __syncwarp();
+  let_next_launch();
+  if (split > 1)
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  else
+    __syncthreads();
 
-  if (warp >= CONSUMERS / 32) {  // one thread of a group, whose registers the others get
+  if (warp >= CONSUMERS / 32) {  // the others get its registers
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    uint64_t once;  // it is read once a step, and need not stay in the L2
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-    const int total = (tiles - first_tile + step - 1) / step * chunks, early = min(total, stages);
-    int tile = first_tile, chunk = 0;
-    Place place = {0, 1};
-    auto advance = [&] {
-      if (++chunk == chunks) chunk = 0, tile += step;
-      place.advance(1, stages);
-    };
-    auto ask_weight = [&] {
-      const unsigned to = shared_address(ring + place.stage * STAGE);
-      uint64_t* barrier = &at.in[place.stage];
-      const int column = (begin + chunk) * KC, row = tile * most;
-      expect_bytes(barrier, (TILE + x_rows_of(p)) * KC * 2 + (has_norm ? NORM_BYTES : 0));
-      copy_in_once(to, maps.weight, column, row, barrier, once);
-      if (gated) copy_in_once(to + most * KC * 2, maps.weight, column, count + row, barrier, once);
-      if (has_norm) copy_in(shared_address(norms + place.stage * NORM_BYTES), maps.norm, column, 0, barrier);
-    };
-    auto ask_x = [&] {
-      copy_in(shared_address(ring + place.stage * STAGE) + TILE * KC * 2, maps.x, (begin + chunk) * KC, 0,
-              &at.in[place.stage]);
-    };
-    const bool is_asking = threadIdx.x == CONSUMERS;
-    if (is_asking) {
-#pragma unroll 1
-      for (int i = 0; i < early; ++i) ask_weight(), advance();
-    }
-    __syncwarp();
-    let_next_launch();
-    meet_all();
     wait_for_launch();
-    if (!is_asking) return;
-    tile = first_tile, chunk = 0, place = {0, 1};
+    if (threadIdx.x != CONSUMERS) return;
+    asked_tile = first_tile, asked_chunk = 0, asked = {0, 1};
 #pragma unroll 1
     for (int i = 0; i < early; ++i) ask_x(), advance();
 #pragma unroll 1
     for (int i = early; i < total; ++i) {
-      wait(&at.out[place.stage], place.phase);
+      wait(&at.out[asked.stage], asked.phase);
       ask_weight(), ask_x(), advance();
     }
     return;
   }
 
   asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-  let_next_launch();
-  meet_all();
   const int group = warp / 4, g = lane / 4, c = lane % 4, row = warp % 4 * 16 + g;  // rows of the lane: and row + 8
   const unsigned x_rows = shared_address(ring) + TILE * KC * 2 + warp % 4 * 16 * 128;
   Place tile_at = {0, 0};
@@ -339,13 +341,13 @@ __global__ void __launch_bounds__(THREADS, 1)
     meet(1, CONSUMERS);
     if (split > 1) {
 #pragma unroll 1
-      for (int i = threadIdx.x; i < split * X_ROWS; i += CONSUMERS) {
-        const int row = i % X_ROWS, owner = i / X_ROWS;
+      for (int i = threadIdx.x; i < (split - 1) * X_ROWS; i += CONSUMERS) {
+        const int row = i % X_ROWS, place = i / X_ROWS, owner = (part + split - 1 - place) % split;
         const unsigned barrier = of_block(shared_address(&at.found), owner);
-        if (has_norm) put(of_block(shared_address(&squares_of_all[part][row]), owner), squares[row], barrier);
+        if (has_norm) put(of_block(shared_address(&squares_of_others[place][row]), owner), squares[row], barrier);
         if (row >= p.rows) continue;
         const unsigned from = shared_address(sums + row * apart(TILE) + owner * outputs);
-        const unsigned to = of_block(shared_address(of_all + (part * X_ROWS + row) * apart(TILE / split)), owner);
+        const unsigned to = of_block(shared_address(of_others + (place * X_ROWS + row) * apart(TILE / split)), owner);
         put(to, from, outputs * 4, barrier);
         if (gated) put(to + outputs * 4, from + most * 4, outputs * 4, barrier);
       }
@@ -353,15 +355,17 @@ __global__ void __launch_bounds__(THREADS, 1)
       asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");  // all has come that others had to copy
     }
     if (threadIdx.x < X_ROWS && has_norm) {
-      float total = split > 1 ? 0 : squares[threadIdx.x];
-      for (int s = 0; s < split && split > 1; ++s) total += squares_of_all[s][threadIdx.x];
+      float total = squares[threadIdx.x];
+      for (int other = 0; other < split - 1; ++other) total += squares_of_others[other][threadIdx.x];
       scale[threadIdx.x] = rsqrtf(total / p.in_features + p.norm_eps);
     }
     wait_for_launch();
     meet(1, CONSUMERS);
 
-    Found found = {sums, 1, apart(TILE), gated ? most : 0, 1};
-    if (split > 1) found = {of_all, split, apart(TILE / split), gated ? outputs : 0, 1};
+    Found found = {{sums + part * outputs, apart(TILE), gated ? most : 0},
+                   {of_others, apart(TILE / split), outputs},
+                   split - 1,
+                   1};
     const int first = tile * most + part * outputs, limit = min(outputs, count - first);
     const bool whole = count % 8 == 0 && outputs % 8 == 0 &&
                        (reinterpret_cast<uintptr_t>(p.residual) | reinterpret_cast<uintptr_t>(p.bias)) % 16 == 0;
@@ -399,8 +403,8 @@ bool map_of(CUtensorMap& map, const void* x, int columns, int rows, int64_t row,
 // An even number of stages: then each is one group's. The parity of a barrier does not tell what a group waits for from
 // the last but one to come there, so it has to have seen the last one.
 void measure(Plan& plan, const Device& device) {
-  const int of_all = plan.split > 1 ? plan.split * apart(plan.tile / plan.split) : 0;
-  const int stage = (plan.tile + X_ROWS) * KC * 2 + NORM_BYTES, sums = X_ROWS * (apart(plan.tile) + of_all) * 4;
+  const int of_others = (plan.split - 1) * apart(plan.tile / plan.split);
+  const int stage = (plan.tile + X_ROWS) * KC * 2 + NORM_BYTES, sums = X_ROWS * (apart(plan.tile) + of_others) * 4;
   plan.stages = std::min((device.shared_bytes - 4096 - sums) / stage, MAX_STAGES) / 2 * 2;
   plan.bytes = 1024 + plan.stages * stage + sums;
 }
