@@ -42,6 +42,7 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
     INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+    INSTRUCTION_SETS["amx"] = [*INSTRUCTION_SETS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all", "--threads=2"]
 CUDA_SOURCES = {  # file: the GPUs it is for
     "decode": ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"],  # and later
@@ -161,7 +162,7 @@ class BuildExt(build_ext):
         except subprocess.CalledProcessError as error:
             reason = f"the compiler failed.\n{shlex.join(map(str, error.cmd))}\n{error.stderr.strip()}"
             compiler = (
-                "let CXX name a compiler for C++17, g++ 10 or newer" if name == "cpu" else "try another CUDA compiler"
+                "let CXX name a compiler for C++17, g++ 11 or newer" if name == "cpu" else "try another CUDA compiler"
             )
             leave_out(name, reason, compiler, inplace=self.editable_mode)
             self.distribution.ext_modules.remove(ext)

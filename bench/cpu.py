@@ -92,7 +92,7 @@ class Case:
 
 def cases(tiny: bool) -> list[Case]:
     if tiny:
-        return [Case(4, 2, 16, 32, tokens, "float32", 1, 2, 2) for tokens in (1, 64)]
+        return [Case(4, 2, 16, 32, tokens, "float32", 1, 2, 3) for tokens in (1, 64)]
     shapes = [(32, 8, 128, 1024, 1), (32, 8, 128, 1024, 2), (32, 8, 128, 4096, 2), (32, 32, 128, 1024, 2)]
     shapes.append((14, 2, 64, 1024, 2))
     found = []

@@ -81,7 +81,7 @@ def _cpu_isa() -> str:
 
 
 HAS_CPU_LIBRARY = _load("_C_cpu.so")
-CPU_ISA = _cpu_isa() if HAS_CPU_LIBRARY else ""  # what the compiled CPU ops run here: "avx512_bf16", ..., "portable"
+CPU_ISA = _cpu_isa() if HAS_CPU_LIBRARY else ""  # what the compiled CPU ops run here: "amx", ..., "portable"
 HAS_CUDA_LIBRARY = torch.version.cuda is not None and _load("_C_cuda.so")
 if not HAS_CPU_LIBRARY:
     torch.library.impl("sinkattn::decode", "CPU", reference.attention)

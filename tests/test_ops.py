@@ -699,7 +699,7 @@ def test_any_shape_and_stride_on_the_cpu(call, dtype):
     low = reference.attention(*expected, **case.sizes)
     out = getattr(ops, "decode" if case.tokens == 1 else "prefill")(*run, **case.sizes, backend="cpu")
     eps = torch.finfo(dtype).eps
-    if dtype == torch.bfloat16 and ops.CPU_ISA == "avx512_bf16":
+    if dtype == torch.bfloat16 and ops.CPU_ISA in ("avx512_bf16", "amx"):
         tolerance, _ = TOLERANCES[dtype]
         torch.testing.assert_close(
             out.double(), reference.attention(*exact, **case.sizes), rtol=tolerance, atol=tolerance
@@ -747,7 +747,7 @@ def test_kernels_compile():
 
 
 @pytest.mark.skipif(not ops.HAS_CPU_LIBRARY, reason="the compiled CPU ops were not built")
-@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("instructions", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_other_instruction_sets(instructions):
     """The compiled ops once more, as processors without the fastest instructions run them."""
     files, some = (

@@ -8,6 +8,7 @@
 //
 // so a key or value is loaded once for all rows of the task, and scratch memory doesn't grow with the window. The order
 // of all sums is fixed: the same call gives the same bits with any number of threads.
+#include "amx.h"
 #include "tile.h"
 
 namespace sinkattn::SINKATTN_ISA {
@@ -87,7 +88,7 @@ void weigh_tile(const Operand* weights, const T* v, int64_t v_stride, int64_t co
       if constexpr (TOGETHER == 1)
         value[c] = load(x);
       else  // in want of a second row the first again, for its weight is 0
-        interleave(x, n + 1 < count ? x + v_stride : x, value[c], value[c + 1]);
+        interleave(load_pairs(x), load_pairs(n + 1 < count ? x + v_stride : x), value[c], value[c + 1]);
       for (int i = 0; i < TOGETHER; ++i) ahead.fetch(n + i, c * LANES, x + i * v_stride);
     }
     for (int r = 0; r < ROWS; ++r) {
@@ -125,12 +126,13 @@ struct Row {
   float slope;                     // ALiBi
 };
 
-template <typename T>
+template <typename T, typename Operand>
 class Task {
-  using Operand = typename Factor<T>::Type;
   static constexpr bool in_pairs = PER_FLOAT<Operand> == 2;
 
  public:
+  using Tiles = SINKATTN_ISA::Tiles<Operand>;
+
   Task(const Params& p, int64_t task, float* scratch)
       : p(p), group(p.group), dim(padded<Operand>(p.head_dim)), v_dim(padded<Operand>(p.v_dim)) {
     const int64_t pair = task / p.blocks_per_pair;
@@ -139,19 +141,25 @@ class Task {
     stored = p.tokens == 1 ? length + 1 : length;
     first = task % p.blocks_per_pair * p.block_tokens;
     last = lesser(first + p.block_tokens, p.tokens);
-    const int64_t rows = p.block_tokens * group;
+    const int64_t rows = p.block_tokens * group, tiled = rows + Tiles::ROWS - 1;
     auto take = [&scratch](int64_t floats) { return (scratch += floats) - floats; };
     auto take_operands = [&](int64_t n) { return reinterpret_cast<Operand*>(take(n / PER_FLOAT<Operand>)); };
-    q[TEXT] = take_operands(rows * dim), q[SINK] = take_operands(rows * dim);
-    out = take(rows * v_dim), scores = take(rows * KEYS), sums = take(rows * LANES);
+    q[TEXT] = take_operands(tiled * dim), q[SINK] = take_operands(tiled * dim);
+    out = take(rows * v_dim), scores = take(tiled * KEYS), sums = take(rows * LANES);
     keys = take_operands(KEYS * dim), values = take_operands(KEYS * v_dim);
+    if (Tiles::ROWS > 1) {
+      key_tiles = take_operands(KEYS * dim), value_tiles = take_operands(KEYS * v_dim);
+      spare = take(Tiles::ROWS * v_dim);
+    }
     state = reinterpret_cast<Row*>(take(rows * sizeof(Row) / sizeof(float)));
   }
 
   static int64_t scratch_floats(const Params& p) {
     const int64_t dim = padded<Operand>(p.head_dim), v_dim = padded<Operand>(p.v_dim);
-    const int64_t rows = p.block_tokens * p.group;
-    return rows * (2 * dim + v_dim + KEYS + LANES + sizeof(Row) / sizeof(float)) + KEYS * (dim + v_dim);
+    const int64_t rows = p.block_tokens * p.group, tiled = rows + Tiles::ROWS - 1;
+    const int64_t for_tiles = Tiles::ROWS > 1 ? KEYS * (dim + v_dim) + Tiles::ROWS * v_dim : 0;
+    return tiled * (2 * dim + KEYS) + rows * (v_dim + LANES + sizeof(Row) / sizeof(float)) + KEYS * (dim + v_dim) +
+           for_tiles;
   }
 
   void run() {
@@ -172,7 +180,7 @@ class Task {
     for (int64_t token = first, r = 0; token < last; ++token) {
       for (int64_t g = 0; g < group; ++g, ++r) {
         if constexpr (in_pairs)
-          for (float* o = out + r * v_dim; o < out + (r + 1) * v_dim; o += 2 * LANES) Factor<T>::sort(o);
+          for (float* o = out + r * v_dim; o < out + (r + 1) * v_dim; o += 2 * LANES) sort<Operand>(o);
         T* result = at<T>(p.out, batch_row, kv_head * group + g, token);
         const float sum = sum_lanes(load(sums + r * LANES));
         for (int64_t d = 0; d < p.v_dim; ++d) from_float(out[r * v_dim + d] / sum, result[d]);
@@ -257,6 +265,8 @@ class Task {
   template <typename U>
   void attend_rows(const U* k, int64_t k_stride, const U* v, int64_t v_stride, const Block& block, int64_t begin,
                    int64_t end, const Ahead<T>& values_ahead, const Ahead<T>& keys_ahead) {
+    if constexpr (Tiles::ROWS > 1)
+      if (end - begin >= Tiles::ROWS) return attend_tiles(k, k_stride, v, v_stride, block, begin, end);
     const int64_t count = block.count;
     for_tiles(begin, end, [&](auto rows, int64_t r) {
       dot_rows<rows()>(q[block.angle] + r * dim, dim, k, k_stride, dim, count, scores + r * KEYS, KEYS,
@@ -267,6 +277,38 @@ class Task {
       weigh_rows<rows()>(reinterpret_cast<const Operand*>(scores + r * KEYS), v, v_stride, count, out + r * v_dim,
                          v_dim, r == begin ? keys_ahead : Ahead<T>{});
     });
+  }
+
+  // The same in tiles of rows. What the last one holds behind `end` is multiplied for nothing.
+  template <typename U>
+  void attend_tiles(const U* k, int64_t k_stride, const U* v, int64_t v_stride, const Block& block, int64_t begin,
+                    int64_t end) {
+    constexpr int64_t ROWS = Tiles::ROWS, DEPTH = Tiles::DEPTH, WHOLE = KEYS / ROWS;
+    const int64_t count = block.count, depth = (count + DEPTH - 1) / DEPTH, columns = v_dim / ROWS;
+    Tiles::pack_keys(k, k_stride, dim, count, WHOLE, key_tiles);
+    Tiles::pack_values(v, v_stride, v_dim, count, depth, value_tiles);
+    for (int64_t r = begin; r < end; r += ROWS) {
+      const int64_t rows = lesser(ROWS, end - r);
+      float* row_scores = scores + r * KEYS;
+      Tiles::template multiply<WHOLE, false>(q[block.angle] + r * dim, dim, key_tiles, WHOLE * Tiles::SIZE, dim / DEPTH,
+                                             row_scores, KEYS);
+      auto* weights = reinterpret_cast<Operand*>(row_scores);
+      constexpr int64_t apart = KEYS * PER_FLOAT<Operand>;
+      for (int64_t i = 0; i < rows; ++i) {
+        soften(block, r + i);
+        if (count <= depth * DEPTH - LANES) store(weights + i * apart + depth * DEPTH - LANES, broadcast(0));
+      }
+      float* sums = out + r * v_dim;
+      if (rows < ROWS) sums = static_cast<float*>(memcpy(spare, sums, rows * v_dim * sizeof(float)));
+      int64_t c = 0;
+      for (; c + 4 <= columns; c += 4)
+        Tiles::template multiply<4, true>(weights, apart, value_tiles + c * Tiles::SIZE, columns * Tiles::SIZE, depth,
+                                          sums + c * ROWS, v_dim);
+      for (; c < columns; c += 2)
+        Tiles::template multiply<2, true>(weights, apart, value_tiles + c * Tiles::SIZE, columns * Tiles::SIZE, depth,
+                                          sums + c * ROWS, v_dim);
+      if (rows < ROWS) memcpy(out + r * v_dim, spare, rows * v_dim * sizeof(float));
+    }
   }
 
   // The scores of a row with a block's keys become weights. What a row does not see gets weight 0.
@@ -316,11 +358,26 @@ class Task {
   int64_t first, last;                      // tokens
   int64_t sinks_end, begin_text, end_text;  // positions that any of them sees: [0, sinks_end), [begin_text, end_text)
   // Scratch: q by Angle (rows, dim), keys (KEYS, dim), values (KEYS, v_dim); out (rows, v_dim), scores (rows, KEYS),
-  // sums of weights by lane (rows, LANES).
-  Operand *q[2], *keys, *values;
-  float *out, *scores, *sums;
+  // sums of weights by lane (rows, LANES). For tiles: both packed, and outputs (ROWS, v_dim).
+  Operand *q[2], *keys, *values, *key_tiles, *value_tiles;
+  float *out, *scores, *sums, *spare;
   Row* state;  // (rows,)
 };
+
+template <typename T>
+struct Of {
+  using Type = T;
+};
+// f(Of<the type of p's tasks>).
+template <typename F>
+void with_task(const Params& p, F f) {
+  with_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if constexpr (Tiles<T>::ROWS > 1)
+      if (p.block_tokens * p.group >= Tiles<T>::ROWS) return f(Of<Task<T, T>>());
+    f(Of<Task<T, typename Factor<T>::Type>>());
+  });
+}
 
 template <typename T>
 void rotate_keys(const Params& p, int64_t begin, int64_t end) {
@@ -362,17 +419,20 @@ void multiply(const Linear&, int64_t begin, int64_t end);
 
 extern const Kernels kernels = {
     SINKATTN_STRING(SINKATTN_ISA),
+    Tiles<BF16>::ROWS > 1 ? 128 : 64,  // packing keys and values takes as long for any number
     [](const Params& p, int64_t begin, int64_t end) {
       with_dtype(p.dtype, [&](auto zero) { rotate_keys<decltype(zero)>(p, begin, end); });
     },
     [](const Params& p) {
       int64_t floats = 0;
-      with_dtype(p.dtype, [&](auto zero) { floats = Task<decltype(zero)>::scratch_floats(p); });
+      with_task(p, [&](auto of) { floats = decltype(of)::Type::scratch_floats(p); });
       return floats;
     },
     [](const Params& p, int64_t begin, int64_t end, float* scratch) {
-      with_dtype(p.dtype, [&](auto zero) {
-        for (int64_t task = begin; task < end; ++task) Task<decltype(zero)>(p, task, scratch).run();
+      with_task(p, [&](auto of) {
+        using Task = typename decltype(of)::Type;
+        const typename Task::Tiles tiles{};
+        for (int64_t task = begin; task < end; ++task) Task(p, task, scratch).run();
       });
     },
     [](const Params& p, int64_t begin, int64_t end) {

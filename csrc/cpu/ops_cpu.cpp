@@ -2,6 +2,11 @@
 // used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/ops.py, which loads this.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -21,6 +26,19 @@ namespace {
 
 constexpr int64_t MAX_LINEAR_ROWS = 64;  // as in sinkattn/ops.py
 
+// Whether the processor multiplies tiles of bfloat16 and Linux lets this process keep them, which it has to ask for.
+[[maybe_unused]] bool may_use_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
+  constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & AMX_BF16) && (d & AMX_TILE) &&
+         syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+  return false;
+#endif
+}
+
 // The fastest that this machine runs, or the one that the environment variable SINKATTN_CPU_ISA names if it runs here.
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
@@ -30,7 +48,11 @@ const Kernels& kernels() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
-      if (__builtin_cpu_supports("avx512bf16") && allowed(avx512_bf16::kernels)) return avx512_bf16::kernels;
+      if (__builtin_cpu_supports("avx512bf16")) {
+        if (allowed(amx::kernels) && may_use_amx()) return amx::kernels;
+        // Intel's take two products in pairs no faster than one by one.
+        if (allowed(avx512_bf16::kernels) && (wanted || __builtin_cpu_is("amd"))) return avx512_bf16::kernels;
+      }
       if (allowed(avx512::kernels)) return avx512::kernels;
     }
     // Every processor with AVX2 has F16C, which old compilers cannot ask for.
@@ -155,9 +177,8 @@ Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
     const int64_t head_stride = p.tokens * p.head_dim;
     p.rotated_k = {rotated.get(), p.num_kv_heads * head_stride, head_stride, p.head_dim};
   }
-  constexpr int64_t rows_wanted = 64;  // of a task: enough to share what they load, few enough for the L2 cache
   p.group = p.num_heads / p.num_kv_heads;
-  p.block_tokens = std::min(p.tokens, std::max<int64_t>(1, rows_wanted / p.group));
+  p.block_tokens = std::min(p.tokens, std::max<int64_t>(1, kernels().task_rows / p.group));
   p.blocks_per_pair = (p.tokens + p.block_tokens - 1) / p.block_tokens;
   run(p);
   return out;
@@ -224,7 +245,7 @@ STABLE_TORCH_LIBRARY_IMPL(sinkattn, CPU, m) {
   m.impl("linear", TORCH_BOX(&linear));
 }
 
-// "avx512_bf16", "avx512", "avx2" or "portable": what runs here. For ctypes.
+// "amx", "avx512_bf16", "avx512", "avx2" or "portable": what runs here. For ctypes.
 extern "C" __attribute__((visibility("default"))) const char* sinkattn_cpu_isa() { return kernels().name; }
 
 }  // namespace sinkattn

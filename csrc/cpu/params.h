@@ -58,6 +58,7 @@ struct Linear {
 // attention.cpp and linear.cpp, compiled for one instruction set. Pairs, tasks and outputs are [begin, end).
 struct Kernels {
   const char* name;
+  int64_t task_rows;  // of queries, about: enough to share what they load, few enough for the L2 cache
   void (*rotate_keys)(const Params&, int64_t begin_pair, int64_t end_pair);
   int64_t (*scratch_floats)(const Params&);  // size of attend's scratch memory, aligned to 64 bytes
   void (*attend)(const Params&, int64_t begin_task, int64_t end_task, float* scratch);
@@ -66,6 +67,9 @@ struct Kernels {
   void (*multiply)(const Linear&, int64_t begin_output, int64_t end_output);
 };
 
+namespace amx {
+extern const Kernels kernels;
+}
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }

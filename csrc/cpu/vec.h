@@ -159,7 +159,7 @@ inline Vec sums_of_lanes(const Vec* v) {
 // What one factor of a product is held as, the query or the weights, where the other, keys or values, is of type T.
 //
 // As floats, LANES at a time, or in pairs of bfloat16 on processors that multiply these: a lane then takes two
-// products, fma(a, b, c) = a[0] b[0] + a[1] b[1] + c.
+// products, fma(a, b, c) = a[0] b[0] + a[1] b[1] + c. Those with AMX take no less time for it than one by one.
 template <typename T>
 struct Factor {
   using Type = float;
@@ -167,18 +167,24 @@ struct Factor {
 
 inline Vec repeated(const float* x) { return broadcast(*x); }
 
+// Puts 2 * LANES sums that interleave()'s values went into in the order of i.
+template <typename Operand>
+void sort(float*) {}
+
 #if defined(__AVX512BF16__)
+#if !defined(__AMX_BF16__)
 template <>
 struct Factor<BF16> {
   using Type = BF16;
-  // Puts 2 * LANES sums that interleave()'s values went into in the order of i.
-  static void sort(float* x) {
-    const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    Vec a = load(x), b = load(x + LANES);
-    store(x, _mm512_permutex2var_ps(a, lower, b));
-    store(x + LANES, _mm512_permutex2var_ps(a, _mm512_add_epi32(lower, _mm512_set1_epi32(8)), b));
-  }
 };
+#endif
+template <>
+inline void sort<BF16>(float* x) {
+  const __m512i lower = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  Vec a = load(x), b = load(x + LANES);
+  store(x, _mm512_permutex2var_ps(a, lower, b));
+  store(x + LANES, _mm512_permutex2var_ps(a, _mm512_add_epi32(lower, _mm512_set1_epi32(8)), b));
+}
 
 using Pairs = __m512bh;
 inline Pairs load_pairs(const BF16* x) { return (Pairs)_mm512_loadu_si512(x); }
@@ -191,9 +197,9 @@ inline Pairs repeated(const BF16* x) {
 inline Vec fma(Pairs a, Pairs b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
 // Pairs (x[i], y[i]) of two rows: of i = 0 to 3, 8 to 11, 16 to 19 and 24 to 27 in the first, of the rest in the
 // second.
-inline void interleave(const BF16* x, const BF16* y, Pairs& first, Pairs& second) {
-  __m512i a = _mm512_loadu_si512(x), b = _mm512_loadu_si512(y);
-  first = (Pairs)_mm512_unpacklo_epi16(a, b), second = (Pairs)_mm512_unpackhi_epi16(a, b);
+inline void interleave(Pairs x, Pairs y, Pairs& first, Pairs& second) {
+  first = (Pairs)_mm512_unpacklo_epi16((__m512i)x, (__m512i)y);
+  second = (Pairs)_mm512_unpackhi_epi16((__m512i)x, (__m512i)y);
 }
 #endif
 
