@@ -157,9 +157,8 @@ class Task {
   static int64_t scratch_floats(const Params& p) {
     const int64_t dim = padded<Operand>(p.head_dim), v_dim = padded<Operand>(p.v_dim);
     const int64_t rows = p.block_tokens * p.group, tiled = rows + Tiles::ROWS - 1;
-    const int64_t for_tiles = Tiles::ROWS > 1 ? KEYS * (dim + v_dim) + Tiles::ROWS * v_dim : 0;
-    return tiled * (2 * dim + KEYS) + rows * (v_dim + LANES + sizeof(Row) / sizeof(float)) + KEYS * (dim + v_dim) +
-           for_tiles;
+    const int64_t block = KEYS * (dim + v_dim), packed = Tiles::ROWS > 1 ? block + Tiles::ROWS * v_dim : 0;
+    return tiled * (2 * dim + KEYS) + rows * (v_dim + LANES + sizeof(Row) / sizeof(float)) + block + packed;
   }
 
   void run() {
