@@ -33,6 +33,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from sinkattn import SinkCache, demo, patch
+from sinkattn.models import find
 
 EXPERIMENTS = ("dense", "window", "sinks", "recompute")
 COLOURS = {"dense": "tab:red", "window": "tab:orange", "sinks": "tab:blue", "recompute": "tab:green"}
@@ -93,19 +94,20 @@ def open_model(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
     """Model (eval mode), tokenizer, and how many tokens the tokenizer puts in front of a text.
 
-    name: hub name or local path; "demo" is the model that ships. kwargs: of both `from_pretrained`.
+    name: as in `sinkattn.models.find`: a folder, a hub name, a GGUF file, "demo", "smollm2". kwargs: of both
+    `from_pretrained`.
     """
-    path = demo.MODEL if name == "demo" else name
+    kwargs = {**find(name), **kwargs}
     transformers.logging.set_verbosity_error()  # it would warn that the text gets longer than the context
     transformers.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(path, **kwargs)
+    config = transformers.AutoConfig.from_pretrained(**kwargs)
     kind = SinkLlama if config.architectures == ["SinkLlama"] else AutoModelForCausalLM
     if kind is SinkLlama:
         AttentionInterface.register("causal_sdpa", causal_attention)
         kwargs = {**kwargs, "attn_implementation": "causal_sdpa"}
-    model = kind.from_pretrained(path, dtype=dtype, **kwargs).to(device or default_device()).eval()
+    model = kind.from_pretrained(dtype=dtype, **kwargs).to(device or default_device()).eval()
     kwargs.pop("attn_implementation", None)
-    tokenizer = AutoTokenizer.from_pretrained(path, **kwargs)
+    tokenizer = AutoTokenizer.from_pretrained(**kwargs)
     return model, tokenizer, len(tokenizer("").input_ids)
 
 
@@ -231,13 +233,18 @@ class Reader:
         return torch.cat(pieces, dim=1)
 
 
-def losses(reader: Reader, ids: Tensor, chunk: int = 512) -> Tensor:
-    """Loss of every token after the first. ids: (rows, T + 1); returns (rows, T) float32 on the CPU."""
-    found = []
+def losses(reader: Reader, ids: Tensor, chunk: int = 512, wanted: Tensor | None = None) -> Tensor:
+    """Loss of every token after the first, or of those in the columns `wanted` alone.
+
+    ids: (rows, T + 1) int64. wanted: (n,) int64, increasing, of 1 to T. Returns (rows, n) float32. Both on the CPU.
+    """
+    wanted, found = torch.arange(1, ids.shape[1]) if wanted is None else wanted, []
     for begin in range(0, ids.shape[1] - 1, chunk):
         end = min(begin + chunk, ids.shape[1] - 1)
-        logits = reader.feed(ids[:, begin:end])
-        found.append(F.cross_entropy(logits.mT.float(), ids[:, begin + 1 : end + 1], reduction="none").cpu())
+        columns = wanted[(begin < wanted) & (wanted <= end)]
+        logits = reader.feed(ids[:, begin:end], columns - 1 - begin)
+        targets = ids[:, columns.to(ids.device)]
+        found.append(F.cross_entropy(logits.mT.float(), targets, reduction="none").cpu())
     return torch.cat(found, dim=1)
 
 

@@ -1,7 +1,8 @@
 """Put the measured figures into README.md and docs, between their markers: python bench/readme.py
 
-They come from bench/results/proof, where the results of bench/proof.py lie (what was not measured stays as it is),
-bench/results/h200, where those of the benches of kernels do, and bench/results/cpu, where those of bench/cpu.py do.
+They come from bench/results/real and bench/results/proof, where the results of bench/real.py and bench/proof.py lie
+(what was not measured stays as it is), bench/results/h200, where those of the benches of kernels do, and
+bench/results/cpu, where those of bench/cpu.py do.
 `--check` only says whether all are up to date.
 """
 
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PROOF, GPU = ROOT / "bench/results/proof", ROOT / "bench/results/h200"
+REAL, PROOF, GPU = (ROOT / "bench/results" / name for name in ("real", "proof", "h200"))
 
 # What the kernels are meant to take, 32 query heads of 128 in bfloat16. decode: (key heads, batch, C): us; prefill:
 # (key heads, T, C): ms.
@@ -361,9 +362,12 @@ def loss_table(folder: str) -> str:
 
 def within(folder: str) -> str:
     """How far the loss of sinks + window is from that of re-computation, at the most."""
-    ranges = read_json(f"{folder}/perplexity.json")["sinks_over_recompute"].values()
-    everywhere = max((entry["all"] for entry in ranges), key=abs)
-    apart = max((ratio for entry in ranges for ratio in entry["by_text"]), key=abs)
+    return at_most(read_json(f"{folder}/perplexity.json")["sinks_over_recompute"])
+
+
+def at_most(ranges: dict) -> str:
+    everywhere = max((entry["all"] for entry in ranges.values()), key=abs)
+    apart = max((ratio for entry in ranges.values() for ratio in entry["by_text"]), key=abs)
     return f"{100 * everywhere:+.2f} % over all texts, and by {100 * apart:+.2f} % in a single one"
 
 
@@ -469,10 +473,138 @@ def both_ways_table() -> str:
     return f"\n{table(['masked tokens at', *next(iter(losses.values()))], rows)}\n"
 
 
+def real(part: str) -> dict:
+    return json.loads((REAL / f"{part}.json").read_text())
+
+
+def real_csv(part: str) -> list[dict]:
+    with (REAL / f"{part}.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def real_loss_table() -> str:
+    """Loss by position of the four ways, with the least and most of the texts."""
+    about = real("loss")
+    rows = [
+        [
+            name,
+            *(f"{x['loss']:.3f} ({min(x['loss_by_text']):.2f}-{max(x['loss_by_text']):.2f})" for x in spans.values()),
+        ]
+        for name, spans in about["loss"].items()
+    ]
+    header = ["loss at", *about["loss"]["sinks"]]
+    return f"\n{table(header, rows)}\n\n{len(about['texts'])} texts of {about['tokens']:,} tokens; {made_by(about)}.\n"
+
+
+def real_within() -> str:
+    return at_most(real("loss")["sinks_over_recompute"])
+
+
+def real_sizes_table(study: str) -> str:
+    found = real("sizes")["loss"][study]
+    row = ["loss", *(f"{entry['loss']:.3f}" for entry in found.values())]
+    return f"\n{table(['sinks + window', *found], [row])}\n"
+
+
+def real_attention() -> str:
+    about = real("attention")
+    return f"{about['mean']:.0%} in the mean of its layers, up to {about['most']:.0%}"
+
+
+def real_recall_table() -> str:
+    """By position, and at the end of the text by distance."""
+    about = real("recall")
+    ways = about["shares"].items()
+    places = {name: by_back["20"] for name, by_back in ways}
+    last = list(places["sinks"])[-1]
+    ends = {name: {back: spans[last] for back, spans in by_back.items()} for name, by_back in ways}
+    backs = list(ends["sinks"])
+    by_place = table(
+        ["right answers (%), 20 lines back, at", *places["sinks"]],
+        [[name, *map(percent, spans.values())] for name, spans in places.items()],
+    )
+    by_back = table(
+        [f"at {last}, lines back", *backs],
+        [[name, *(percent(by[back]) for back in backs)] for name, by in ends.items() if len(by) == len(backs)],
+    )
+    return f"\n{by_place}\n\n{by_back}\n\n{recall_caption(about)}\n"
+
+
+def real_dtypes_table() -> str:
+    """Errors by dtype, those of a fuse the largest over its capacities, and the loss over all of the texts."""
+    about, rows = real("dtypes"), {}
+    for line in real_csv("dtypes"):
+        row = rows.setdefault(line["dtype"], {"unpatched": line["unpatched_error"]})
+        row.setdefault(line["fuse"], []).append(float(line["error"] or "nan"))
+    fuses = ("none", "attention", "layers")
+    lines = []
+    for dtype, row in rows.items():
+        worst = [f"{max(row[fuse]):.1e}" if all(x == x for x in row[fuse]) else "refused" for fuse in fuses]
+        spans = about["loss"].get(dtype, {}).values()
+        count = sum(x["tokens"] for x in spans)
+        loss = f"{sum(x['loss'] * x['tokens'] for x in spans) / count:.4f}" if count else "-"
+        lines.append([dtype, f"{float(row['unpatched']):.1e}", *worst, loss])
+    header = ["error of the logits", "unpatched", *(f"fuse={fuse}" for fuse in fuses), "loss"]
+    return f"\n{table(header, lines)}\n\n{made_by(about)}.\n"
+
+
+def real_endless_table() -> str:
+    about, rows = real("endless"), []
+    for name, way in about["ways"].items():
+        lost = [x for x in way["lost_at"] if x is not None]
+        where = f"{len(lost)} of {len(way['lost_at'])} texts"
+        where += f", after {min(lost):,} to {max(lost):,} tokens" if lost else ""
+        rows.append([name, f"{way['fluent']:.0%}", where])
+    header = [f"{about['texts']} texts of {about['tokens']:,} tokens", "fluent pieces", "lost their fluency"]
+    return f"\n{table(header, rows)}\n\n{made_by(about)}.\n"
+
+
+def real_chat_table() -> str:
+    about = real("chat")
+    rows = [
+        [
+            name,
+            str(x["fluent"]),
+            str(x["failed"]),
+            f"{x['known']:.0%}",
+            "never" if x["lost_at"] is None else f"turn {x['lost_at'] + 1}",
+        ]
+        for name, x in about["ways"].items()
+    ]
+    header = [
+        f"of {about['turns']} answers",
+        "fluent",
+        "failed as attention_sinks counts",
+        "known words",
+        "fluency lost at",
+    ]
+    return f"\n{table(header, rows)}\n\n{made_by(about)}.\n"
+
+
+def real_cost_table() -> str:
+    """Milliseconds and MiB of one token, a column a position."""
+    by_way: dict[str, list[str]] = {}
+    lines = real_csv("cost")
+    for line in lines:
+        by_way.setdefault(line["way"], []).append(f"{float(line['ms']):.1f} ms, {int(line['bytes']) / 2**20:,.0f} MiB")
+    where = list(dict.fromkeys(f"{int(line['position']):,}" for line in lines))
+    rows = [[name, *cells[::-2][::-1]] for name, cells in by_way.items()]
+    return f"\n{table(['a token behind', *where[::-2][::-1]], rows)}\n\n{made_by(real('cost'))}.\n"
+
+
 def figures() -> dict[str, str]:
     """What stands between each marker and the next ``<!-- end -->``: all whose results are there."""
     first_line = ("recall_first", "recall_pinned", "recall_pinned_far")
     makers = {
+        "real loss table": (real_loss_table,),
+        "real within": (real_within,),
+        **{f"real {study} table": (real_sizes_table, study) for study in ("sinks", "cache", "newline")},
+        "real attention": (real_attention,),
+        "real recall table": (real_recall_table,),
+        "real dtypes table": (real_dtypes_table,),
+        "real endless table": (real_endless_table,),
+        "real chat table": (real_chat_table,),
+        "real cost table": (real_cost_table,),
         "loss table": (loss_table, "perplexity"),
         "within": (within, "perplexity"),
         "cost table": (cost_table, "perplexity"),
