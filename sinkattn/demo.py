@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from .cache import SinkCache
+from .introspect import cache_name
 from .patch import patch
-from .rope import cache_name
 
 MODEL = Path(__file__).parent / "demo_model"
 TEXTS = 4  # held-out texts, side by side

@@ -25,7 +25,9 @@ from torch.nn import functional as F
 
 from . import ops
 from .cache import SinkCache
-from .rope import Recorder, frequency_buffers
+from .introspect import frequency_buffers
+from .probe import Recorder
+from .step import Step
 
 PROJECTIONS = (  # names of what makes q, k and v, as three or as one
     ("q_proj", "k_proj", "v_proj"),
@@ -182,7 +184,7 @@ def product(x: Tensor, linear: "Joined | nn.Linear", norm: Norm | None = None, r
 
 
 @dataclass
-class Seen:
+class ModuleRecord:
     """What one module did with a short text at position 0.
 
     hidden, output: (1, tokens, hidden_size). cache_name: of the keyword that brought the cache, None for none. like:
@@ -219,7 +221,7 @@ class Observer(Recorder):
 
     def __init__(self, model: nn.Module, *args, **kwargs):
         super().__init__(model, *args, **kwargs)
-        self.of: dict[nn.Module, Seen] = {}
+        self.of: dict[nn.Module, ModuleRecord] = {}
         self._within: list[nn.Module] = []
         self._hooks = []
         names = {*OUTPUTS, LAYER_NORMS[0]}
@@ -234,7 +236,9 @@ class Observer(Recorder):
         if module in self.of:
             self.of[module].calls += 1
         elif isinstance(hidden, Tensor):
-            self.of[module] = Seen(hidden.detach(), next((name for name, x in kwargs.items() if x is self), None))
+            self.of[module] = ModuleRecord(
+                hidden.detach(), next((name for name, x in kwargs.items() if x is self), None)
+            )
 
     def _after(self, module, args, output):
         self._within.pop()
@@ -259,13 +263,13 @@ class Observer(Recorder):
 
 def _is_step(cache) -> bool:
     """Whether what is computed belongs to a step over a cache of ours."""
-    return isinstance(cache, SinkCache) and cache.is_open
+    return isinstance(cache, SinkCache) and cache.step is not None
 
 
 class Attention:
     """An attention module: projections, optional norms of q and k, attention over the cache, output projection."""
 
-    def __init__(self, module: nn.Module, seen: Seen, parts, output: nn.Module, norms, is_grouped: bool):
+    def __init__(self, module: nn.Module, seen: ModuleRecord, parts, output: nn.Module, norms, is_grouped: bool):
         self.module, self.original, self.cache_name = module, module.forward, seen.cache_name
         self.projection, self.output, self.norms, self.is_grouped = Joined(parts), Joined([output]), norms, is_grouped
         self.layer_idx, self.scale, self.softcap = seen.layer_idx, seen.scale, seen.softcap
@@ -278,7 +282,7 @@ class Attention:
         return [*self.projection.parts, *self.output.parts]
 
     @classmethod
-    def of(cls, module: nn.Module, seen: Seen) -> "Attention | None":
+    def of(cls, module: nn.Module, seen: ModuleRecord) -> "Attention | None":
         """How to compute a module, if it has the usual form."""
         parameters = {id(x) for x in module.parameters(recurse=False)}
         if seen.query is None or seen.calls > 1 or seen.returned() is None or "forward" in vars(module):
@@ -300,7 +304,7 @@ class Attention:
                     return attention
         return None
 
-    def _repeats(self, seen: Seen) -> bool:
+    def _repeats(self, seen: ModuleRecord) -> bool:
         """Whether this form gives what the module gave. Some scale what they turn (YaRN): that goes into the scale."""
         try:
             q, k, v = self.split(self.projection(seen.hidden))
@@ -333,22 +337,22 @@ class Attention:
             q, k = q_norm(q), k_norm(k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def attend(self, step: SinkCache, y: Tensor) -> Tensor:
+    def attend(self, step: Step, y: Tensor) -> Tensor:
         """From what the projection gave to what the output projection takes, (batch, tokens, heads * v_dim)."""
         out = step.attend(self.layer_idx, *self.split(y), None, self.scale, self.softcap, self.learned_logits)
         return out.flatten(2)
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
-        step = kwargs.get(self.cache_name)
-        if not _is_step(step) or self.module.training or self.has_hooks:
+        cache = kwargs.get(self.cache_name)
+        if not _is_step(cache) or self.module.training or self.has_hooks:
             return self.original(hidden_states, *args, **kwargs)
-        return self.returned(self.output(self.attend(step, self.projection(hidden_states))))
+        return self.returned(self.output(self.attend(cache.step, self.projection(hidden_states))))
 
 
 class Layer:
     """A decoder layer: ``h = x + attention(norm(x))``, then ``h + down(act(gate(norm(h))) * up(norm(h)))``."""
 
-    def __init__(self, module, seen: Seen, attention: Attention, norms, gate_up, down, activation: str):
+    def __init__(self, module, seen: ModuleRecord, attention: Attention, norms, gate_up, down, activation: str):
         self.module, self.original, self.attention, self.cache_name = module, module.forward, attention, seen.cache_name
         self.norms, self.gate_up, self.down = norms, Joined(gate_up), Joined([down])
         self.activation, self.returned, self.has_hooks = activation, seen.returned(), False
@@ -360,7 +364,7 @@ class Layer:
         return self.attention.projection, self.attention.output, self.gate_up, self.down
 
     @classmethod
-    def of(cls, module: nn.Module, seen: dict[nn.Module, Seen], attention: Attention) -> "Layer | None":
+    def of(cls, module: nn.Module, seen: dict[nn.Module, ModuleRecord], attention: Attention) -> "Layer | None":
         """How to compute a module, if it has the usual form. attention: that of its attention module."""
         here, inner = seen.get(module), seen[attention.module]
         norms = [Norm.of(getattr(module, name, None)) for name in LAYER_NORMS]
@@ -384,13 +388,13 @@ class Layer:
         return None
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
-        attention, step = self.attention, kwargs.get(self.cache_name)
+        attention, cache = self.attention, kwargs.get(self.cache_name)
         is_itself = self.has_hooks or self.module.training or not all(x.is_joined for x in self.products)
-        if is_itself or not _is_step(step):
+        if is_itself or not _is_step(cache):
             return self.original(hidden_states, *args, **kwargs)
         x = hidden_states.flatten(0, 1)
         y = product(x, attention.projection, self.norms[0]).unflatten(0, hidden_states.shape[:2])
-        x = product(attention.attend(step, y).flatten(0, 1), attention.output, residual=x)
+        x = product(attention.attend(cache.step, y).flatten(0, 1), attention.output, residual=x)
         gated = product(x, self.gate_up, self.norms[1], activation=self.activation)
         return self.returned(product(gated, self.down, residual=x).view_as(hidden_states))
 
@@ -417,7 +421,7 @@ class Still:
         self.module, self.original, self.current, self.said = module, module.forward, current, {}
 
     def forward(self, x: Tensor, position_ids: Tensor, *args, **kwargs):
-        if torch.compiler.is_compiling() or not _is_step(self.current.step) or position_ids.shape[-1] != 1:
+        if torch.compiler.is_compiling() or not isinstance(self.current.step, Step) or position_ids.shape[-1] != 1:
             return self.original(x, position_ids, *args, **kwargs)
         key = (x.dtype, x.device, position_ids.shape, *args, *kwargs.items())
         if key in self.said:

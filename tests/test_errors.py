@@ -297,7 +297,7 @@ def test_what_the_first_op_refuses_tears_nothing():
     with pytest.raises(ValueError, match="head_dim up to 256"):
         patch(model, S, W, backend=backend)
     with patch(model, S, W, backend="reference") as handle, torch.no_grad():
-        handle.plan = dataclasses.replace(handle.plan, backend=backend)
+        handle.runner.plan = dataclasses.replace(handle.plan, backend=backend)
         cache = SinkCache(model)
         for _ in range(2):
             with pytest.raises(ValueError, match="head_dim up to 256"):

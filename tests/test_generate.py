@@ -71,7 +71,7 @@ def test_long_prompts_go_through_in_chunks(model, monkeypatch):
     kwargs = dict(labels=ids, output_hidden_states=True)
     with torch.no_grad():
         whole, last = model(ids, **kwargs), model(ids, logits_to_keep=9).logits
-        monkeypatch.setattr(sys.modules["sinkattn.patch"], "CHUNK", 8)
+        monkeypatch.setattr(sys.modules["sinkattn.runner"], "CHUNK", 8)
         chunked, chunked_last = model(ids, **kwargs), model(ids, logits_to_keep=9).logits
         hidden = model(ids, logits_to_keep=9, output_hidden_states=True).hidden_states
         as_tuple = model(ids, return_dict=False, use_cache=False)
