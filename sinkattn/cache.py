@@ -41,6 +41,7 @@ class SinkCache(Cache):
         self._keeper: weakref.finalize | None = None
         self.seen = 0
         self.step: Step | None = None  # under way
+        self.observer = None  # an `Observer` that wants to know what attends
         self._known = 0  # how many of the last ids fed are known, at the end of `rows.recent`
         self.has_places = False  # whether places are not positions any more
         self._torn = False  # whether a step has ended half-way

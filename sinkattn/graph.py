@@ -10,7 +10,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
-from torch.utils.hooks import RemovableHandle
 
 _OWN_HOOKS = "transformers.utils.output_capturing"  # they note outputs if a step asks for them; such steps run eagerly
 
@@ -18,19 +17,19 @@ _OWN_HOOKS = "transformers.utils.output_capturing"  # they note outputs if a ste
 class Captured:
     """``run(**inputs)``, captured: a call copies its inputs to where the graph reads them and replays it.
 
-    inputs: tensors on one GPU; the graph reads copies of them. run: its kernels may read and write other tensors too,
-    which must stay where they are. It must have run before, so that all it needs is compiled and allocated.
+    device: the GPU. inputs: tensors on it; the graph reads copies of them. run: its kernels may read and write other
+    tensors too, which must stay where they are. It must have run before, so that what it needs is compiled and there.
 
     Attributes: inputs (by name), output (whatever `run` returned; each call writes its tensors anew).
 
     Raises RuntimeError if `run` does what a graph cannot hold, as waiting for the GPU.
     """
 
-    def __init__(self, run: Callable, **inputs: Tensor):
+    def __init__(self, run: Callable, device: torch.device, **inputs: Tensor):
         with torch.inference_mode(False):
             self.inputs = {name: x.clone() for name, x in inputs.items()}
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        with torch.cuda.device(device), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self.output = run(**self.inputs)
 
     def __call__(self, **inputs: Tensor):
@@ -59,17 +58,6 @@ def why_eager(model: nn.Module) -> str | None:
         if hasattr(module, "merged_adapters"):
             return f"{name} has adapters that may be switched at any time (merge_and_unload() them)"
     return None
-
-
-def weights_of(model: nn.Module) -> tuple[int, ...]:
-    """Where all weights and buffers are: a graph reads them there."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tuple(x.data_ptr() if type(x) in (Tensor, nn.Parameter) else id(x) for x in tensors)  # others have no place
-
-
-def hooks_made() -> int:
-    """How many hooks were ever registered, on anything: if the count is the old one, so are the hooks."""
-    return RemovableHandle.next_id
 
 
 def is_shortage(error: BaseException | None) -> bool:

@@ -10,6 +10,13 @@ from transformers import GenerationMixin, PreTrainedModel
 CACHE_NAMES = ("cache", "past_key_values")  # of the cache among arguments and outputs; a caller may use either
 
 
+def picks_by_length(module: nn.Module, layer_type: str = "") -> bool:
+    """Whether a rotary module picks its frequencies by the length of the text (dynamic NTK, longrope)."""
+    kind = getattr(module, "rope_type", "default")
+    kinds = [kind] if isinstance(kind, str) else [kind[layer_type]] if layer_type else list(kind.values())
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
 @contextlib.contextmanager
 def untouched(model: nn.Module):
     """Run the model in evaluation mode (dropout would look like a position), and leave it as it was."""

@@ -1,28 +1,31 @@
 """patch(model): endless, exact generation for one transformers model object, in place, and back."""
 
+import contextlib
 import copy
 import inspect
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from . import interface, ops
-from .cache import SinkCache
-from .fuse import Fused, Observer
+from . import changes, interface, ops, verify
+from .fuse import Fused
 from .generation import Generation
 from .interface import IMPLEMENTATION, current
-from .introspect import cache_name, input_device, rewind, takes_positions, untouched
+from .introspect import input_device, untouched
+from .observe import Observer
 from .probe import Recorder, probe
 from .rope import UnsupportedModelError
-from .rows import Plan
+from .rows import Plan, SinkLayer
 from .runner import CHUNK, Runner
+from .verify import Verification
 
 ROUTES = {  # how attention is reached: the implementation that the config names meanwhile, None for the model's own
     "interface": IMPLEMENTATION,  # interface.py, through transformers' attention interface
     "watch": None,  # whatever the model does with what `Cache.update` returns, see watch.py
 }
+OWN = (None, "eager")  # implementations of attention that tell what the model itself computes
 
 
 class _Replaced:
@@ -60,33 +63,51 @@ class Handle:
         ]
         self._replaced: dict[str, object] = {}
         self._had: dict[str, object] = {}
-        capacity = sink_size + window_size
-        ids = torch.arange(3, 3 + min(capacity, 8), device=input_device(model))[None]
-        with untouched(model), torch.no_grad():
-            route, layers = self._reach(capacity, window_size)
-            observer = (
-                self._observe(ids[:, :3], capacity, window_size) if fuse != "none" and route == "interface" else None
-            )
-            self._restore_configs()
-            ids = ids % model.get_input_embeddings().num_embeddings
-            rewind(model)
-            expected = model(input_ids=ids, use_cache=False)[0]
-        self._name_implementation(ROUTES[route])
-        config = next(config for module, config in self._configs if module is model)
-        plan = Plan(sink_size, window_size, prefill, backend, config, True, layers, route)
-        self.runner = Runner(model, plan, cuda_graph)
-        self._install()
+        self.runner, self._watching = None, changes.watch()
         try:
-            if observer is not None:
-                with torch.no_grad():
-                    self.runner.fused = Fused(model, fuse, observer, current)
-                self.runner.fused.apply()
-            with untouched(model):
-                self._verify(ids, expected)
-            self.runner.look()
+            with verify.plainly(model):
+                self._find_out(sink_size, window_size, prefill, backend, fuse, cuda_graph)
         except BaseException:
-            self.remove()
+            self._restore()
             raise
+        self._install()
+        self.runner.keep_in_sight(self._attending)
+
+    def _find_out(self, sink_size, window_size, prefill, backend, fuse, cuda_graph) -> None:
+        """Probe the model, choose how it is run, and see that this gives what the model itself gives."""
+        model, config = self.model, self.model.config
+        with untouched(model):
+            context, route, layers = self._reach(sink_size + window_size)
+            plan = Plan(sink_size, window_size, prefill, backend, config, True, layers, route)
+            _check_backend(plan)
+            check = Verification(model, context, plan)
+            own = check.own()
+            self.runner = Runner(model, check.small(), cuda_graph)
+            model._sinkattn = self
+            observer = Observer(model)
+            with self._attends_by(ROUTES[route]):
+                found = check.observe(self.runner, observer)
+            for implementation in OWN:  # some leave out what others compute, as softcaps
+                try:
+                    with self._attends_by(implementation):
+                        check.check_attention(found, observer)
+                    break
+                except UnsupportedModelError as error:
+                    refusal = error
+            else:
+                raise refusal
+            fused = Fused(model, fuse, observer) if fuse != "none" and route == "interface" else None
+        self._name_implementation(ROUTES[route])
+        if fused is not None:
+            self.runner.fused = fused
+            fused.apply()
+        model._sinkattn = self
+        with untouched(model):
+            continues = check.check_pieces(self.runner, found)
+            self.runner.plan = replace(check.small(backend), continues=continues)
+            check.check_dtype(self.runner, found, own)
+        self.runner.plan = replace(plan, continues=continues)
+        self._attending = list(observer.attending.values())
 
     @property
     def plan(self) -> Plan:
@@ -104,75 +125,43 @@ class Handle:
             self._replace("generate", generation.generate)
             self._replace("_prepare_cache_for_generation", generation.prepare_cache)
             self._replace("prepare_inputs_for_generation", generation.prepare_inputs)
-        self.model._sinkattn = self
 
-    def _reach(self, capacity: int, window_size: int) -> tuple[str, dict]:
-        """The first route that leads to the model's attention, and what was probed over it."""
-        for route, implementation in ROUTES.items():
-            self._name_implementation(implementation)
-            try:
-                recorder = Recorder(self.model, capacity, window_size, watches=route == "watch")
-            except (AttributeError, KeyError, ValueError) as error:
-                name = type(self.model).__name__
-                raise UnsupportedModelError(f"{name}: transformers makes no cache for its config: {error!r}") from error
-            try:
-                with current.of(recorder):
-                    return route, probe(self.model, recorder, capacity, CHUNK)
-            except UnsupportedModelError as error:
-                refusal = error
-                if recorder.reached:  # but not served
-                    break
-        raise refusal
-
-    def _observe(self, ids: Tensor, capacity: int, window_size: int) -> Observer:
-        """What every part of the model does with a few tokens that all stand at position 0."""
-        observer = Observer(self.model, capacity, window_size, watches=False)
-        more = {"position_ids": torch.zeros_like(ids)} if takes_positions(self.model.forward) else {}
-        try:
-            with current.of(observer):
-                self.model(input_ids=ids, use_cache=True, **{cache_name(self.model.forward): observer}, **more)
-        finally:
-            observer.close()
-        return observer
-
-    @torch.no_grad()
-    def _verify(self, ids: Tensor, expected: Tensor) -> None:
-        """Compare a short text with the unpatched model: whatever the probe cannot know of shows here.
-
-        Differences are root mean squares relative to the spread. Half precision needs room where experts are chosen.
+    def _reach(self, capacity: int) -> tuple[Callable, str, dict]:
+        """The first route that leads to the model's attention, what was probed over it, and in which context: that of
+        float32 if the model can be run so.
         """
-        allowed = 1e-2 if expected.dtype == torch.float32 else 0.3
-
-        def difference(pieces: list[int]) -> float:
-            cache = SinkCache(self.model)
-            found = [self.model(piece, past_key_values=cache)[0] for piece in ids.split(pieces, dim=1)]
-            error = torch.cat(found, dim=1).double() - expected.double()
-            return (error.square().mean().sqrt() / expected.double().std().clamp_min(1e-30)).item()
-
-        name, tokens = type(self.model).__name__, ids.shape[1]
-        half, has_state = tokens // 2, SinkCache(self.model).has_state
-        if not (error := difference([tokens])) < allowed:
-            raise UnsupportedModelError(
-                f"{name}: a short text gives other outputs than unpatched, by {error:.1e} of their spread: something "
-                "else than its attention looks at positions, masks or the cache"
-            )
-        if tokens < 2:
-            return
-        continues = (error := difference([half, tokens - half])) < allowed
-        if has_state and not continues:
-            error = difference([half] + [1] * (tokens - half))
-        if not error < allowed:
-            raise UnsupportedModelError(
-                f"{name}: a short text in pieces gives other outputs than at once, by {error:.1e} of their spread: "
-                "something besides attention counts columns, or keeps a state that does not go on where it stopped"
-            )
-        self.runner.plan = replace(self.plan, continues=continues)
+        for context, (route, implementation) in itertools.product(verify.contexts(self.model), ROUTES.items()):
+            with self._attends_by(implementation):
+                try:
+                    recorder = Recorder(self.model, capacity, watches=route == "watch")
+                except (AttributeError, KeyError, ValueError) as error:
+                    name = type(self.model).__name__
+                    raise UnsupportedModelError(
+                        f"{name}: transformers makes no cache for its config: {error!r}"
+                    ) from error
+                try:
+                    with current.of(recorder), context():
+                        return context, route, probe(self.model, recorder, capacity, CHUNK)
+                except UnsupportedModelError as error:
+                    refusal = error
+                    if recorder.reached and error.__cause__ is None:  # but not served
+                        break
+        raise refusal
 
     def _replace(self, name: str, call) -> None:
         if name in vars(self.model):  # accelerate's hooks put their own forward there
             self._had[name] = vars(self.model)[name]
         self._replaced[name] = _Replaced(call, getattr(self.model, name))
         setattr(self.model, name, self._replaced[name])
+
+    @contextlib.contextmanager
+    def _attends_by(self, implementation: str | None):
+        """A context in which the model's config names an attention implementation, None for its own."""
+        self._name_implementation(implementation)
+        try:
+            yield
+        finally:
+            self._restore_configs()
 
     def _name_implementation(self, implementation: str | None) -> None:
         """Give the model copies of its configs that name an attention implementation: the originals may be shared."""
@@ -200,15 +189,21 @@ class Handle:
                 raise RuntimeError(
                     f"{name} of the model was replaced after sinkattn.patch(); undo that before remove()"
                 )
+        self._restore()
+
+    def _restore(self) -> None:
         for name in self._replaced:
             delattr(self.model, name)
             if name in self._had:
                 setattr(self.model, name, self._had[name])
-        if self.runner.fused is not None:
-            self.runner.fused.undo()
-        del self.model._sinkattn
+        self._replaced, self._had = {}, {}
+        self._watching.close()
+        if self.runner is not None:
+            if self.runner.fused is not None:
+                self.runner.fused.undo()
+            self.runner.plan.spare.close()
+        vars(self.model).pop("_sinkattn", None)
         self._restore_configs()
-        self.plan.spare.close()
 
     def __enter__(self) -> "Handle":
         return self
@@ -223,6 +218,16 @@ class Handle:
             f"prefill={plan.prefill!r}, backend={plan.backend!r}, "
             f"steps {'captured' if self.why_eager is None else f'run eagerly: {self.why_eager}'}>"
         )
+
+
+def _check_backend(plan: Plan) -> None:
+    """Raise UnsupportedModelError for a layer that the backend asked for by name does not serve."""
+    for (layer_idx, _), probed in plan.layers.items():
+        if SinkLayer(probed, plan).sink_reach is not None and plan.backend not in ("auto", "reference"):
+            raise UnsupportedModelError(
+                f"layer {layer_idx} has a sliding window of its own, {probed.own_window} tokens, between window_size "
+                f"and sink_size + window_size: backend {plan.backend!r} does not serve that, 'auto' and 'reference' do"
+            )
 
 
 def patch(

@@ -7,6 +7,7 @@ with one of the model's own frequency tables, in one of the layouts of `Rope`, o
 
 import copy
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,15 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from .introspect import cache_name, counts_in_three, frequency_buffers, input_device, rewind, takes_positions
+from .introspect import (
+    cache_name,
+    counts_in_three,
+    frequency_buffers,
+    input_device,
+    picks_by_length,
+    rewind,
+    takes_positions,
+)
 from .reference import rotate
 from .rope import ProbedLayer, Rope, UnsupportedModelError
 from .watch import Watch
@@ -45,12 +54,12 @@ class Recorder(DynamicCache):
 
     is_probe = True
 
-    def __init__(self, model: PreTrainedModel, capacity: int, window_size: int, watches: bool):
+    def __init__(self, model: PreTrainedModel, capacity: int, watches: bool):
         super().__init__(config=model.config)  # for layers with a state of their own
         knowing = [m for m in model.modules() if isinstance(getattr(m, "layer_idx", None), int)]
         knowing.sort(key=lambda m: "Attention" in type(m).__name__)  # the layer itself may know its index too
         self.modules = {m.layer_idx: type(m).__name__ for m in knowing}
-        self.capacity, self.window_size, self.watches = capacity, window_size, watches
+        self.capacity, self.watches = capacity, watches
         self.reports: dict[int, int] = {}  # how much text layers say they hold, if not none
         self.forget()
 
@@ -120,7 +129,7 @@ class Recorder(DynamicCache):
         window = max(windows.values())
         if any(shown != min(window, query + 1) for query, shown in windows.items()):
             window = -1
-        return torch.tensor([[[[0 if window >= self.window_size else window]]]], device=device)
+        return torch.tensor([[[[0 if window >= self.capacity else window]]]], device=device)
 
 
 class _Recording(Watch):
@@ -219,7 +228,7 @@ def probe(
             if not recorder.watches:
                 held = max(capacity, longest)
                 recorder.reports = {index: held for index, _ in rows}
-                run(torch.ones(1, 1, dtype=torch.int64, device=device), [0])
+                run(torch.ones(len(positions), 1, dtype=torch.int64, device=device), positions)
                 for key, seen in recorder.seen.items():
                     if (seen.query[0] - rows[key].query[0]).abs().max() > 1e-3 * seen.query.abs().max():
                         raise UnsupportedModelError(
@@ -339,10 +348,10 @@ def _match(where, positions, query, key, value, used) -> tuple[int, int, bool, i
             f"{where}: its values change with the position, so positions enter outside a rotation (learned or added "
             "position embeddings, as in GPT-2 and OPT)"
         )
-    best = max(residual(x, x[:1].expand_as(x)) for x in (query, key))
-    if best < noise:
+    if max(residual(x, x[:1].expand_as(x)) for x in (query, key)) < noise:
         return None
     position = torch.tensor(positions, dtype=torch.float64, device=key.device)
+    errors = {}
     for index, frequency in enumerate(used):
         rotated = 2 * len(frequency)
         if rotated > key.shape[-1]:
@@ -350,17 +359,28 @@ def _match(where, positions, query, key, value, used) -> tuple[int, int, bool, i
         angles = (position[:, None] * frequency.to(key.device))[:, None]  # (P, 1, r / 2)
         for start in sorted({0, key.shape[-1] - rotated}):  # MLA turns the last dims
             for interleaved, sign in itertools.product((False, True), (1, -1)):
-                error = max(
-                    residual(x, rotate(x[:1].expand_as(x), angles.cos(), sign * angles.sin(), start, interleaved))
+                errors[index, start, interleaved, sign] = max(
+                    _by_dim(x, rotate(x[:1].expand_as(x), angles.cos(), sign * angles.sin(), start, interleaved))
                     for x in (query, key)
                 )
-                best = min(best, error)
-                if error < tolerance:
-                    return index, start, interleaved, sign
+    best = min(errors, key=errors.get, default=None)
+    if best is not None and errors[best] < tolerance:
+        return best
     raise UnsupportedModelError(
         f"{where}: query and key change with the position, but not by a plain rotation with the model's frequencies "
-        f"(best residual {best:.1e}, allowed {tolerance:.1e}): something acts after the rotation, or scales by position"
+        f"(best residual {min(errors.values(), default=math.inf):.1e}, allowed {tolerance:.1e}): something acts after "
+        "the rotation, or scales by position"
     )
+
+
+def _by_dim(found: Tensor, expected: Tensor) -> float:
+    """The largest error of a dim, relative to what the dim holds: loud ones say nothing of the others.
+
+    found, expected: (positions, heads, dim).
+    """
+    size = lambda x: x.square().mean((0, 1)).sqrt()  # noqa: E731
+    held = size(expected)
+    return (size(found - expected) / held.clamp_min(1e-2 * held.square().mean().sqrt()).clamp_min(1e-30)).max().item()
 
 
 @dataclass
@@ -381,10 +401,8 @@ def _frequency_tables(model: nn.Module, capacity: int) -> list[_Table]:
     for module in model.modules():
         for name in frequency_buffers(module):
             layer_type = name.removesuffix("inv_freq").removesuffix("_")
-            rope_type = getattr(module, "rope_type", "default")
-            rope_type = rope_type[layer_type] if isinstance(rope_type, dict) else rope_type
             rows = [getattr(module, name)]
-            if "dynamic" in rope_type or rope_type == "longrope":
+            if picks_by_length(module, layer_type):
                 rotary, more = copy.deepcopy(module), {"layer_type": layer_type} if layer_type else {}
                 rows, like = [], getattr(module, name)
                 rewind(rotary)

@@ -6,7 +6,7 @@ position 4,000,000 as at 5, whatever tables or float32 products the model itself
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class Rope:
     @property
     def varies(self) -> bool:
         return len(self.frequencies) > 1
+
+    def up_to(self, capacity: int) -> "Rope":
+        """The same rotation in a smaller cache."""
+        return replace(self, set_of_length=self.set_of_length[: capacity + 1], _on={})
 
     def _tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """On a device: frequencies, set_of_length, and (2, 1) float64 what makes a sine the cosine and the sine."""

@@ -50,7 +50,8 @@ class Plan:
 class SinkLayer(CacheLayerMixin):
     """Keys and values of one attention: (batch, num_kv_heads, S + R, head_dim) each, slots as in `reference.slot_of`.
 
-    A layer whose own sliding window is smaller than W keeps that window: the same ring with no sinks.
+    A layer whose own sliding window is not larger than W keeps that window: the same ring with no sinks. One whose
+    window lies between W and S + W sees the sinks for as long as they are nearer than that: sink_reach, else None.
     """
 
     is_compileable = False  # so that `generate` makes no masks of its own
@@ -58,9 +59,13 @@ class SinkLayer(CacheLayerMixin):
     def __init__(self, probed: ProbedLayer, plan: Plan):
         super().__init__()
         self.probed, self.rope, own = probed, probed.rope, probed.own_window
-        self.sink_size = plan.sink_size if own is None else 0
-        self.window_size = plan.window_size if own is None else own
-        self.is_dense = plan.prefill == "dense" and own is None
+        self.sink_size, self.window_size, self.sink_reach = plan.sink_size, plan.window_size, None
+        self.is_dense = plan.prefill == "dense"
+        if own is not None and own < plan.capacity:
+            if own > plan.window_size and not self.is_dense:
+                self.sink_reach = own
+            else:
+                self.sink_size, self.window_size, self.is_dense = 0, own, False
 
     def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
         slots = self.sink_size + self.window_size

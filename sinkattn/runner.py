@@ -10,13 +10,23 @@ import inspect
 import itertools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from . import changes
 from .cache import SinkCache
-from .graph import Captured, hooks_made, is_shortage, weights_of, why_eager
+from .graph import Captured, is_shortage, why_eager
 from .interface import current
-from .introspect import CACHE, CACHE_NAMES, cache_name, counts_in_three, named, takes_positions
+from .introspect import (
+    CACHE,
+    CACHE_NAMES,
+    cache_name,
+    counts_in_three,
+    frequency_buffers,
+    named,
+    picks_by_length,
+    takes_positions,
+)
 from .outputs import finished, joined, without_cache
 from .rows import Plan
 
@@ -41,11 +51,25 @@ class Runner:
         self.model, self.plan, self.fused = model, plan, None
         self.why_eager = None if cuda_graph else "cuda_graph=False"
         self._refused = not cuda_graph  # for good, while `why_eager` may change with hooks and devices
-        self._weights, self._hooks = (), -1
         self._forward = model.forward
+        self._version, self._seen, self._changes = 0, None, -1  # see `look`
+        self._attending: dict[nn.Module, nn.Module] = {}
+        self._rotaries: list[tuple[str, tuple[Tensor, Tensor]]] = []
         self._counts_in_three = counts_in_three(model)
         self._takes_positions, self.cache_name = takes_positions(model.forward), cache_name(model.forward)
         self._parameters = tuple(inspect.signature(model.forward).parameters)
+
+    def keep_in_sight(self, attending: list[nn.Module]) -> None:
+        """Note what was found out and cannot be followed if it changes. attending: the model's attention modules."""
+        owners = {child: module for module in self.model.modules() for child in module.children()}
+        self._attending = {module: owners[module] for module in attending if module in owners}
+        self._rotaries = [
+            (f"{path}.{name}".lstrip("."), (buffer := getattr(module, name), buffer.clone()))
+            for path, module in self.model.named_modules()
+            for name in frequency_buffers(module)
+            if not picks_by_length(module)
+        ]
+        self.look()
 
     def forward(self, *args, **kwargs):
         """The model's own forward over a SinkCache: same arguments, same outputs, streaming logits.
@@ -87,8 +111,10 @@ class Runner:
                 return finished(type(output)(**copied, **{CACHE: cache}), self.model, kwargs.get("return_dict"))
         mask = None if mask is None else mask.bool()
         places = self._places_of(kwargs, mask, cache)
-        if tokens > 1:  # one look at the values and the model a prompt, none a token
-            self.look()
+        is_new = tokens > 1 or not cache.seen or self._changes != changes.made()
+        if is_new and self._seen is not None and not torch.compiler.is_compiling():
+            self.look()  # once a prompt, not once a token
+        if tokens > 1:
             self._check_values(ids, mask, None if self._counts_in_three else kwargs.get("position_ids"), cache)
         return self._run(kwargs, tokens, cache, mask, places, keep_cache)
 
@@ -185,7 +211,7 @@ class Runner:
 
     def may_replay(self, kwargs: dict, cache: SinkCache) -> bool:
         """Whether a one-token step is one that a CUDA graph holds, as far as the host can tell."""
-        if self._hooks != hooks_made():
+        if self._changes != changes.made() and not torch.compiler.is_compiling():
             self.look()
         if self.why_eager is not None or not cache.seen or not cache.rows.is_warm:
             return False
@@ -194,15 +220,28 @@ class Runner:
         return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
     def look(self) -> None:
-        """Find out anew whether steps can be captured, and where the weights are that captured ones read."""
-        self._hooks = hooks_made()
-        weights = weights_of(self.model)
+        """Find out what has changed in the model: what it is computed by, and whether its steps can be captured.
+
+        Raises RuntimeError for changes that sinkattn cannot follow.
+        """
+        self._changes = changes.made()
+        for name, was in self._rotaries:
+            now = self.model.get_buffer(name)
+            if now is not was[0] and not torch.equal(now, was[1].to(now)):
+                raise RuntimeError(
+                    f"{name} was changed after sinkattn.patch(), which read it: remove() and patch() again"
+                )
+        sight = changes.sight(self.model, self.fused.forwards if self.fused is not None else {})
+        for module, owner in self._attending.items():
+            if module not in sight or all(child is not module for child in owner.children()):
+                raise RuntimeError(
+                    f"a {type(module).__name__} was taken out or exchanged after sinkattn.patch(), which found out how "
+                    "it attends: remove() and patch() again"
+                )
         if self.fused is not None:
-            self.fused.look()
-            if weights != self._weights:
-                self.fused.join()
-                weights = weights_of(self.model)
-        self._weights = self._weights if weights == self._weights else weights
+            self.fused.look(sight)
+        now = sight, changes.weights(self.model)
+        self._version, self._seen = self._version + (now != self._seen), now
         if self._refused:
             return
         self.why_eager = why_eager(self.model)
@@ -216,11 +255,13 @@ class Runner:
         ids, mask: (batch, 1). Returns the model's output, which the next step overwrites, or None if the step could not
         be captured and has not run.
         """
-        rows, wanted = cache.rows, (self._weights, cache.has_places)
+        device = ids.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        rows, wanted = cache.rows, (self._version, cache.has_places, autocast)
         if rows.captured is None or rows.captured_for != wanted:
             try:
                 run = functools.partial(self._one_token, cache)
-                rows.captured = Captured(run, ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+                rows.captured = Captured(run, ids.device, ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
             except RuntimeError as error:
                 self.why_eager, self._refused = f"capturing its step failed: {error}", not is_shortage(error)
                 return None

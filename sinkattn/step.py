@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .reference import append, held_positions, rotate
+from .observe import AttentionRecord
+from .reference import append, attention, held_positions, rotate
 from .rope import Rope
 from .rows import SinkLayer
 from .watch import Watch
@@ -97,7 +98,13 @@ class Step:
         call = self._calls[layer_idx] = self._calls.get(layer_idx, -1) + 1
         if (layer_idx, call) not in self.rows.rings:
             raise ValueError(f"layer {layer_idx} attends, which it did not for text alone: sinkattn serves text")
-        layer = self.rows.rings[layer_idx, call]
+        out = self._attend(self.rows.rings[layer_idx, call], query, key, value, scale, softcap, learned_logits)
+        if self.cache.observer is not None:
+            record = AttentionRecord(layer_idx, query, key, value, out, scale, softcap, learned_logits)
+            self.cache.observer.attended((layer_idx, call), record)
+        return out
+
+    def _attend(self, layer: SinkLayer, query, key, value, scale, softcap, learned_logits) -> Tensor:
         if layer.is_initialized and not layer.fits(key) and self.cache.seen:
             raise ValueError(
                 f"this SinkCache holds {layer.keys.dtype} on {layer.keys.device}, the model's keys are now {key.dtype} "
@@ -130,7 +137,10 @@ class Step:
             rotation = None if rope is None else self._rotation(rope, query.device)
             given = (query, key, value, layer.keys, layer.values, lengths, counts, rotation, learned_logits, slopes)
             # overlap: since the cache was last written, torch's kernels have made the step's lengths and angles
-            out = self._write(partial(ops.decode, overlap=True) if self.tokens == 1 else ops.prefill, given, sizes)
+            op = partial(ops.decode, overlap=True) if self.tokens == 1 else ops.prefill
+            if layer.sink_reach is not None:
+                op, _ = partial(attention, sink_reach=layer.sink_reach), sizes.pop("backend")
+            out = self._write(op, given, sizes)
         return out[:, -asked:]
 
     def _write(self, op, given: tuple, sizes: dict) -> Tensor:

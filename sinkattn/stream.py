@@ -218,7 +218,7 @@ class Stream:
         if (settings, watched) != self._settings:  # captured at the second token of the same settings
             self._settings, self._processors, self._choice = (settings, watched), settings.processors(), None
         elif self._choice is None and self._device.type == "cuda" and self._runner.why_eager is None:
-            self._choice = Captured(lambda: self._next_ids(settings, watched))
+            self._choice = Captured(lambda: self._next_ids(settings, watched), self._device)
         return self._next_ids(settings, watched) if self._choice is None else self._choice()
 
     def _next_ids(self, settings: "_Settings", watched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
