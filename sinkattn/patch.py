@@ -77,11 +77,11 @@ class Handle:
         """Probe the model, choose how it is run, and see that this gives what the model itself gives."""
         model, config = self.model, self.model.config
         with untouched(model):
+            check = Verification(model, sink_size, window_size)
             context, route, layers = self._reach(sink_size + window_size)
             plan = Plan(sink_size, window_size, prefill, backend, config, True, layers, route)
             _check_backend(plan)
-            check = Verification(model, context, plan)
-            own = check.own()
+            check.learn(context, plan)
             self.runner = Runner(model, check.small(), cuda_graph)
             model._sinkattn = self
             observer = Observer(model)
@@ -105,7 +105,7 @@ class Handle:
         with untouched(model):
             continues = check.check_pieces(self.runner, found)
             self.runner.plan = replace(check.small(backend), continues=continues)
-            check.check_dtype(self.runner, found, own)
+            check.check_dtype(self.runner, found)
         self.runner.plan = replace(plan, continues=continues)
         self._attending = list(observer.attending.values())
 

@@ -212,6 +212,7 @@ def probe(
             if not tables:
                 tables = _standard_tables(config, {seen.key.shape[-1] for seen in rows.values()}, capacity)
             used = [table.in_use() for table in tables]
+            first = {key: seen.query[0] for key, seen in rows.items()}
             scaled = {key: _scales_query(seen) for key, seen in rows.items()}
             if any(scaled.values()):
                 pieces = []
@@ -229,12 +230,7 @@ def probe(
                 held = max(capacity, longest)
                 recorder.reports = {index: held for index, _ in rows}
                 run(torch.ones(len(positions), 1, dtype=torch.int64, device=device), positions)
-                for key, seen in recorder.seen.items():
-                    if (seen.query[0] - rows[key].query[0]).abs().max() > 1e-3 * seen.query.abs().max():
-                        raise UnsupportedModelError(
-                            f"{seen.where}: its queries depend on how much the cache holds, {held} tokens "
-                            "or less: a smaller S + W may do (Llama-4 scales queries from position 8191 on)"
-                        )
+                full = recorder.seen
             if recorder.watches:
                 run(torch.arange(1, 1 + min(capacity, 16), device=device)[None], None)
                 text = recorder.seen
@@ -266,6 +262,11 @@ def probe(
             frequencies = sign * tables[index].frequencies
             axes = None if spread is None else _axes(spread[key], start, interleaved, frequencies[0])
             ropes[found] = Rope(start, interleaved, frequencies, tables[index].set_of_length, axes)
+        if not recorder.watches and (full[key].query[0] - first[key]).abs().max() > 1e-3 * first[key].abs().max():
+            raise UnsupportedModelError(
+                f"{seen.where}: its queries depend on how much the cache holds, {held} tokens or less: a smaller S + W "
+                "may do (Llama-4 scales queries from position 8191 on)"
+            )
         layers[key] = ProbedLayer(ropes.get(found), seen.window or None)
         if scaled[key]:
             layers[key] = replace(layers[key], query_scales=(norms[key] / norms[key][0]).float())

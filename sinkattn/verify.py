@@ -48,24 +48,39 @@ def contexts(model: nn.Module) -> list[Callable]:
 class Verification:
     """A short text, and what the unpatched model makes of it.
 
-    model: its forward is still its own. context: in which float32 is computed, if possible. plan: of the patch; the
-    text runs through a cache of at most SINKS + WINDOW.
+    model: its forward is still its own. sink_size, window_size: tokens, of the patch; the text runs through a cache of
+    at most SINKS + WINDOW.
 
-    Attributes: ids (1, T); expected (T', n) float64, the unpatched model's outputs for the first tokens, and noise, how
-    far they move if the embeddings move by one rounding.
+    Attributes: ids (1, T); own, the unpatched model's outputs for the first tokens in its own dtype, expected, those in
+    float32 (in `context`), both (T', n) float64, and noise, how far these move if the embeddings move by one rounding.
+
+    Raises UnsupportedModelError if the model is broken by itself.
     """
 
-    def __init__(self, model: nn.Module, context: Callable, plan: Plan):
+    def __init__(self, model: nn.Module, sink_size: int, window_size: int):
         self.model, self.forward, self.name = model, model.forward, type(model).__name__
-        self.context, self.plan = context, plan
-        self.is_exact = context is contexts(model)[0]
-        self.sink_size, self.window_size = min(plan.sink_size, SINKS), min(plan.window_size, WINDOW)
-        self.capacity = self.sink_size + self.window_size
+        self.sink_size, self.window_size = min(sink_size, SINKS), min(window_size, WINDOW)
+        self.steady = self.capacity = self.sink_size + self.window_size
         self.ids = _text(model, self.capacity + BEHIND)
-        ropes = [x.rope for x in plan.layers.values() if x.rope is not None and x.rope.varies]
-        self.steady = self.capacity  # how many of the first tokens have the same rotary frequencies
-        for sets in (rope.sets(torch.arange(1, self.capacity + 1)) for rope in ropes):
+        self._run_own()
+
+    def _run_own(self) -> None:
+        rewind(self.model)
+        self.own = self.read(lambda: self.forward(input_ids=self.ids[:, : self.steady], use_cache=False))[0]
+        if not self.own.isfinite().all():
+            raise UnsupportedModelError(
+                f"{self.name} itself, unpatched, gives numbers that are not finite in {self.model.dtype}: load it in "
+                "another dtype"
+            )
+
+    def learn(self, context: Callable, plan: Plan) -> None:
+        """context: in which the model computes in float32, if it can. plan: of the patch."""
+        self.context, self.plan, self.is_exact = context, plan, context is contexts(self.model)[0]
+        for rope in (x.rope for x in plan.layers.values() if x.rope is not None and x.rope.varies):
+            sets = rope.sets(torch.arange(1, self.capacity + 1))
             self.steady = min(self.steady, int((sets == sets[0]).cumprod(0).sum()))
+        if self.steady < self.capacity:  # behind them a text at once turns otherwise from its first token on
+            self._run_own()
 
     def expect(self) -> None:
         """Run the unpatched model over the first tokens, beside a twin whose embeddings are off by one rounding."""
@@ -223,22 +238,11 @@ class Verification:
             "what sinkattn takes it for (then fuse='none' serves)"
         )
 
-    def own(self) -> Tensor:
-        """The unpatched model in its own dtype, (T', n). Raises UnsupportedModelError if it is broken by itself."""
-        rewind(self.model)
-        own = self.read(lambda: self.forward(input_ids=self.ids[:, : self.steady], use_cache=False))[0]
-        if not own.isfinite().all():
-            raise UnsupportedModelError(
-                f"{self.name} itself, unpatched, gives numbers that are not finite in {self.model.dtype}: load it in "
-                "another dtype"
-            )
-        return own
-
-    def check_dtype(self, runner: Runner, expected: Tensor, own: Tensor) -> None:
-        """Judge the patched model as it will run, in its own dtype, by the errors of the unpatched one: own."""
+    def check_dtype(self, runner: Runner, expected: Tensor) -> None:
+        """Judge the patched model as it will run, in its own dtype, by the errors of the unpatched one."""
         half = max(self.capacity // 2, 1)
         found = self.run(runner, [half, 1, len(expected) - half - 1])
-        error, usual = _error(found, expected).median().item(), _error(own, self.expected).median().item()
+        error, usual = _error(found, expected).median().item(), _error(self.own, self.expected).median().item()
         if not error <= max(5 * usual, 1e-2):
             raise UnsupportedModelError(
                 f"{self.name}: in {self.model.dtype} a short text is off by {error:.1e} of the outputs' spread, "
