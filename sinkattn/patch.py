@@ -32,7 +32,11 @@ class _Replaced:
     """A callable put on one model object in a method's place: it keeps the signature, which `generate` inspects."""
 
     def __init__(self, call, original):
-        self.call, self.__signature__ = call, inspect.signature(original)
+        self.call, self.original = call, original
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)
 
     def __call__(self, *args, **kwargs):
         return self.call(*args, **kwargs)
@@ -204,6 +208,13 @@ class Handle:
             self.runner.plan.spare.close()
         vars(self.model).pop("_sinkattn", None)
         self._restore_configs()
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_watching"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _watching=changes.watch())
+        interface.register()
 
     def __enter__(self) -> "Handle":
         return self

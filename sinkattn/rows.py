@@ -215,6 +215,9 @@ class SpareRows:
         rows.reset()
         return rows
 
+    def __getstate__(self) -> dict:
+        return {"rows": None, "is_closed": self.is_closed}  # a graph stays with its process
+
     def close(self) -> None:
         """Give the memory back, for good."""
         self.rows, self.is_closed = None, True

@@ -59,6 +59,9 @@ class Runner:
         self._takes_positions, self.cache_name = takes_positions(model.forward), cache_name(model.forward)
         self._parameters = tuple(inspect.signature(model.forward).parameters)
 
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_seen": (), "_changes": -1}  # a copy is looked at anew
+
     def keep_in_sight(self, attending: list[nn.Module]) -> None:
         """Note what was found out and cannot be followed if it changes. attending: the model's attention modules."""
         owners = {child: module for module in self.model.modules() for child in module.children()}

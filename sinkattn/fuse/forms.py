@@ -6,6 +6,7 @@ part in a short text are those of the form: what one part gave is what the next 
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +35,23 @@ def open_step(cache) -> Step | None:
     return cache.step if isinstance(cache, SinkCache) else None
 
 
-def returned(record: ModuleRecord) -> Callable | None:
-    """What puts an output into the shape that a module returns, None if there is more in it than the output."""
-    if isinstance(record.like, Tensor):
-        return lambda output: output
-    if isinstance(record.like, tuple) and all(x is None for x in record.like[1:]):
-        rest = record.like[1:]
-        return lambda output: (output, *rest)
-    return None
+@dataclass
+class Returned:
+    """Puts an output into the shape that a module returns: alone, or as the first of a tuple of nothing else."""
+
+    rest: tuple | None
+
+    @classmethod
+    def of(cls, record: ModuleRecord) -> "Returned | None":
+        """As a module returned its output; None if it returned more."""
+        if isinstance(record.like, Tensor):
+            return cls(None)
+        if isinstance(record.like, tuple) and all(x is None for x in record.like[1:]):
+            return cls(record.like[1:])
+        return None
+
+    def __call__(self, output: Tensor):
+        return output if self.rest is None else (output, *self.rest)
 
 
 class Form:
@@ -53,7 +63,10 @@ class Form:
 
     def __init__(self, module: nn.Module, record: ModuleRecord):
         self.module, self.original, self.cache_name = module, module.forward, record.cache_name
-        self.returned, self.is_valid, self.seen = returned(record), True, None
+        self.returned, self.is_valid, self.seen = Returned.of(record), True, None
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "seen": None}  # a copy is looked at anew
 
     def look(self, sight: Sight) -> None:
         """Find out whether anything inside has changed since the first look."""
@@ -85,7 +98,7 @@ class Attention(Form):
     def of(cls, module: nn.Module, records: Records) -> "Attention | None":
         """How to compute a module, if it has the usual form."""
         record = records[module]
-        if len(record.attentions) != 1 or record.calls > 1 or returned(record) is None or "forward" in vars(module):
+        if len(record.attentions) != 1 or record.calls > 1 or Returned.of(record) is None or "forward" in vars(module):
             return None
         if record.cache_name is None:
             return None
@@ -200,7 +213,7 @@ class Layer(Form):
     def of(cls, module: nn.Module, records: Records, attention: Attention) -> "Layer | None":
         """How to compute a module, if it has the usual form. attention: that of its attention module."""
         record = records.get(module)
-        if record is None or record.calls > 1 or returned(record) is None or "forward" in vars(module):
+        if record is None or record.calls > 1 or Returned.of(record) is None or "forward" in vars(module):
             return None
         norms = [Norm.of(Place(module, name)) for name in LAYER_NORMS]
         if record.cache_name is None or not all(norms):
