@@ -235,7 +235,8 @@ class BuildExt(build_ext):
             say(f"sinkattn: {name.upper()} ops, torch {torch_version()}: {len(stale)} files, {at_once} at a time")
         with ThreadPoolExecutor(at_once) as pool:
             for done, job in enumerate(pool.map(self.call, stale), 1):
-                say(f"sinkattn: {time.monotonic() - start:4.0f} s: {done} of {len(stale)}, {Path(job[-1]).stem}")
+                made = Path(job[-1]).stem.rpartition("_")[0]
+                say(f"sinkattn: {time.monotonic() - start:4.0f} s, {done} of {len(stale)}: {made}")
         # libtorch.so is needed by name: torch.ops.load_library looks for symbols in what a library needs. No rpath:
         # torch has been imported by then.
         link = [*COMPILER, "-shared", "-o", str(library), *(job[-1] for job in jobs), f"-L{TORCH / 'lib'}"]
