@@ -71,6 +71,12 @@ class SinkCache(Cache):
         return -1 if self.lengths is None else len(self.lengths)
 
     @property
+    def top(self) -> Tensor:
+        """The largest position that each row has had, (batch,) int64, -1 for none; pictures set it off its length."""
+        top = self.rows.top if self.has_places else self.lengths - 1
+        return top.where(self.lengths > 0, -1)
+
+    @property
     def nbytes(self) -> int:
         return sum(x.nbytes for ring in self.rings.values() if ring.is_initialized for x in (ring.keys, ring.values))
 
@@ -131,8 +137,12 @@ class SinkCache(Cache):
         self._torn = False
 
     def tear(self) -> None:
-        """Mark the text as half fed, until the next step is committed or counted."""
+        """Mark the text as half fed, until the next step is committed or counted, or `mend`."""
         self._torn = True
+
+    def mend(self) -> None:
+        """What `tear` began is complete."""
+        self._torn = False
 
     def count(self, tokens: int, are_known: bool) -> None:
         """What the end of a step changes on the host; the last thing of it."""

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
 from .cache import SinkCache
 from .introspect import CACHE, named
@@ -36,13 +37,40 @@ class Generation:
 
     def prepare_inputs(self, input_ids: Tensor, *args, **kwargs) -> dict:
         """`GenerationMixin.prepare_inputs_for_generation`: one more token of a text needs no positions."""
-        kwargs = named(CACHE, kwargs)
+        kwargs, pictures = named(CACHE, kwargs), self.runner.pictures
         cache = kwargs.get(CACHE)
         is_next = kwargs.get("next_sequence_length") == 1 and isinstance(cache, SinkCache) and cache.seen
+        if pictures is not None and is_next and not kwargs.get("is_first_iteration"):
+            kwargs = {name: x for name, x in kwargs.items() if name not in pictures.names}
         if not is_next or not is_plain(kwargs, "next_sequence_length"):
             return self._prepare_inputs(input_ids, *args, **kwargs)
         mask = kwargs.get("attention_mask")
         return {"input_ids": input_ids[:, -1:], "attention_mask": mask, CACHE: cache, "use_cache": True}
+
+    def prepare_positions(self, inputs_tensor: Tensor, model_kwargs: dict) -> Tensor:
+        """`GenerationMixin._prepare_position_ids_for_generation` of a model that counts in three.
+
+        The count of tokens, (batch, columns), and where there are new pictures also their places, (4, batch, columns).
+        Pictures of the history are taken out of `model_kwargs`: the cache holds them.
+        """
+        text = GenerationMixin._prepare_position_ids_for_generation(self.model, inputs_tensor, model_kwargs)
+        ids, cache = model_kwargs.get("input_ids"), named(CACHE, model_kwargs).get(CACHE)
+        ids = inputs_tensor if ids is None or ids.shape[1] == 0 else ids
+        if ids.dim() != 2 or not (cache is None or isinstance(cache, SinkCache)):
+            return text
+        seen = 0 if cache is None else cache.seen
+        if seen:
+            cache.check(len(ids), ids.device, self.runner.plan)
+        held = seen if text.shape[1] == ids.shape[1] else 0  # columns of ids that the cache has read
+        self.runner.pictures.forget(model_kwargs, ids, held)
+        mask = model_kwargs.get("attention_mask")
+        given = {**model_kwargs, "input_ids": ids[:, held:], CACHE: cache}
+        mask = None if mask is None else mask[:, mask.shape[1] - ids.shape[1] + held :].bool()
+        places = self.runner.places_of(given, mask, cache)
+        if places is None:
+            return text
+        places = torch.nn.functional.pad(places.movedim(-1, 0), (text.shape[1] - places.shape[1], 0))
+        return torch.cat((text.expand(len(ids), -1)[None], places))
 
     def _padding_of(self, ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """The mask `generate` would infer: pad ids are padding, unless they also end a text."""

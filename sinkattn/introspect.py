@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import os
 
 import torch
 from torch import nn
@@ -65,6 +66,24 @@ def named(name: str, kwargs: dict) -> dict:
     cache = next((kwargs[x] for x in CACHE_NAMES if kwargs.get(x) is not None), None)
     others = {x: value for x, value in kwargs.items() if x not in CACHE_NAMES}
     return others if cache is None else {**others, name: cache}
+
+
+def bodies_of(model: PreTrainedModel) -> list[nn.Module]:
+    """What a model's head stands on: the parts that take the cache and hold all layers, outermost first.
+
+    None for a model without a head (its own forward is all there is), or with its layers directly in it.
+    """
+    if model.base_model is model and model.get_output_embeddings() is None:
+        return []
+    names = (name.split(".") for name, x in model.named_modules() if isinstance(getattr(x, "layer_idx", None), int))
+    path, part, bodies = os.path.commonprefix(list(names)), model, []
+    for name in path:
+        part = getattr(part, name)
+        if isinstance(part, nn.ModuleList):
+            break
+        if inspect.signature(type(part).forward).parameters.keys() & CACHE_NAMES:
+            bodies.append(part)
+    return bodies
 
 
 def counts_in_three(model: nn.Module) -> nn.Module | None:

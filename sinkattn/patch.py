@@ -6,6 +6,7 @@ import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from numbers import Integral
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -129,6 +130,8 @@ class Handle:
             self._replace("generate", generation.generate)
             self._replace("_prepare_cache_for_generation", generation.prepare_cache)
             self._replace("prepare_inputs_for_generation", generation.prepare_inputs)
+            if self.runner.pictures is not None:
+                self._replace("_prepare_position_ids_for_generation", generation.prepare_positions)
 
     def _reach(self, capacity: int) -> tuple[Callable, str, dict]:
         """The first route that leads to the model's attention, what was probed over it, and in which context: that of
@@ -289,7 +292,7 @@ def patch(
     if getattr(model, "_sinkattn", None) is not None:
         raise ValueError(f"this {type(model).__name__} is patched already; call remove() on the handle first")
     for name, size, least in (("sink_size", sink_size, 0), ("window_size", window_size, 1)):
-        if not isinstance(size, int) or isinstance(size, bool) or size < least:
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < least:
             raise ValueError(f"{name}={size!r}: it needs a whole number of tokens, at least {least}")
     if prefill not in ("streaming", "dense"):
         raise ValueError(f"prefill={prefill!r}: choose 'streaming' or 'dense'")
@@ -300,4 +303,4 @@ def patch(
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; sinkattn serves decoders")
     interface.register()
-    return Handle(model, sink_size, window_size, prefill, backend, fuse, cuda_graph)
+    return Handle(model, int(sink_size), int(window_size), prefill, backend, fuse, cuda_graph)

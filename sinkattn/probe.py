@@ -25,6 +25,7 @@ from .introspect import (
     rewind,
     takes_positions,
 )
+from .outputs import logits_of
 from .reference import rotate
 from .rope import ProbedLayer, Rope, UnsupportedModelError
 from .watch import Watch
@@ -195,7 +196,7 @@ def probe(
             lists = isinstance(positions, list)
             more["position_ids"] = torch.tensor(positions, device=ids.device)[:, None] if lists else positions
         try:
-            return model(input_ids=ids, use_cache=True, **more)[0]
+            return logits_of(model(input_ids=ids, use_cache=True, **more))
         except UnsupportedModelError:
             raise
         except Exception as error:  # a model that cannot even run the probe cannot be patched: say why

@@ -5,21 +5,22 @@ see rope.py), and the attention layers reach the step through interface.py or wa
 as a CUDA graph where that is possible, and replayed.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
+import threading
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from . import changes
 from .cache import SinkCache
 from .graph import Captured, is_shortage, why_eager
 from .interface import current
 from .introspect import (
-    CACHE,
     CACHE_NAMES,
+    bodies_of,
     cache_name,
     counts_in_three,
     frequency_buffers,
@@ -27,15 +28,16 @@ from .introspect import (
     picks_by_length,
     takes_positions,
 )
-from .outputs import finished, joined, without_cache
+from .outputs import copied, cut, finished, joined, without_cache
+from .pictures import Pictures
 from .rows import Plan
 
-IMAGES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
 # What a step may be given and still be the one that was captured
 PLAIN = {"input_ids", "attention_mask", *CACHE_NAMES, "use_cache", "return_dict", "position_ids", "cache_position",
          "logits_to_keep", "mm_token_type_ids"}  # fmt: skip
 WATCHED_CHUNK = 512  # of watched attention, which goes on to compute its own (tokens, tokens) scores
 CHUNK = 2048  # tokens of a prompt that go through the model at a time
+_ONE_AT_A_TIME = threading.RLock()  # long inputs, whatever thread they come from
 
 
 class Runner:
@@ -43,8 +45,8 @@ class Runner:
 
     model: with its own forward still in place. plan: how it attends. cuda_graph: whether steps may be captured.
 
-    Attributes: plan, fused (`Fused`, or None), why_eager (why a step of one token does not replay a CUDA graph; None if
-    it does), cache_name (what the model's forward calls the cache).
+    Attributes: plan, fused (`Fused`, or None), pictures (`Pictures`, or None), why_eager (why a step of one token does
+    not replay a CUDA graph; None if it does), cache_name (what the model's forward calls the cache).
     """
 
     def __init__(self, model, plan: Plan, cuda_graph: bool):
@@ -55,7 +57,8 @@ class Runner:
         self._version, self._seen, self._changes = 0, None, -1  # see `look`
         self._attending: dict[nn.Module, nn.Module] = {}
         self._rotaries: list[tuple[str, tuple[Tensor, Tensor]]] = []
-        self._counts_in_three = counts_in_three(model)
+        counting = counts_in_three(model)
+        self.pictures = None if counting is None else Pictures(counting)
         self._takes_positions, self.cache_name = takes_positions(model.forward), cache_name(model.forward)
         self._parameters = tuple(inspect.signature(model.forward).parameters)
 
@@ -110,35 +113,39 @@ class Runner:
         if tokens == 1 and self.may_replay(kwargs, cache):
             output = self.replay(cache, ids, mask)
             if output is not None:
-                copied = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, dict(output))
-                return finished(type(output)(**copied, **{CACHE: cache}), self.model, kwargs.get("return_dict"))
+                return finished(copied(output, cache), self.model, kwargs.get("return_dict"))
         mask = None if mask is None else mask.bool()
-        places = self._places_of(kwargs, mask, cache)
+        is_at_hand = given.device.type == "cpu" and not torch.compiler.is_compiling()
+        if ids is not None and (tokens > 1 or is_at_hand):
+            self._check_ids(ids)
+        places = self.places_of(kwargs, mask, cache)
         is_new = tokens > 1 or not cache.seen or self._changes != changes.made()
         if is_new and self._seen is not None and not torch.compiler.is_compiling():
             self.look()  # once a prompt, not once a token
         if tokens > 1:
-            self._check_values(ids, mask, None if self._counts_in_three else kwargs.get("position_ids"), cache)
+            self._check_values(tokens, mask, kwargs.get("position_ids"), places, cache)
         return self._run(kwargs, tokens, cache, mask, places, keep_cache)
 
-    def _places_of(self, kwargs: dict, mask: Tensor | None, cache: SinkCache) -> Tensor | None:
-        """Three positions of every token, (batch, tokens, 3), where images give them (M-RoPE), else None."""
-        module, position_ids = self._counts_in_three, kwargs.get("position_ids")
-        if module is None:
+    def places_of(self, kwargs: dict, mask: Tensor | None, cache: SinkCache | None) -> Tensor | None:
+        """Three positions of every new token, (batch, tokens, 3), where pictures give them (M-RoPE), else None.
+
+        They go on after the largest that the row has had. Where not the pictures are given, but what has become of
+        them, position_ids, (3 or 4, batch, tokens), say where they stand.
+        """
+        if self.pictures is None:
             return None
-        if (
-            isinstance(position_ids, Tensor) and position_ids.dim() == 3
-        ):  # `generate` has counted; text comes first of 4
-            return position_ids[-3:].movedim(0, -1)
-        if all(kwargs.get(name) is None for name in ("image_grid_thw", "video_grid_thw")):
-            return None
-        if cache.seen:
-            raise ValueError("images after the first input: give the whole history to a new SinkCache")
-        takes = inspect.signature(module.get_rope_index).parameters
-        given = {name: kwargs[name] for name in takes if kwargs.get(name) is not None}
-        if mask is not None:
-            given["attention_mask"] = mask.long()
-        return module.get_rope_index(**given)[0].movedim(0, -1)
+        ids, said = kwargs.get("input_ids"), kwargs.get("position_ids")
+        batch, tokens = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+        if isinstance(said, Tensor) and said.dim() == 3 and said.shape[-1] == tokens:
+            said = said[-3:].movedim(0, -1).expand(batch, -1, 3)
+            if ids is None or kwargs.get("mm_encoder_outputs"):
+                return said
+        else:
+            said = None
+        places = self.pictures.places(kwargs, mask)
+        if places is None:
+            return said
+        return places + cache.top[:, None, None] + 1 if cache is not None and cache.seen else places
 
     def _mask_of(self, attention_mask, batch: int, tokens: int, cache: SinkCache) -> Tensor | None:
         """The mask's columns of the new tokens, (batch, tokens), or None where nothing is padding."""
@@ -155,60 +162,101 @@ class Runner:
             )
         return attention_mask[:, -tokens:]
 
-    def _check_values(self, ids, mask, position_ids, cache: SinkCache) -> None:
-        """Raise ValueError for right padding, ids without an embedding, and positions that are not the text's."""
+    def _check_ids(self, ids: Tensor) -> None:
+        """Raise ValueError for ids without an embedding."""
+        size, low, high = self.model.get_input_embeddings().num_embeddings, int(ids.min()), int(ids.max())
+        if low < 0 or high >= size:
+            raise ValueError(f"input_ids reach from {low} to {high}, the model embeds 0 to {size - 1}")
+
+    def _check_values(self, tokens: int, mask, position_ids, places, cache: SinkCache) -> None:
+        """Raise ValueError for right padding, and for positions that are not the text's."""
         if mask is not None and bool((mask[:, :-1] & ~mask[:, 1:]).any()):
             raise ValueError("attention_mask has zeros after ones: pad on the left (tokenizer.padding_side = 'left')")
-        if ids is not None:
-            size, low, high = self.model.get_input_embeddings().num_embeddings, int(ids.min()), int(ids.max())
-            if low < 0 or high >= size:
-                raise ValueError(f"input_ids reach from {low} to {high}, the model embeds 0 to {size - 1}")
-        if position_ids is not None:
-            new = torch.ones_like(position_ids, dtype=torch.bool) if mask is None else mask
-            text = new.cumsum(-1) - 1 + (cache.lengths[:, None] if cache.seen else 0)
-            if position_ids.shape[-1] != new.shape[-1] or bool(((position_ids != text) & new).any()):
-                raise ValueError(
-                    "position_ids do not count each row's tokens from its first one on (packed texts, or padding "
-                    "counted): leave position_ids out, sinkattn counts them"
-                )
+        if position_ids is None:
+            return
+        new = torch.ones(1, tokens, dtype=torch.bool, device=position_ids.device) if mask is None else mask
+        text, is_right = new.cumsum(-1) - 1, position_ids.shape[-1] == tokens
+        if is_right and position_ids.dim() == 3:  # time, height and width, perhaps behind the count of tokens
+            text = text + cache.top[:, None] + 1 if cache.seen else text
+            is_text = bool((places == places[..., :1]).all())
+            is_right = not bool(((position_ids[-3:] != (text if is_text else places.movedim(-1, 0))) & new).any())
+        elif is_right:
+            text = text + cache.lengths[:, None] if cache.seen else text
+            is_right = not bool(((position_ids != text) & new).any())
+        if not is_right:
+            raise ValueError(
+                "position_ids do not count each row's tokens from its first one on (packed texts, or padding "
+                "counted): leave position_ids out, sinkattn counts them"
+            )
 
     def _run(self, kwargs: dict, tokens: int, cache: SinkCache, mask, places, keep_cache: bool):
-        """Feed the step in chunks and put the outputs together."""
-        labels, keep = kwargs.get("labels"), kwargs.get("logits_to_keep", 0)
-        last = keep if isinstance(keep, int) and keep > 0 else tokens  # tokens at the end whose logits are asked for
-        images = any(kwargs.get(name) is not None for name in IMAGES)  # they are not cut
-        ends = [tokens] if images else self._ends(tokens, cache, mask)
-        whole = len(ends) == 1
+        """Feed an input, a long one in chunks, and finish what comes out."""
+        given = {**kwargs, self.cache_name: cache, "use_cache": True, "return_dict": True}
+        if mask is not None:
+            given["attention_mask"] = mask
+        ends = self._ends(tokens, cache, mask)
+        if len(ends) == 1:
+            output = self._step(given, cache, mask, places)
+        else:
+            output = self._run_long(given, cache, mask, places, ends)
+        return finished(output if keep_cache else without_cache(output), self.model, kwargs.get("return_dict"))
+
+    def _run_long(self, given: dict, cache: SinkCache, mask, places, ends: list[int]):
+        """The model's own forward over all tokens, in which the part that holds its layers gets them in chunks.
+
+        So every head, loss and choice of logits is computed by the model's own code, of what all tokens give.
+        """
+        ids, thread, seen = given.get("input_ids"), threading.get_ident(), cache.seen
+
+        def read(forward, names, *args, **more):
+            if current.step is not None or threading.get_ident() != thread:
+                return forward(*args, **more)
+            if cache.seen > seen:
+                raise ValueError(
+                    f"{type(self.model).__name__} reads its input twice: give at most {ends[0]} tokens at once"
+                )
+            more |= dict(zip(names, args, strict=False))
+            return self._chunks(forward, more, ids, cache, mask, places, ends)
+
+        bodies = bodies_of(self.model)
+        with torch.inference_mode(False), torch.no_grad():
+            if not bodies:
+                keep = given.pop("logits_to_keep", None)
+                output = read(self._forward, self._parameters, **given)
+                if keep is not None:
+                    output["logits"] = output["logits"][:, slice(-keep, None) if isinstance(keep, int) else keep]
+            else:
+                with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
+                    for body in bodies:
+                        _, *names = inspect.signature(type(body).forward).parameters
+                        stack.enter_context(_standing_in(body, functools.partial(read, body.forward, names)))
+                    output = self._forward(**self._at_zero(given))
+        cache.mend()
+        return output
+
+    def _chunks(self, forward, given: dict, ids, cache: SinkCache, mask, places, ends: list[int]):
+        """What a forward gives for all tokens, fed in chunks, each of which is a step. ids: (batch, tokens) or None."""
+        given = {name: x for name, x in given.items() if name not in ("attention_mask", "position_ids")}
+        batch, tokens = (given["inputs_embeds"] if ids is None else ids).shape[:2]
+        widths = [end - begin for begin, end in itertools.pairwise([0, *ends])]
+        chunks = cut(given, batch, widths)
+        if chunks is None and cache.seen and not self.plan.continues:
+            raise ValueError(
+                "pictures behind other text, in a model whose states go on token by token: begin with them"
+            )
+        if chunks is None:
+            chunks, widths = [given], [tokens]
+
+        def split(x):
+            return [None] * len(widths) if x is None else x.split(widths, dim=1)
+
         pieces = []
-        for begin, end in itertools.pairwise([0, *ends]):
-            part = {**kwargs, self.cache_name: cache, "use_cache": True, "return_dict": True}
-            for name in ("input_ids", "inputs_embeds", "token_type_ids"):
-                if kwargs.get(name) is not None:
-                    part[name] = kwargs[name][:, begin:end]
-            if mask is not None:
-                part["attention_mask"] = mask[:, begin:end]
-            wanted = min(max(last - (tokens - end), 0), end - begin)
-            if not whole:
-                part.pop("labels", None)  # the loss is taken of all chunks together
-                if "logits_to_keep" in kwargs:
-                    part["logits_to_keep"] = max(wanted, 1)
-            place = None if places is None else places[:, begin:end]
-            pieces.append(self._step(part, cache, part.get("attention_mask"), place))
-            if end < tokens:
-                cache.tear()
-            if wanted == 0:
-                pieces[-1]["logits"] = pieces[-1]["logits"][:, :0]
-        output = pieces[0] if len(pieces) == 1 else joined(pieces)
-        if not whole:
-            if isinstance(keep, Tensor):
-                output["logits"] = output["logits"][:, keep]
-            if labels is not None:
-                vocab_size = self.model.config.get_text_config(decoder=True).vocab_size
-                loss = self.model.loss_function(logits=output["logits"], labels=labels, vocab_size=vocab_size)
-                output = type(output)(loss=loss, **output)
-        if not keep_cache:
-            output = without_cache(output)
-        return finished(output, self.model, kwargs.get("return_dict"))
+        for chunk, chunk_ids, chunk_mask, chunk_places in zip(chunks, *map(split, (ids, mask, places)), strict=True):
+            if chunk_mask is not None:
+                chunk["attention_mask"] = chunk_mask
+            pieces.append(self._step(chunk, cache, chunk_mask, chunk_places, forward=forward, ids=chunk_ids))
+            cache.tear()  # until the model has made its output of all
+        return joined(pieces, batch, widths)
 
     # A step of one token, captured.
 
@@ -314,19 +362,45 @@ class Runner:
             ends |= {width for width in widths if first < width < tokens}
         return sorted(ends)
 
-    def _step(self, part: dict, cache: SinkCache, mask: Tensor | None, places: Tensor | None, is_captured=False):
-        """One chunk through the model's own forward, every position 0, its attention led to a step of the cache."""
-        ids = part.get("input_ids")
+    def _at_zero(self, part: dict, forward=None) -> dict:
+        """Arguments of a forward, the model's own by default, that put every token at position 0."""
+        if not (self._takes_positions if forward is None else takes_positions(forward)):
+            return part
+        given = part["inputs_embeds"] if part.get("input_ids") is None else part["input_ids"]
+        return {**part, "position_ids": torch.zeros(given.shape[:2], dtype=torch.int64, device=given.device)}
+
+    def _step(
+        self, part: dict, cache: SinkCache, mask: Tensor | None, places: Tensor | None, is_captured=False, forward=None,
+        ids: Tensor | None = None,
+    ):  # fmt: skip
+        """One chunk through the model's own forward, every position 0, its attention led to a step of the cache.
+
+        forward: of a part of the model, in place of its own. ids: of the chunk, where that part is not given them.
+        """
+        ids = part.get("input_ids") if ids is None else ids
         given = ids if ids is not None else part["inputs_embeds"]
         batch, tokens = given.shape[:2]
-        if self._takes_positions:
-            part["position_ids"] = torch.zeros(batch, tokens, dtype=torch.int64, device=given.device)
+        part = self._at_zero(part, forward)
         with cache.open(tokens, mask, batch, given.device, places) as step:
             # states of layers that transformers keeps must be writable in and out of inference mode
             with current.of(step), torch.inference_mode(False), torch.no_grad():
-                output = self._forward(**part)
+                output = (forward or self._forward)(**part)
             cache.commit(ids, is_captured)
         return output
+
+
+@contextlib.contextmanager
+def _standing_in(module: torch.nn.Module, forward):
+    """A forward in the place of a module's own, for a while."""
+    had = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            del module.forward
+        else:
+            module.forward = had
 
 
 def is_plain(kwargs: dict, *more: str) -> bool:

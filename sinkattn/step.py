@@ -53,16 +53,16 @@ class Step:
             self._states = [] if mask is None else [x.clone() for x in states]
 
     def _start_places(self, places: Tensor | None) -> None:
-        rows = self.rows
+        rows, last = self.rows, self.plan.capacity - 1
+        after = self.positions - rows.lengths[:, None]  # below 0: padding
         if places is None and self.cache.has_places:
-            after = self.positions - rows.lengths[:, None]
-            places = (rows.top[:, None] + 1 + after)[..., None].expand(-1, -1, 3)
+            places = (self.cache.top[:, None] + 1 + after)[..., None].expand(-1, -1, 3)
         self._places, self._sink_places = places, None
         if places is None:
             return
-        last = self.plan.capacity - 1
-        at = (self.positions == last)[..., None]
-        self._anchor = torch.where(at.any(1), (places * at).sum(1), rows.anchor)  # (batch, 3), of token C - 1
+        at = ((self.positions == last) & (after >= 0))[..., None]
+        before = rows.anchor if self.cache.has_places else torch.full_like(rows.anchor, last)
+        self._anchor = torch.where(at.any(1), (places * at).sum(1), before)  # (batch, 3), of token C - 1
         self._sink_places = torch.where((self.positions <= last)[..., None], places, self._anchor[:, None])
 
     @property
@@ -216,7 +216,7 @@ class Step:
             rows.anchor.copy_(self._anchor)
             new = (self.positions >= rows.lengths[:, None])[..., None]
             top = self._places.masked_fill(~new, -1).amax((1, 2))
-            rows.top.copy_(torch.where(new.flatten(1).any(1), top, rows.top))
+            rows.top.copy_(torch.where(new.flatten(1).any(1), top, self.cache.top))
         rows.lengths.add_(self.tokens if self.counts is None else self.counts)
         if self.cache.has_state:
             self.is_fixed = self._held_at == [x.data_ptr() for x in rows.states()]
