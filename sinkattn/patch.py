@@ -4,6 +4,7 @@ import contextlib
 import copy
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from numbers import Integral
@@ -15,6 +16,7 @@ from .fuse import Fused
 from .generation import Generation
 from .interface import IMPLEMENTATION, current
 from .introspect import input_device, untouched
+from .models import trained_length
 from .observe import Observer
 from .probe import Recorder, probe
 from .rope import UnsupportedModelError
@@ -125,6 +127,7 @@ class Handle:
     def _install(self) -> None:
         """Put the runner's forward, and what `generate` needs, in the place of the model's own methods."""
         self._replace("forward", self.runner.forward)
+        self._replace("set_attn_implementation", _refuse_implementation)
         if hasattr(self.model, "generate"):
             generation = Generation(self.model, self.runner)
             self._replace("generate", generation.generate)
@@ -234,6 +237,10 @@ class Handle:
         )
 
 
+def _refuse_implementation(*args, **kwargs):
+    raise ValueError("a patched model attends by sinkattn: set_attn_implementation() before patch(), or remove() first")
+
+
 def _check_backend(plan: Plan) -> None:
     """Raise UnsupportedModelError for a layer that the backend asked for by name does not serve."""
     for (layer_idx, _), probed in plan.layers.items():
@@ -273,8 +280,15 @@ def patch(
         Outputs differ by rounding alone. Weights are laid side by side, and held once.
     cuda_graph: on a GPU, replay steps of one token as a CUDA graph: captured at the second such step, and kept, with
         the memory of the last cache, for the next one of as many rows. What cannot be captured runs as it is, and
-        ``handle.why_eager`` tells why. Hooks, adapters and exchanged weights are noticed at the next prompt at the
-        latest; other changes to the model in the middle of a text are not.
+        ``handle.why_eager`` tells why.
+
+    What is changed in the model afterwards counts: at once where a hook is registered or a module or parameter is put
+    anywhere (adapters, quantisation, exchanged parts), else from the next prompt on (weights moved by ``.data``, a
+    replaced ``forward``, settings such as a norm's eps, removed modules). Values written into weights count at once. A
+    module in which something was exchanged runs its own forward. An exchanged attention module, other rotary
+    frequencies and another attention implementation raise RuntimeError when the model runs: remove(), patch() again.
+
+    Warns once if S + W is more than the model was trained on.
 
     Returns a `Handle`: ``handle.remove()``, or ``with patch(model):``.
 
@@ -302,5 +316,12 @@ def patch(
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; sinkattn serves decoders")
+    trained = trained_length(model.config)
+    if trained is not None and sink_size + window_size > trained:
+        warnings.warn(
+            f"sink_size + window_size = {sink_size + window_size} is more than the {trained} tokens that this "
+            f"{type(model).__name__} was trained on: its outputs get worse from there on. Choose at most {trained}.",
+            stacklevel=2,
+        )
     interface.register()
     return Handle(model, int(sink_size), int(window_size), prefill, backend, fuse, cuda_graph)
