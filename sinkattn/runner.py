@@ -56,7 +56,7 @@ class Runner:
         self._forward = model.forward
         self._version, self._seen, self._changes = 0, None, -1  # see `look`
         self._attending: dict[nn.Module, nn.Module] = {}
-        self._rotaries: list[tuple[str, tuple[Tensor, Tensor]]] = []
+        self._rotaries: list[tuple[str, Tensor]] = []
         counting = counts_in_three(model)
         self.pictures = None if counting is None else Pictures(counting)
         self._takes_positions, self.cache_name = takes_positions(model.forward), cache_name(model.forward)
@@ -70,7 +70,7 @@ class Runner:
         owners = {child: module for module in self.model.modules() for child in module.children()}
         self._attending = {module: owners[module] for module in attending if module in owners}
         self._rotaries = [
-            (f"{path}.{name}".lstrip("."), (buffer := getattr(module, name), buffer.clone()))
+            (f"{path}.{name}".lstrip("."), getattr(module, name).clone())
             for path, module in self.model.named_modules()
             for name in frequency_buffers(module)
             if not picks_by_length(module)
@@ -278,7 +278,7 @@ class Runner:
         self._changes = changes.made()
         for name, was in self._rotaries:
             now = self.model.get_buffer(name)
-            if now is not was[0] and not torch.equal(now, was[1].to(now)):
+            if not torch.equal(now, was.to(now)):
                 raise RuntimeError(
                     f"{name} was changed after sinkattn.patch(), which read it: remove() and patch() again"
                 )
