@@ -4,7 +4,7 @@
 handed: so the network stays sane whatever its form is, and nothing here knows of families. What it then has:
 
 - Hidden dims in the tens of thousands: one pair from the embedding, one from the first layer's output. They come in
-  pairs of opposite sign, so that LayerNorm's mean stays where it is, and norms bring them down.
+  pairs of opposite sign that nothing is added to, so that LayerNorm's mean stays where it is; norms bring them down.
 - Norm weights from 0.01 to 200; what follows a norm is scaled down by as much.
 - Key biases of 100, where there are biases, in the last dim of every head: there rotations are slow or none.
 - One head whose logits saturate.
@@ -19,7 +19,7 @@ from torch import nn
 from tiny import tiny
 
 SMALLEST, LARGEST = 0.01, 200.0  # norm weights
-EMBEDDED, WRITTEN = (5, 6), (11, 12)  # pairs of hidden dims in the tens of thousands
+EMBEDDED, WRITTEN = [5, 6], [11, 12]  # pairs of hidden dims in the tens of thousands
 MASSIVE = 20_000.0
 STREAM, LOGITS = 8.0, 3.0  # root mean squares of the other hidden dims, and of logits
 SATURATED = 20.0  # factor of one head's queries
@@ -66,50 +66,54 @@ class _Loud:
     def _embedding(self, module):
         weight, size = module.weight, module.embedding_dim
         weight.copy_(STREAM * torch.randn_like(weight) * _uneven(size))
+        weight[:, WRITTEN] = 0
         weight[:, EMBEDDED[0]] = MASSIVE * (1 + 0.1 * torch.randn(len(weight)))
         weight[:, EMBEDDED[1]] = -weight[:, EMBEDDED[0]]
         ones = torch.ones(1, dtype=torch.int64, device=weight.device)
-        weight.mul_((weight[1].norm() / module.forward(ones)[0].norm()))  # Gemma scales what it looks up
+        weight.mul_(weight[1].norm() / module.forward(ones)[0].norm())  # Gemma scales what it looks up
 
-    def _linear(self, name, module, x):
+    def _linear(self, name, module, given):
         part, weight = name.rpartition(".")[2], module.weight
-        spread = _rms(x)
+        spread = _rms(given)
         spread = spread.clamp_min(0.3 * float(spread.median()))
         weight.copy_(torch.randn_like(weight) * _uneven(len(weight))[:, None] * _uneven(weight.shape[1]) / spread)
         wanted = LOGITS if ".layers." not in name else STREAM if part in WRITERS else 1.2
-        weight.mul_(wanted / _rms(nn.functional.linear(x, weight)).square().mean().sqrt())
+        weight.mul_(wanted / _rms(nn.functional.linear(given, weight)).square().mean().sqrt())
         if module.bias is not None:
             module.bias.copy_(0.3 * wanted * torch.randn_like(module.bias))
+        if part in WRITERS:
+            for x in (weight, module.bias) if module.bias is not None else (weight,):
+                x[EMBEDDED + WRITTEN] = 0
         if name == self.first_output:  # what gives the same number for every token, as nearly as there is
-            rows = x.flatten(0, -2).double()
+            rows = given.flatten(0, -2).double()
             square = rows.T @ rows
             square += 1e-2 * square.diagonal().mean() * torch.eye(len(square))
             constant = torch.linalg.solve(square, rows.sum(0))
-            weight[WRITTEN[0]] = (0.4 * MASSIVE * constant).float()
+            weight[WRITTEN[0]] = (0.3 * MASSIVE * constant).float()
             weight[WRITTEN[1]] = -weight[WRITTEN[0]]
-            if module.bias is not None:
-                module.bias[list(WRITTEN)] = 0
-        if part in QUERIES and module.bias is not None:
-            for x in (weight, module.bias):
-                x[self.dim - 1 : self.heads * self.dim : self.dim] /= 10
+        if part in QUERIES:
+            queries = self._heads(part, weight, 0)
+            if module.bias is not None:  # key biases must not outweigh the rest
+                queries[:, -1] /= 10
+                self._heads(part, module.bias, 0)[:, -1] /= 10
+            if ".layers.1." in name:
+                queries[0] *= SATURATED
+                queries[1:, -1] /= 50  # where a norm takes the factor away again, its last weight saturates the head
         if part in KEYS and module.bias is not None:
-            heads = module.bias.view(-1, 3, self.dim)[:, 1] if part == "query_key_value" else module.bias
-            heads.view(-1, self.dim)[:, -1] = KEY_BIAS * (torch.randn(heads.numel() // self.dim).sign())
-        if part in QUERIES and ".layers.1." in name:
-            weight[: self.dim] *= SATURATED
-            others = weight[self.dim : self.heads * self.dim]
-            if part == "q_proj":  # where a norm takes that factor away again, the last dim saturates
-                others[self.dim - 1 :: self.dim] /= 50
+            biases = self._heads(part, module.bias, 1)
+            biases[:, -1] = KEY_BIAS * torch.randn(len(biases)).sign()
+
+    def _heads(self, part: str, x: torch.Tensor, which: int) -> torch.Tensor:
+        """The rows of x that make queries (0) or keys (1), by head: (heads, dim, ...)."""
+        if part == "query_key_value":
+            return x.view(self.heads, 3, self.dim, *x.shape[1:])[:, which]
+        return x[: self.heads * self.dim].view(-1, self.dim, *x.shape[1:])
 
     def _norm(self, name, module, x):
         part, weight = name.rpartition(".")[2], module.weight
         size, spread = len(weight), _rms(nn.functional.rms_norm(x, x.shape[-1:])).clamp_min(1e-6)
         weight.zero_()
-        shift = (
-            1.0
-            if getattr(module, "bias", None) is None and module.forward(torch.ones_like(x)).abs().max() > 0.5
-            else 0.0
-        )
+        shift = float(module.forward(torch.ones_like(x)).max() > 0.5)  # weights of 0 say what is added to them
         if part in ("q_norm", "k_norm"):  # alike for both dims of a pair, and one the other's inverse
             half = torch.exp(torch.linspace(-3, 3, self.dim // 2))
             wanted = torch.cat((half, half)).repeat(size // self.dim)
@@ -121,7 +125,7 @@ class _Loud:
         elif float(x.abs().max()) > 0.1 * MASSIVE or size != self.hidden_size:  # reads the hidden states
             wanted = _uneven(size) / spread
             if size == self.hidden_size:
-                wanted[list(EMBEDDED + WRITTEN)] = SMALLEST * (1 + 4 * torch.rand(4))
+                wanted[EMBEDDED + WRITTEN] = SMALLEST * (1 + 4 * torch.rand(4))
         else:  # adds to them
             wanted = STREAM * _uneven(size) ** 2 / spread
         weight.copy_(wanted.clamp(SMALLEST, LARGEST) - shift)

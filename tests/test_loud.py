@@ -1,6 +1,5 @@
 """Loud models (loud.py) in every dtype: served, and as near to float64 as unpatched; wrong patches are refused."""
 
-import contextlib
 import functools
 import math
 import os
@@ -8,11 +7,11 @@ import os
 import pytest
 import torch
 
-import sinkattn
 from loud import EMBEDDED, KEY_BIAS, Exactly, exact, loud
 from oracle import streaming_logits
-from sinkattn import SinkCache, UnsupportedModelError, fuse, ops, patch
+from sinkattn import SinkCache, UnsupportedModelError, patch
 from tiny import FAMILIES
+from wrong import refused
 
 S, W = 4, 10
 TEXTS, TOKENS = 12, 2 * (S + W) + 4
@@ -21,113 +20,6 @@ FLOOR = 1e-6  # error of a token's logits, relative to their spread, that is as 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SEED = int(os.environ.get("SINKATTN_SEED") or torch.seed() % 2**32)  # of the texts; a failing test shows it
-
-
-# Wrong patches: what is computed is changed behind every guess that sinkattn makes. They know its insides, nothing else
-# here does. Each yields a list that is empty while the change has not come to bear.
-
-
-@contextlib.contextmanager
-def replaced(owner, name: str, make, reached: list):
-    """Replace a function or method by ``make(original)``, which appends to `reached` when it is used."""
-    original = vars(owner)[name]
-    setattr(owner, name, make(original))
-    try:
-        yield reached
-    finally:
-        setattr(owner, name, original)
-
-
-def sinks_elsewhere(by: int):
-    """Every sink is seen from `by` positions too far on."""
-    reached = []
-
-    def make(original):
-        def positions(cache, text):
-            reached.append(True)
-            return original(cache, text) + by
-
-        return positions
-
-    return replaced(SinkCache, "_sink_positions", make, reached)
-
-
-@contextlib.contextmanager
-def scores_scaled(by: float):
-    """All scores are `by` times as large."""
-    reached = []
-
-    def make(original):
-        def run(*args, scale, **kwargs):
-            reached.append(True)
-            return original(*args, scale=by * scale, **kwargs)
-
-        return run
-
-    with replaced(ops, "decode", make, reached), replaced(ops, "prefill", make, reached):
-        yield reached
-
-
-def fused_otherwise(change):
-    """What was found of a model is changed when all guesses are made: ``change(fused)`` returns the parts it changed."""
-    reached = []
-
-    def make(original):
-        def init(fused, *args, **kwargs):
-            original(fused, *args, **kwargs)
-            reached.extend(change(fused))
-
-        return init
-
-    return replaced(fuse.Fused, "__init__", make, reached)
-
-
-def without_query_norm(fused):
-    class Nothing:
-        def __init__(self, norm):
-            self.weight = norm.weight
-
-        def __call__(self, x):
-            return x
-
-    found = [attention for attention in fused.attentions if attention.norms]
-    for attention in found:
-        attention.norms = [Nothing(attention.norms[0]), attention.norms[1]]
-    return found
-
-
-def shifted_otherwise(fused):
-    """``w * x`` in place of ``(1 + w) * x``, or the other way round."""
-    norms = [norm for attention in fused.attentions for norm in attention.norms or ()]
-    norms += [norm for layer in fused.layers for norm in layer.norms]
-    norms += [part.norm for part in fused.replaced if isinstance(part, fuse.Normed)]
-    norms = [norm for norm in norms if isinstance(norm, fuse.Norm)]
-    for norm in {id(norm): norm for norm in norms}.values():
-        norm.shift = 1.0 - norm.shift
-    return norms
-
-
-WRONG = {
-    "sinks one nearer": lambda: sinks_elsewhere(-1),
-    "sinks one farther": lambda: sinks_elsewhere(1),
-    "scale + 2 %": lambda: scores_scaled(1.02),
-    "scale - 2 %": lambda: scores_scaled(0.98),
-    "no q norm": lambda: fused_otherwise(without_query_norm),
-    "norm of 1 + w": lambda: fused_otherwise(shifted_otherwise),
-}
-
-
-def refused(model, wrong: str, *args, **kwargs) -> None:
-    """Fail unless `patch` refuses a wrong patch and leaves the model alone."""
-    with WRONG[wrong]() as reached:
-        try:
-            patch(model, *args, **kwargs).remove()
-        except UnsupportedModelError:
-            assert reached, f"{wrong}: refused, but not for that: the change never came to bear"
-            assert not hasattr(model, "_sinkattn")
-            return
-    assert reached, f"{wrong}: the change never came to bear; adapt it to sinkattn's insides"
-    pytest.fail(f"{wrong}: served")
 
 
 def worse_by(found, own, expected) -> tuple[float, float]:
@@ -160,7 +52,7 @@ def test_loud_models_are_loud_and_sane(name):
     with torch.no_grad():
         output = model(ids, output_hidden_states=True, output_attentions=True, use_cache=False)
     stream = output.hidden_states[1].abs().flatten(0, 1).median(0).values
-    assert stream[list(EMBEDDED)].min() > 15_000 and stream.median() < 20
+    assert stream[EMBEDDED].min() > 15_000 and stream.median() < 20
     norms = [x for n, x in model.named_parameters() if "norm" in n and n.endswith("weight")]
     shift = "gemma" in name
     assert min((x + shift).min() for x in norms) < 0.03 and max(x.max() for x in norms) > 190
@@ -194,10 +86,8 @@ def test_as_near_to_float64_as_unpatched(device, name, dtype, fused):
     for what, found in {"at once": at_once, "token by token": torch.cat(pieces)}.items():
         times, noise = worse_by(found, own, expected)
         print(f"{device} {name} {dtype} {fused} {what}: {times:.3f} times, noise {noise:.3f}")
-        assert math.log(times) <= math.log(ALLOWED) + 3 * noise, (
-            f"{what}: {times:.3f} times, noise {noise:.3f}, {SEED=}"
-        )
-        assert noise < 0.15, "so little is known that the test is none"
+        assert math.log(times) <= math.log(ALLOWED) + 3 * noise, f"{what}: {times:.3f} times, {noise=:.3f}, {SEED=}"
+        assert noise < 0.2, "so little is known that the test is none"
         if dtype == torch.float32:  # no single token is far off
             error = (found.double() - expected).abs().amax(-1) / expected.std(-1)
             assert error.max() < 5e-3, f"{what}: {error.max():.1e} of the spread, {SEED=}"
@@ -240,9 +130,3 @@ CASES = [
 @pytest.mark.parametrize("device", DEVICES)
 def test_wrong_patches_are_refused(device, wrong, name, fused, dtype):
     refused(loud(name, dtype, device), wrong, S, W, fuse=fused)
-
-
-def test_the_changes_are_gone():
-    """The wrong patches above leave sinkattn as it was."""
-    assert sinkattn.ops.decode is ops.decode and ops.decode.__module__ == "sinkattn.ops"
-    patch(loud("llama"), S, W).remove()
