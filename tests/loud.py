@@ -28,6 +28,9 @@ WRITERS = ("o_proj", "dense", "down_proj", "dense_4h_to_h")  # their output is a
 QUERIES = ("q_proj", "q_b_proj", "qkv_proj", "query_key_value")  # their first rows are the first head's query
 KEYS = ("k_proj", "query_key_value")
 
+ALLOWED = 1.1  # error of a patched model, times the unpatched model's own
+FLOOR = 1e-6  # error of a token that is as good as none: rounding of float32
+
 
 def _uneven(n: int) -> torch.Tensor:
     return torch.exp(0.7 * torch.randn(n))
@@ -172,3 +175,20 @@ def exact(model):
     model = copy.deepcopy(model).double()
     model.config._experts_implementation = "eager"  # torch's grouped products take no float64
     return model
+
+
+def token_errors(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Root mean square error of every token's logits, relative to their spread. (texts, tokens, vocabulary) both."""
+    return (found.to(expected) - expected).square().mean(-1).sqrt() / expected.std(-1)
+
+
+def times_worse(found: torch.Tensor, own: torch.Tensor) -> tuple[float, float]:
+    """How many times the errors `own` the errors `found` are, and the standard error of the logarithm of that.
+
+    Both (texts, tokens), of `token_errors`. The result is the geometric mean over tokens, where none counts for more
+    than a factor of e: now and then an error is a hundred times the usual, where a softmax or an expert stood at the
+    edge, and it is chance whether that is in found or in own. Tokens of a text share errors through the cache, so it
+    is texts that are independent.
+    """
+    by_text = ((found + FLOOR) / (own + FLOOR)).log().clamp(-1, 1).mean(1)
+    return by_text.mean().exp().item(), (by_text.std() / len(by_text) ** 0.5).item()

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from loud import EMBEDDED, KEY_BIAS, Exactly, exact, loud
+from loud import ALLOWED, EMBEDDED, KEY_BIAS, Exactly, exact, loud, times_worse, token_errors
 from oracle import streaming_logits
 from sinkattn import SinkCache, UnsupportedModelError, patch
 from tiny import FAMILIES
@@ -15,25 +15,9 @@ from wrong import refused
 
 S, W = 4, 10
 TEXTS, TOKENS = 12, 2 * (S + W) + 4
-ALLOWED = 1.1  # times the unpatched model's own error
-FLOOR = 1e-6  # error of a token's logits, relative to their spread, that is as good as none: rounding of float32
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 SEED = int(os.environ.get("SINKATTN_SEED") or torch.seed() % 2**32)  # of the texts; a failing test shows it
-
-
-def worse_by(found, own, expected) -> tuple[float, float]:
-    """How many times the error of `own` the error of `found` is, and the standard error of the logarithm of that.
-
-    All (texts, tokens, vocabulary). An error is the root mean square over a token's logits, relative to their spread.
-    The result is the geometric mean over tokens, where no token counts for more than a factor of e: errors are now and
-    then a hundred times the usual, where a softmax or an expert was at the edge, for found and own at different tokens.
-    Tokens of a text share their errors through the cache: texts are what is independent.
-    """
-    spread = expected.std(-1).clamp_min(1e-30)
-    errors = [(x.double() - expected).square().mean(-1).sqrt() / spread + FLOOR for x in (found, own)]
-    by_text = (errors[0] / errors[1]).log().clamp(-1, 1).mean(1)
-    return by_text.mean().exp().item(), (by_text.std() / len(by_text) ** 0.5).item()
 
 
 @functools.lru_cache(maxsize=2)  # tests of one model and dtype follow each other
@@ -84,7 +68,7 @@ def test_as_near_to_float64_as_unpatched(device, name, dtype, fused):
             cache = SinkCache(model)
             pieces.append(torch.cat([model(x, past_key_values=cache).logits for x in rows.split(1, dim=1)], dim=1))
     for what, found in {"at once": at_once, "token by token": torch.cat(pieces)}.items():
-        times, noise = worse_by(found, own, expected)
+        times, noise = times_worse(token_errors(found, expected), token_errors(own, expected))
         print(f"{device} {name} {dtype} {fused} {what}: {times:.3f} times, noise {noise:.3f}")
         assert math.log(times) <= math.log(ALLOWED) + 3 * noise, f"{what}: {times:.3f} times, {noise=:.3f}, {SEED=}"
         assert noise < 0.2, "so little is known that the test is none"
