@@ -1,11 +1,12 @@
 """Compiles csrc/cpu into sinkattn/_C_cpu.so and csrc/cuda into sinkattn/_C_cuda.so; other metadata: pyproject.toml.
 
 torch is no build requirement: an isolated build would download another one. The headers of the torch that is installed
-already are used instead, one for CPUs only will do for both, and the libraries, on LibTorch's stable ABI, serve every
-torch from 2.10 on. They have no Python symbols either, hence the wheel's tag py3-none-<platform>. What cannot be built
-for want of headers or a compiler is left out, loudly, and the package works without it. Environment variables:
+already are used instead, and the libraries, on LibTorch's stable ABI, serve every torch from 2.10 on. They have no
+Python symbols either, hence the wheel's tag py3-none-<platform>. The CUDA ops are compiled if that torch has CUDA, as
+no other loads them, or if they are required, for which the headers of any torch will do. What cannot be built for want
+of headers or a compiler is left out, loudly, and the package works without it. Environment variables:
 
-    SINKATTN_REQUIRE=cpu,cuda  leaving out one of these is an error
+    SINKATTN_REQUIRE=cpu,cuda  build these; leaving out one of them is an error
     CXX, CXXFLAGS, LDFLAGS     compiler and more flags for it
     CUDA_HOME                  where CUDA's bin/nvcc is; without it, the nvcc on the PATH
     MAX_JOBS                   files compiled at a time (2)
@@ -22,6 +23,7 @@ import site
 import subprocess
 import sys
 import sysconfig
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -54,6 +56,14 @@ CUDA_SOURCES = {  # file: the GPUs it is for
 REQUIRED = {name for name in os.environ.get("SINKATTN_REQUIRE", "").split(",") if name}
 
 
+def say(text: str) -> None:
+    """Tell the build's log and, as pip shows that only if a build fails or under `pip -v`, the terminal."""
+    print(text, file=sys.stderr, flush=True)
+    if not sys.stderr.isatty():
+        with contextlib.suppress(OSError):
+            Path("/dev/tty").write_text(f"\b \n{text} ")  # pip's spinner is one character and stays behind the text
+
+
 def find_torch() -> Path | None:
     """Folder of the installed torch, which is not imported. An isolated build doesn't have it on sys.path."""
     spec = importlib.util.find_spec("torch")
@@ -63,6 +73,12 @@ def find_torch() -> Path | None:
         roots.append(site.getusersitepackages())
     folders += [Path(root) / "torch" for root in roots]
     return next((folder for folder in folders if (folder / "version.py").exists()), None)
+
+
+def torch_version(name: str = "__version__") -> str | None:
+    """What the version.py of the installed torch says: its version or that of its `cuda`; None if that is None."""
+    found = re.search(rf"^{name}\b.*= ['\"](.+)['\"]", (TORCH / "version.py").read_text(), re.MULTILINE)
+    return found and found[1]
 
 
 def find_compiler() -> list[str] | None:
@@ -94,13 +110,14 @@ def why_not(name: str) -> tuple[str, str] | None:
         return f"they are built on Linux only, this is {sys.platform}", "use Linux"
     if TORCH is None:
         return "no torch is installed here, whose headers they need", "`pip install torch`"
-    version = re.search(r"__version__ = '(\d+)\.(\d+)", (TORCH / "version.py").read_text())
-    if version is None or tuple(map(int, version.groups())) < OLDEST_TORCH:
+    if tuple(map(int, re.findall(r"\d+", torch_version() or "")[:2])) < OLDEST_TORCH:
         return f"the torch in {TORCH} is older than 2.10", "`pip install --upgrade torch`"
     if not (TORCH / "include/torch/csrc/stable/ops.h").exists():
         return f"the torch in {TORCH} has no C++ headers", "install a torch that has them, as those on PyPI do"
     if COMPILER is None:
         return "no C++ compiler was found", "install g++ or clang++, or let CXX name one"
+    if not shutil.which(COMPILER[0]):
+        return f"CXX names {COMPILER[0]}, which is not there", "let CXX name g++ or clang++"
     if name == "cpu":
         return None
     remedy = "install CUDA's compiler, 12.4 or newer, and let CUDA_HOME say where"
@@ -116,38 +133,59 @@ def why_not(name: str) -> tuple[str, str] | None:
     return None
 
 
-def leave_out(name: str, reason: str, remedy: str, inplace: bool) -> None:
+def leave_out(name: str, reason: str, remedy: str, inplace: bool, said: str = "") -> None:
     """Say that a library is left out, or raise if it is required."""
     if inplace:  # an older one would be loaded
         Path(f"sinkattn/_C_{name}.so").unlink(missing_ok=True)
     if name in REQUIRED:
-        raise SetupError(
-            f"SINKATTN_REQUIRE={name}, but the compiled {name.upper()} ops cannot be built: {reason}. Remedy: {remedy}."
-        )
+        raise SetupError(f"SINKATTN_REQUIRE={name}, but these ops cannot be built: {reason}. Remedy: {remedy}.{said}")
     rule = "*" * 100
     slower = "on the CPU" if name == "cpu" else "on a GPU, where Triton's kernels take their place"
     message = (
-        f"\n{rule}\nsinkattn is built WITHOUT its compiled {name.upper()} ops: {reason}.\n"
+        f"\n{rule}\nsinkattn is built WITHOUT its compiled {name.upper()} ops: {reason}.{said}\n"
         f"The package works without them, more slowly {slower}.\n"
         f"To get them: {remedy}; then install sinkattn again, with `pip install --force-reinstall --no-deps\n"
         "--no-cache-dir` and what you gave pip now. `sinkattn info` shows whether they are there.\n"
         f"{rule}\n"
     )
-    print(message, file=sys.stderr, flush=True)
-    if not sys.stderr.isatty():  # pip shows a build's output only if it fails
-        with contextlib.suppress(OSError):
-            Path("/dev/tty").write_text(message)
+    say(message)
+
+
+def at_fault(command: list[str]) -> tuple[str, str]:
+    """What a failed command shows to be at fault, and the remedy: less and less is compiled with the same options."""
+    if "-c" not in command:
+        return f"linking with the libraries in {TORCH / 'lib'} failed", "install a linker and a torch that has them"
+    *options, _, source, _, _ = command
+    probe = OBJECTS / f"probe{Path(source).suffix}"
+
+    def compiles(text: str) -> bool:
+        probe.write_text(text)
+        return subprocess.run([*options, "-c", probe, "-o", OBJECTS / "probe.o"], capture_output=True).returncode == 0
+
+    if not compiles("#include <optional>\nint f() { if constexpr (true) return *std::optional(0); }\n"):
+        if options[0] == str(NVCC):
+            return f"{NVCC} with {COMPILER[0]} compiles no C++17 at all", "let CUDA_HOME or CXX name others"
+        return f"{COMPILER[0]} compiles no C++17 with these options", "let CXX name another, g++ 11 or newer"
+    headers = sorted(set(re.findall("#include <torch/.+>", Path(source).read_text())))
+    if not compiles("\n".join([*headers, ""])):
+        return f"the headers of torch {torch_version()} in {TORCH} do not compile", "install it or another"
+    though = f" with the headers of torch {torch_version()}, though they alone do" if headers else ""
+    return f"{source} does not compile{though}", "take another torch or compiler, and report this"
 
 
 class BuildPy(build_py):
     def run(self):
-        if REQUIRED - set(LIBRARIES):
+        if REQUIRED - {"cpu", "cuda"}:
             raise SetupError(f"SINKATTN_REQUIRE={','.join(sorted(REQUIRED))}: only cpu and cuda can be required")
         if not self.editable_mode:  # what an earlier build left there would be shipped
             shutil.rmtree(Path(self.build_lib, "sinkattn"), ignore_errors=True)
         for name, reason in LIBRARIES.items():
             if reason:
                 leave_out(name, *reason, inplace=self.editable_mode)
+        if "cuda" not in LIBRARIES:
+            say(f"sinkattn: torch {torch_version()} has no CUDA: no CUDA ops are built (SINKATTN_REQUIRE=cuda would)")
+            if self.editable_mode:
+                Path("sinkattn/_C_cuda.so").unlink(missing_ok=True)
         super().run()
 
 
@@ -160,11 +198,11 @@ class BuildExt(build_ext):
         try:
             self.compile_and_link(name, Path(self.get_ext_fullpath(ext.name)))
         except subprocess.CalledProcessError as error:
-            reason = f"the compiler failed.\n{shlex.join(map(str, error.cmd))}\n{error.stderr.strip()}"
-            compiler = (
-                "let CXX name a compiler for C++17, g++ 11 or newer" if name == "cpu" else "try another CUDA compiler"
-            )
-            leave_out(name, reason, compiler, inplace=self.editable_mode)
+            print(error.stderr, file=sys.stderr, flush=True)
+            reason, remedy = at_fault(error.cmd)
+            said = [line for line in error.stderr.splitlines() if re.search("error|cannot find|undefined", line)]
+            said = "\n  ".join([f"\n{error.cmd[0]} says:", *said[:3]]) if said else ""
+            leave_out(name, reason, remedy, self.editable_mode, said)
             self.distribution.ext_modules.remove(ext)
             raise CompileError(str(error)) from error  # a warning, since the extension is optional
 
@@ -192,8 +230,13 @@ class BuildExt(build_ext):
             path.stat().st_mtime for path in (*sources.iterdir(), *sources.parent.glob("*.h"), Path("setup.py"))
         )
         stale = [job for job in jobs if not Path(job[-1]).exists() or Path(job[-1]).stat().st_mtime < newest]
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", 2))) as pool:
-            list(pool.map(self.call, stale))
+        start, at_once = time.monotonic(), int(os.environ.get("MAX_JOBS", 2))
+        if stale:
+            say(f"sinkattn: {name.upper()} ops, torch {torch_version()}: {len(stale)} files, {at_once} at a time")
+        with ThreadPoolExecutor(at_once) as pool:
+            for done, job in enumerate(pool.map(self.call, stale), 1):
+                made = Path(job[-1]).stem.rpartition("_")[0]
+                say(f"sinkattn: {time.monotonic() - start:4.0f} s, {done} of {len(stale)}: {made}")
         # libtorch.so is needed by name: torch.ops.load_library looks for symbols in what a library needs. No rpath:
         # torch has been imported by then.
         link = [*COMPILER, "-shared", "-o", str(library), *(job[-1] for job in jobs), f"-L{TORCH / 'lib'}"]
@@ -204,9 +247,10 @@ class BuildExt(build_ext):
         command = [*command, "-c", str(source), "-o"]
         return [*command, str(OBJECTS / f"{name}_{zlib.crc32(shlex.join(command).encode()):08x}.o")]
 
-    def call(self, command: list[str]):
+    def call(self, command: list[str]) -> list[str]:
         print(shlex.join(command), flush=True)
         subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
+        return command
 
 
 class BdistWheel(bdist_wheel):
@@ -222,7 +266,8 @@ class BdistWheel(bdist_wheel):
 TORCH = find_torch()
 COMPILER = find_compiler()
 NVCC = find_nvcc()
-LIBRARIES = {name: why_not(name) for name in ("cpu", "cuda")}
+WANTED = ["cpu"] if TORCH and not torch_version("cuda") and "cuda" not in REQUIRED else ["cpu", "cuda"]
+LIBRARIES = {name: why_not(name) for name in WANTED}
 
 setup(
     ext_modules=[

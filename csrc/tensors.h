@@ -12,6 +12,11 @@
 #include <initializer_list>
 #include <vector>
 
+// From torch 2.13 on an error carries torch's own words; older headers only name the call that failed.
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 namespace sinkattn {
 
 using torch::headeronly::ScalarType;
