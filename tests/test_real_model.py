@@ -1,4 +1,4 @@
-"""bench/real.py: every part, tiny, on the shipped model; its readers and judges; and one part on real weights."""
+"""bench/real_model.py: every part, tiny, on the shipped model; its readers and judges; and one part on real weights."""
 
 import gzip
 import json
@@ -17,11 +17,13 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import fluency  # noqa: E402
 import readme  # noqa: E402
-import real  # noqa: E402
+import real_model  # noqa: E402
 from experiments import open_model, plain_forward  # noqa: E402
 
-from sinkattn import SinkCache, UnsupportedModelError, demo, models, patch  # noqa: E402
+import real  # noqa: E402
+from sinkattn import SinkCache, UnsupportedModelError, demo, patch  # noqa: E402
 from test_bench import rows_of, run  # noqa: E402
+from test_real import smollm2_or_stop  # noqa: E402
 from tiny import tiny  # noqa: E402
 
 
@@ -39,7 +41,7 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def measured(data, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("real")
-    run(real.main, "--tiny", "--model", "demo", "--data", data, "--output-dir", directory, "--device", "cpu")
+    run(real_model.main, "--tiny", "--model", "demo", "--data", data, "--output-dir", directory, "--device", "cpu")
     return directory
 
 
@@ -48,7 +50,7 @@ def about(directory: Path, part: str) -> dict:
 
 
 def test_every_part_writes_its_files(measured, monkeypatch):
-    for part in real.PARTS:
+    for part in real_model.PARTS:
         rows, entry = rows_of(measured / f"{part}.csv"), about(measured, part)
         assert len(rows) > 3 and entry["command"].startswith("python bench/") and entry["seconds"] > 0, part
         assert {"device", "versions", "model", "dtype", "sink_size", "window_size"} <= entry.keys()
@@ -61,7 +63,7 @@ def test_every_part_writes_its_files(measured, monkeypatch):
 def test_losses_are_those_of_the_definition(measured, data):
     """By position and by size, against a plain forward; what is not asked for is the unpatched model's."""
     model, tokenizer, _ = open_model("demo", "cpu", "float32")
-    texts = [real.unpacked(path) for path in sorted(data.glob("text*.gz"))]
+    texts = [real_model.unpacked(path) for path in sorted(data.glob("text*.gz"))]
     ids = torch.tensor([tokenizer(text).input_ids[:601] for text in texts])
     expected = {"window": (0, 64), "sinks": (4, 60), "dense": (0, 601)}
     for name, size in expected.items():
@@ -100,9 +102,9 @@ def test_a_dtype_that_is_refused_is_told(data, tmp_path, monkeypatch):
             raise UnsupportedModelError("no")
         return patch(model, *sizes, **options)
 
-    for module in (real, sys.modules["experiments"]):
+    for module in (real_model, sys.modules["experiments"]):
         monkeypatch.setattr(module, "patch", refuses)
-    run(real.main, "dtypes", "--tiny", "--model", "demo", "--data", data, "--output-dir", tmp_path, "--device", "cpu")
+    run(real_model.main, "dtypes", "--tiny", "--model", "demo", "--data", data, "--output-dir", tmp_path, "--device", "cpu")
     for row in rows_of(tmp_path / "dtypes.csv"):
         own = float(row["unpatched_error"])
         if row["dtype"] == "bfloat16":
@@ -119,9 +121,9 @@ def test_a_part_that_fails_costs_no_other(data, tmp_path, monkeypatch):
     def broken(bench):
         raise RuntimeError("broken")
 
-    monkeypatch.setitem(real.PARTS, "cost", broken)
+    monkeypatch.setitem(real_model.PARTS, "cost", broken)
     with pytest.raises(AssertionError, match="failed: cost"):
-        run(real.main, "cost", "attention", "--tiny", "--model", "demo", "--data", data, "--output-dir", tmp_path)
+        run(real_model.main, "cost", "attention", "--tiny", "--model", "demo", "--data", data, "--output-dir", tmp_path)
     assert (tmp_path / "attention.csv").exists() and not (tmp_path / "cost.csv").exists()
 
 
@@ -136,12 +138,12 @@ def test_a_database_of_r_is_read():
         return struct.pack(">i", len(part)) + zlib.compress(part)
 
     books = [["EMMA", "", "It was a café,", "long ago.", "", ""], ["Another", "", "", "one"]]
-    assert list(real.novels(b"".join(map(vector, books)))) == ["EMMA\n\nIt was a café, long ago.", "Another\n\none"]
+    assert list(real_model.novels(b"".join(map(vector, books)))) == ["EMMA\n\nIt was a café, long ago.", "Another\n\none"]
 
 
 def test_a_page_becomes_paragraphs():
     page = "<title>no</title><h1>A  head</h1>\n<p>One\nparagraph &amp; <i>more</i></p><script>x</script>two<br>three"
-    assert real.plain_text(page) == "A head\n\nOne paragraph & more\n\ntwo\n\nthree".replace("more\n\ntwo", "moretwo")
+    assert real_model.plain_text(page) == "A head\n\nOne paragraph & more\n\ntwo\n\nthree".replace("more\n\ntwo", "moretwo")
 
 
 # ------------------------------------------------------------------------------------------------------------ fluency
@@ -225,17 +227,12 @@ def test_the_loss_of_a_piece_alone():
 @pytest.mark.real
 def test_on_real_weights(tmp_path):
     """SmolLM2 on plain English: without its first tokens it fails, with 4 of them it stays with re-computation."""
-    try:
-        models.find("smollm2")
-    except ValueError as missing:
-        pytest.skip(str(missing))
-    import pydoc_data.topics
-
-    prose = "\n".join(pydoc_data.topics.topics[name] for name in ("objects", "exceptions", "naming"))
-    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(prose.encode()))
-    (tmp_path / "words.gz").write_bytes(gzip.compress(prose.encode()))
-    sizes = ("--tokens", 256, "--capacity", 64, "--data", tmp_path, "--output-dir", tmp_path, "--device", "cpu")
-    run(real.main, "loss", "--tiny", *sizes)
+    smollm2_or_stop()
+    text = gzip.compress(real.tokenizer().decode(real.prose(300)[0]).encode())
+    for name in ("text.txt.gz", "words.gz"):
+        (tmp_path / name).write_bytes(text)
+    arguments = ("--model", real._folder(), "--data", tmp_path, "--output-dir", tmp_path, "--device", "cpu")
+    run(real_model.main, "loss", "--tiny", "--tokens", 256, "--capacity", 64, *arguments)
     loss = about(tmp_path, "loss")
     last = {name: spans["128-256"]["loss"] for name, spans in loss["loss"].items()}
     assert last["window"] > last["sinks"] + 0.5 and last["dense"] < last["sinks"] + 0.1
