@@ -1,7 +1,7 @@
 """Put the measured figures into README.md and docs, between their markers: python bench/readme.py
 
-They come from bench/results/real and bench/results/proof, where the results of bench/real_model.py and bench/proof.py lie
-(what was not measured stays as it is), bench/results/h200, where those of the benches of kernels do, and
+They come from bench/results/real and bench/results/proof, where the results of bench/real_model.py and bench/proof.py
+lie (what was not measured stays as it is), bench/results/h200, where those of the benches of kernels do, and
 bench/results/cpu, where those of bench/cpu.py do.
 `--check` only says whether all are up to date.
 """

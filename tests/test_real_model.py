@@ -104,7 +104,19 @@ def test_a_dtype_that_is_refused_is_told(data, tmp_path, monkeypatch):
 
     for module in (real_model, sys.modules["experiments"]):
         monkeypatch.setattr(module, "patch", refuses)
-    run(real_model.main, "dtypes", "--tiny", "--model", "demo", "--data", data, "--output-dir", tmp_path, "--device", "cpu")
+    run(
+        real_model.main,
+        "dtypes",
+        "--tiny",
+        "--model",
+        "demo",
+        "--data",
+        data,
+        "--output-dir",
+        tmp_path,
+        "--device",
+        "cpu",
+    )
     for row in rows_of(tmp_path / "dtypes.csv"):
         own = float(row["unpatched_error"])
         if row["dtype"] == "bfloat16":
@@ -138,12 +150,17 @@ def test_a_database_of_r_is_read():
         return struct.pack(">i", len(part)) + zlib.compress(part)
 
     books = [["EMMA", "", "It was a café,", "long ago.", "", ""], ["Another", "", "", "one"]]
-    assert list(real_model.novels(b"".join(map(vector, books)))) == ["EMMA\n\nIt was a café, long ago.", "Another\n\none"]
+    assert list(real_model.novels(b"".join(map(vector, books)))) == [
+        "EMMA\n\nIt was a café, long ago.",
+        "Another\n\none",
+    ]
 
 
 def test_a_page_becomes_paragraphs():
     page = "<title>no</title><h1>A  head</h1>\n<p>One\nparagraph &amp; <i>more</i></p><script>x</script>two<br>three"
-    assert real_model.plain_text(page) == "A head\n\nOne paragraph & more\n\ntwo\n\nthree".replace("more\n\ntwo", "moretwo")
+    assert real_model.plain_text(page) == "A head\n\nOne paragraph & more\n\ntwo\n\nthree".replace(
+        "more\n\ntwo", "moretwo"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ fluency
