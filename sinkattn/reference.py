@@ -92,6 +92,8 @@ def attention(
     rotary_start: int = 0,
     interleaved: bool = False,
     dense_window: int = 0,
+    *,
+    sink_reach: int | None = None,
 ) -> Tensor:
     """Append T new tokens to every row of a cache of sinks + ring, and let each of them attend over what it may see.
 
@@ -102,7 +104,8 @@ def attention(
 
     where R_text(t) turns by the angle of t and R_sink(t) by that of ``min(t, C - 1)``. ALiBi takes the same distances,
     ``slope * (t - j)`` and ``slope * (min(t, C - 1) - j)``, from the scores. `ops.decode` and `ops.prefill` have
-    the same arguments; their docstrings say shapes, layouts and errors.
+    the same arguments but sink_reach; their docstrings say shapes, layouts and errors. sink_reach: the distance
+    from which a sink is not seen, for layers with a window of their own between W and C; None for none.
     """
     batch, num_heads, tokens, _ = q.shape
     num_kv_heads, ring_size = k_cache.shape[1], k_cache.shape[2] - sink_size
@@ -146,6 +149,8 @@ def attention(
     if dense_window > 0:  # a prompt attended densely: what the cache held before the call, and all of the call
         oldest = torch.maximum(lengths[:, None, None] - window_size, t - dense_window)
     visible = (j >= 0) & (j <= t) & ((j < sink_size) | (j > oldest)) & is_new[:, :, None]
+    if sink_reach is not None:
+        visible &= (j >= sink_size) | (t.clamp(max=sink_size + window_size - 1) - j < sink_reach)
     scores = scores.masked_fill(~visible[:, None], -torch.inf)
     scores = scores.where(is_new[:, None, :, None], 0)  # a padding query sees nothing; its output is zero below
     if learned_logits is not None:  # one more column in the softmax's denominator, with no value

@@ -17,8 +17,8 @@ from transformers import (
 from transformers.generation import BaseStreamer
 
 from .cache import SinkCache
-from .rope import input_device
-from .step import Captured
+from .graph import Captured
+from .introspect import input_device
 
 
 class Stream:
@@ -63,11 +63,11 @@ class Stream:
         return self._cache
 
     @property
-    def _handle(self):
+    def _runner(self):
         handle = getattr(self.model, "_sinkattn", None)
         if handle is None:
             raise ValueError("this Stream's model is not patched any more: patch() it and make another Stream")
-        return handle
+        return handle.runner
 
     @property
     def lengths(self) -> Tensor | None:
@@ -217,8 +217,8 @@ class Stream:
             self._noise.exponential_(generator=generator)
         if (settings, watched) != self._settings:  # captured at the second token of the same settings
             self._settings, self._processors, self._choice = (settings, watched), settings.processors(), None
-        elif self._choice is None and self._device.type == "cuda" and self._handle.why_eager is None:
-            self._choice = Captured(lambda: self._next_ids(settings, watched))
+        elif self._choice is None and self._device.type == "cuda" and self._runner.why_eager is None:
+            self._choice = Captured(lambda: self._next_ids(settings, watched), self._device)
         return self._next_ids(settings, watched) if self._choice is None else self._choice()
 
     def _next_ids(self, settings: "_Settings", watched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -242,14 +242,14 @@ class Stream:
     def _feed(self, ids: Tensor, fed: Tensor | None) -> None:
         """One token a row through the model, (batch,); rows that are not fed stay as they are."""
         ids, mask = ids[:, None], None if fed is None else fed[:, None]
-        logits = self._handle.next_logits(self._cache, ids, mask)
+        logits = self._runner.next_logits(self._cache, ids, mask)
         logits = self._read(ids, mask, self._cache) if logits is None else logits[:, -1]
         self._logits.copy_(logits if fed is None else torch.where(fed[:, None], logits, self._logits))
 
     @torch.no_grad()
     def _read(self, ids: Tensor, mask: Tensor | None, cache: SinkCache) -> Tensor:
         """The logits after some tokens, (rows, vocabulary)."""
-        return self._handle.model(
+        return self._runner.model(
             input_ids=ids, attention_mask=mask, past_key_values=cache, **self._last_logits
         ).logits[:, -1]
 

@@ -4,7 +4,6 @@ import csv
 import json
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -494,13 +493,6 @@ def test_streaming_chat(tmp_path, monkeypatch):
     assert all(prompt in log for prompt in ("import os", "class A:", "def f(x):"))
     assert streaming_chat.known_share("the selbst the", {"the"}) == pytest.approx(2 / 3)
     assert streaming_chat.known_share("...", {"the"}) is None
-    template = types.SimpleNamespace(
-        chat_template="x",
-        apply_chat_template=lambda messages, tokenize, add_generation_prompt=False: (
-            "".join(f"[{m['role']}]{m['content']}" for m in messages) + "[assistant]" * add_generation_prompt
-        ),
-    )
-    assert streaming_chat.turn_text(template, "hi", True) == streaming_chat.turn_text(template, "hi", False)
 
 
 def test_the_judge_is_the_unpatched_model():

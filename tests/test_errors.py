@@ -5,6 +5,7 @@ import dataclasses
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -45,6 +46,15 @@ def test_keywords_of_patch(kwargs, error, message):
     with pytest.raises(error, match=message):
         patch(model, **kwargs)
     assert set(vars(model)) == attributes
+
+
+def test_sizes_of_numpy():
+    model = tiny("llama")
+    with patch(model, np.int64(S), np.int32(W)) as handle:
+        assert (handle.plan.sink_size, handle.plan.window_size) == (S, W) and type(handle.plan.window_size) is int
+    for size in (np.float32(4), np.bool_(True)):
+        with pytest.raises(ValueError, match="sink_size="):
+            patch(model, size)
 
 
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch):
@@ -205,6 +215,24 @@ def test_bad_calls_lose_nothing(model, kind):
         assert torch.equal(model(more, past_key_values=cache).logits, expected)
 
 
+@pytest.mark.parametrize("offset", [97, -97])
+def test_ids_without_an_embedding_one_at_a_time(model, offset):
+    """On the CPU every token is looked at, on a GPU those of a prompt: one alone would make the host wait."""
+    ids, cache, stream = random_ids(2, 6), SinkCache(model), Stream(model)
+    with torch.no_grad():
+        for piece in ids[:, :5].split(1, dim=1):
+            model(piece, past_key_values=cache)
+            stream.append(piece)
+        with pytest.raises(ValueError, match="the model embeds 0 to 96"):
+            model(ids[:, 5:] + offset, past_key_values=cache)
+        with pytest.raises(ValueError, match="the model embeds 0 to 96"):
+            stream.append(ids[:, 5:] + offset)
+        expected = model(ids).logits[:, -1]
+        assert torch.allclose(model(ids[:, 5:], past_key_values=cache).logits[:, -1], expected, atol=1e-5)
+        stream.append(ids[:, 5:])
+        assert torch.equal(next(stream.generate(1, do_sample=False)), expected.argmax(-1))
+
+
 def test_caches_of_others(model):
     other = tiny("qwen2")
     with pytest.raises(ValueError, match="needs a patched model"):
@@ -297,7 +325,7 @@ def test_what_the_first_op_refuses_tears_nothing():
     with pytest.raises(ValueError, match="head_dim up to 256"):
         patch(model, S, W, backend=backend)
     with patch(model, S, W, backend="reference") as handle, torch.no_grad():
-        handle.plan = dataclasses.replace(handle.plan, backend=backend)
+        handle.runner.plan = dataclasses.replace(handle.plan, backend=backend)
         cache = SinkCache(model)
         for _ in range(2):
             with pytest.raises(ValueError, match="head_dim up to 256"):

@@ -1,7 +1,6 @@
 """generate(), several turns with one cache, Stream, and the loaders, on a tiny random model."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -63,29 +62,6 @@ def test_left_padded_batch_and_prefill_chunks(model):
         assert torch.equal(together[row, 30:], alone[0, -40:])
     assert torch.equal(model.generate(ids, attention_mask=mask, prefill_chunk_size=7, **GREEDY), together)
     assert torch.equal(model.generate(ids, attention_mask=mask, use_cache=False, **GREEDY), together)
-
-
-def test_long_prompts_go_through_in_chunks(model, monkeypatch):
-    """The outputs of a chunked input, loss and hidden states too, are those of one piece."""
-    ids = random_ids(2, 50)
-    kwargs = dict(labels=ids, output_hidden_states=True)
-    with torch.no_grad():
-        whole, last = model(ids, **kwargs), model(ids, logits_to_keep=9).logits
-        monkeypatch.setattr(sys.modules["sinkattn.patch"], "CHUNK", 8)
-        chunked, chunked_last = model(ids, **kwargs), model(ids, logits_to_keep=9).logits
-        hidden = model(ids, logits_to_keep=9, output_hidden_states=True).hidden_states
-        as_tuple = model(ids, return_dict=False, use_cache=False)
-        widths = []
-        hook = model.model.layers[0].register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1]))
-        model.generate(ids, max_new_tokens=1)
-        hook.remove()
-    assert sum(widths) == 50 and max(widths) == 8
-    assert relative_error(chunked.logits, whole.logits) < 2e-5
-    assert relative_error(chunked.hidden_states[-1], whole.hidden_states[-1]) < 2e-5
-    assert chunked.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
-    assert chunked_last.shape[1] == 9 and relative_error(chunked_last, last) < 2e-5
-    assert relative_error(hidden[1], whole.hidden_states[1]) < 2e-5
-    assert len(as_tuple) == 1 and relative_error(as_tuple[0], whole.logits) < 2e-5
 
 
 def test_loss_is_that_of_the_streaming_logits(model):

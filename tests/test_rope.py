@@ -4,7 +4,7 @@ import mpmath
 import pytest
 import torch
 
-from sinkattn import patch
+from sinkattn import SinkCache, patch
 from sinkattn.rope import Rope
 from tiny import FAMILIES, ROPES, tiny
 
@@ -49,10 +49,12 @@ def test_frequencies_are_those_the_model_uses(name):
 
 
 def test_own_windows():
-    """A layer's own sliding window counts where it is smaller than W, and only there."""
-    for window, expected in ((6, [6, None, 6, None]), (W, [None] * 4), (W + 1, [None] * 4)):
+    """A layer's own sliding window counts where it is smaller than the cache: S and W of its ring, how far it sees."""
+    usual = (S, W, None)
+    for window, own in ((6, (0, 6, None)), (W, (0, W, None)), (W + 1, (S, W, W + 1)), (S + W, usual)):
         with patch(tiny("gemma2", sliding_window=window), S, W) as handle:
-            assert [handle.plan.layers[i, 0].own_window for i in range(4)] == expected
+            rings = SinkCache(handle.model).layers
+            assert [(x.sink_size, x.window_size, x.sink_reach) for x in rings] == [own, usual, own, usual]
 
 
 @pytest.mark.parametrize("position", [0, 1, 4095, 4_000_000, 2**31 + 1, 2**40 + 3])

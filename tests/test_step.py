@@ -45,7 +45,7 @@ def test_what_is_fused_and_that_it_comes_back(name):
     before = {key: x.clone() for key, x in model.state_dict().items()}
     places, size = len(storages(model)), sum(storages(model).values())
     handle = patch(model, S, W)
-    kinds = [type(x).__name__ for x in handle._fused.replaced]
+    kinds = [type(x).__name__ for x in handle.runner.fused.replaced]
     assert (kinds.count("Attention"), kinds.count("Layer")) == FUSED.get(name, (3, 3))
     assert sum(storages(model).values()) == size
     assert all(torch.equal(x, before[key]) for key, x in model.state_dict().items())
@@ -76,7 +76,7 @@ def test_fused_or_not_is_rounding(name):
     logits = {}
     for fuse in ("layers", "attention", "none"):
         with patch(model, S, W, fuse=fuse, backend="reference") as handle, torch.no_grad():
-            assert (handle._fused is None) == (fuse == "none")
+            assert (handle.runner.fused is None) == (fuse == "none")
             cache = SinkCache(model)
             pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([30, *[1] * 12], dim=1)]
             logits[fuse] = torch.cat(pieces, dim=1)
@@ -98,7 +98,7 @@ def test_what_has_another_form_is_left_alone():
         ids, expected = random_ids(1, 30), None
         expected = streaming_logits(model, ids, S, W)
         with patch(model, S, W) as handle, torch.no_grad():
-            kinds = [type(x).__name__ for x in handle._fused.replaced]
+            kinds = [type(x).__name__ for x in handle.runner.fused.replaced]
             assert (kinds.count("Attention"), kinds.count("Layer")) == (2, layers)
             assert relative_error(model(ids).logits, expected) < 2e-5
 
@@ -192,7 +192,7 @@ def test_rows_go_to_the_next_cache():
         def leave(rows):
             cache = SinkCache(model)
             logits = model(ids[:rows], past_key_values=cache).logits
-            cache.rows.step = _Step()
+            cache.rows.captured = _Step()
             return cache, logits
 
         cache, _ = leave(2)
@@ -339,16 +339,16 @@ def test_why_a_step_runs_eagerly():
 @pytest.fixture
 def captures(monkeypatch):
     """How many captured steps ran."""
-    from sinkattn.patch import Handle
+    from sinkattn.runner import Runner
 
-    ran, replay = [], Handle.replay
+    ran, replay = [], Runner.replay
 
     def counted(self, *args):
         output = replay(self, *args)
         ran.append(output is not None)
         return output
 
-    monkeypatch.setattr(Handle, "replay", counted)
+    monkeypatch.setattr(Runner, "replay", counted)
     return ran
 
 

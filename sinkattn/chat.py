@@ -1,0 +1,115 @@
+"""A conversation as the text that a model reads: what every turn adds behind what its cache holds."""
+
+import re
+from collections.abc import Sequence
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class Conversation:
+    """Turn after turn, as the tokenizer's chat template writes them; each a line of its own where there is no template.
+
+        conversation, ends = Conversation(tokenizer), ends_of(model, tokenizer)
+        stream.append(conversation.ask("Who was Ada Lovelace?"))
+        answer = torch.cat(list(stream.generate(eos_token_id=ends)))
+        print(conversation.answer(answer.tolist(), ends))
+
+    At every turn the whole conversation is rendered, with the answers as they were generated, and what stands behind
+    what the cache holds is new: nothing of what the template puts behind the end of a turn is lost.
+
+    system: a system prompt, or None.
+
+    Attributes: messages (list of dicts, as chat templates take them), text (str, what the cache holds).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None):
+        self.tokenizer = tokenizer
+        self.messages = [] if system is None else [{"role": "system", "content": system}]
+        self.text = ""
+        self._end = ""  # the token that ended the last answer, as text
+
+    def ask(self, said: str) -> Tensor:
+        """Say something to the model: the ids to append to what the cache holds, (1, tokens) int64 on the CPU.
+
+        said: the user's words. Raises ValueError if the template refuses the conversation, or does not show the answer
+        before; the conversation is then as it was.
+        """
+        messages = [*self.messages, {"role": "user", "content": said}]
+        new = self._lines(messages) if self.tokenizer.chat_template is None else self._rendered(messages)
+        ids = self._ids(new)
+        self.messages, self.text = messages, self.text + new
+        return ids
+
+    def answer(self, ids: Sequence[int], ends: Sequence[int]) -> str:
+        """Take down what the model said; returns it without special tokens.
+
+        ids: all that was generated, and is in the cache. ends: the ids that end an answer. If the last id is none of
+        them, because the answer was cut, the next turn begins with what the template puts there.
+        """
+        said = self._decode(ids, skip_special_tokens=True)
+        self.messages.append({"role": "assistant", "content": said})
+        self.text += self._decode(ids)
+        self._end = self._decode(ids[-1:]) if ids and ids[-1] in ends else ""
+        return said
+
+    def _decode(self, ids: Sequence[int], **options) -> str:
+        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False, **options)
+
+    def _rendered(self, messages: list[dict]) -> str:
+        whole = self._render(messages)
+        if whole.startswith(self.text):
+            return whole[len(self.text) :]
+        # The template writes earlier turns otherwise than they were: it leaves out reasoning, cuts blanks, moves the
+        # system prompt. The cache keeps them as they were; what follows an answer is read off another one.
+        return behind_end(self.behind_answer(messages[:-2], messages[-1:]), self._end)
+
+    def behind_answer(self, before: list[dict], after: list[dict], add_generation_prompt: bool = True) -> str:
+        """What the template writes behind an answer between these messages."""
+        mark = str(uuid4().int)
+        messages = [*before, {"role": "assistant", "content": mark}, *after]
+        _, found, text = self._render(messages, add_generation_prompt).rpartition(mark)
+        if not found:
+            raise ValueError("the chat template does not show an answer before the last turn: it serves one turn only")
+        return text
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+
+    def _lines(self, messages: list[dict]) -> str:
+        new = messages[-1:] if self.text else messages
+        begin = "" if not self.text or self._end or self.text.endswith("\n") else "\n"
+        return begin + "".join(f"{message['content']}\n" for message in new)
+
+    def _ids(self, new: str) -> Tensor:
+        if not self.text:
+            special = self.tokenizer.chat_template is None  # a template writes them itself
+            return self.tokenizer(new, return_tensors="pt", add_special_tokens=special).input_ids
+        # behind a token that ends a turn, as in the whole text: some tokenizers put a blank before a text's first word
+        for before in (self._end or self.tokenizer.eos_token or "", ""):
+            front, ids = (self.tokenizer(x, add_special_tokens=False).input_ids for x in (before, before + new))
+            if ids[: len(front)] == front:
+                break
+        return torch.tensor([ids[len(front) :]])
+
+
+def behind_end(text: str, end: str) -> str:
+    """What stands behind `end` in a text that begins with it, blanks not counted; the whole text if it does not."""
+    found = re.match(rf"\s*{re.escape(end)}", text) if end else None
+    return text[found.end() :] if found else text
+
+
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: those of the model's generation_config, and the tokenizer's end-of-text token."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return [end for end in dict.fromkeys((*ends, tokenizer.eos_token_id)) if end is not None]

@@ -1,0 +1,59 @@
+"""Single modules computed otherwise while a model is patched: they read what their module holds whenever they run."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..interface import current
+from ..step import Step
+from .parts import Norm
+
+
+class FusedNorm:
+    """An RMSNorm as it is, but on a GPU one kernel."""
+
+    def __init__(self, module: nn.Module, norm: Norm):
+        self.module, self.original, self.norm = module, module.forward, norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
+            return self.original(x)
+        return self.norm(x)
+
+
+class FewRowsLinear:
+    """A linear layer as it is, but few rows by `ops.linear`."""
+
+    def __init__(self, module: nn.Linear):
+        self.module, self.original = module, module.forward
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.module.weight
+        if torch.is_grad_enabled() or type(weight) is not nn.Parameter or torch.is_autocast_enabled(input.device.type):
+            return self.original(input)
+        rows = input.flatten(0, -2)
+        if not ops.takes_linear(rows, weight):
+            return self.original(input)
+        return ops.linear(rows.contiguous(), weight, self.module.bias).unflatten(0, input.shape[:-1])
+
+
+class ConstantRotary:
+    """A rotary module: all positions are 0 in a patched model, so for one token it says the same every time.
+
+    What it said is kept for as long as the model is patched, since CUDA graphs go on reading it: one pair of small
+    tensors for every dtype, device and number of rows.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module, self.original, self.said = module, module.forward, {}
+
+    def forward(self, x: Tensor, position_ids: Tensor, *args, **kwargs):
+        if torch.compiler.is_compiling() or not isinstance(current.step, Step) or position_ids.shape[-1] != 1:
+            return self.original(x, position_ids, *args, **kwargs)
+        key = (x.dtype, x.device, position_ids.shape, *args, *kwargs.items())
+        if key in self.said:
+            return self.said[key]
+        output = self.original(x, position_ids, *args, **kwargs)
+        if not x.is_cuda or not torch.cuda.is_current_stream_capturing():  # a graph's memory is its own
+            self.said = {**self.said, key: output}
+        return output

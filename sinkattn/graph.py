@@ -1,0 +1,67 @@
+"""A function of fixed tensors on a GPU, recorded once as a CUDA graph, and what keeps a model from being recorded.
+
+A decode step of a large model is hundreds of kernels of a few microseconds; Python launches them more slowly than they
+run. A graph launches all of them at once. It repeats the kernels and nothing else: no Python of the model runs again,
+so hooks and whatever else may act in the middle of a step keep a model out (`why_eager`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
+
+_OWN_HOOKS = "transformers.utils.output_capturing"  # they note outputs if a step asks for them; such steps run eagerly
+
+
+class Captured:
+    """``run(**inputs)``, captured: a call copies its inputs to where the graph reads them and replays it.
+
+    device: the GPU. inputs: tensors on it; the graph reads copies of them. run: its kernels may read and write other
+    tensors too, which must stay where they are. It must have run before, so that what it needs is compiled and there.
+
+    Attributes: inputs (by name), output (whatever `run` returned; each call writes its tensors anew).
+
+    Raises RuntimeError if `run` does what a graph cannot hold, as waiting for the GPU.
+    """
+
+    def __init__(self, run: Callable, device: torch.device, **inputs: Tensor):
+        with torch.inference_mode(False):
+            self.inputs = {name: x.clone() for name, x in inputs.items()}
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+            self.output = run(**self.inputs)
+
+    def __call__(self, **inputs: Tensor):
+        for name, x in inputs.items():
+            self.inputs[name].copy_(x)
+        self._graph.replay()
+        return self.output
+
+    def __deepcopy__(self, memo) -> None:
+        return None  # a copy of the tensors needs a graph of its own
+
+
+def why_eager(model: nn.Module) -> str | None:
+    """Why a step of a model cannot be a CUDA graph, as far as can be told beforehand, or None."""
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) != 1 or not devices[0].startswith("cuda"):
+        return f"its weights are on {' and '.join(devices)}, a CUDA graph needs them on one GPU"
+    if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+        return "there are global forward hooks, which a CUDA graph would skip"
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if hasattr(module, "_hf_hook"):
+            return f"accelerate moves what {name or 'the model'} takes and gives"
+        if any(getattr(hook, "__module__", None) != _OWN_HOOKS for hook in hooks):
+            return f"{name or 'the model'} has forward hooks, which a CUDA graph would skip"
+        if hasattr(module, "merged_adapters"):
+            return f"{name} has adapters that may be switched at any time (merge_and_unload() them)"
+    return None
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Whether an error, or what it came from, is a shortage of memory, which may pass."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None

@@ -1,0 +1,409 @@
+"""The forward of a patched model: checks what it is given, feeds the model's own forward, joins what comes out.
+
+A step opens on the SinkCache, every position that the model is given is 0 (so that its own rotation is the identity,
+see rope.py), and the attention layers reach the step through interface.py or watch.py. A step of one token is captured
+as a CUDA graph where that is possible, and replayed.
+"""
+
+import contextlib
+import functools
+import inspect
+import itertools
+import threading
+
+import torch
+from torch import Tensor, nn
+
+from . import changes
+from .cache import SinkCache
+from .graph import Captured, is_shortage, why_eager
+from .interface import current
+from .introspect import (
+    CACHE_NAMES,
+    bodies_of,
+    cache_name,
+    counts_in_three,
+    frequency_buffers,
+    named,
+    picks_by_length,
+    takes_positions,
+)
+from .outputs import copied, cut, finished, joined, without_cache
+from .pictures import Pictures
+from .rows import Plan
+
+# What a step may be given and still be the one that was captured
+PLAIN = {"input_ids", "attention_mask", *CACHE_NAMES, "use_cache", "return_dict", "position_ids", "cache_position",
+         "logits_to_keep", "mm_token_type_ids"}  # fmt: skip
+WATCHED_CHUNK = 512  # of watched attention, which goes on to compute its own (tokens, tokens) scores
+CHUNK = 2048  # tokens of a prompt that go through the model at a time
+_ONE_AT_A_TIME = threading.RLock()  # long inputs, whatever thread they come from
+
+
+class Runner:
+    """Runs one model over SinkCaches.
+
+    model: with its own forward still in place. plan: how it attends. cuda_graph: whether steps may be captured.
+
+    Attributes: plan, fused (`Fused`, or None), pictures (`Pictures`, or None), why_eager (why a step of one token does
+    not replay a CUDA graph; None if it does), cache_name (what the model's forward calls the cache).
+    """
+
+    def __init__(self, model, plan: Plan, cuda_graph: bool):
+        self.model, self.plan, self.fused = model, plan, None
+        self.why_eager = None if cuda_graph else "cuda_graph=False"
+        self._refused = not cuda_graph  # for good, while `why_eager` may change with hooks and devices
+        self._forward = model.forward
+        self._version, self._seen, self._changes = 0, None, -1  # see `look`
+        self._attending: dict[nn.Module, nn.Module] = {}
+        self._rotaries: list[tuple[str, Tensor]] = []
+        counting = counts_in_three(model)
+        self.pictures = None if counting is None else Pictures(counting)
+        self._takes_positions, self.cache_name = takes_positions(model.forward), cache_name(model.forward)
+        self._parameters = tuple(inspect.signature(model.forward).parameters)
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_seen": (), "_changes": -1}  # a copy is looked at anew
+
+    def keep_in_sight(self, attending: list[nn.Module]) -> None:
+        """Note what was found out and cannot be followed if it changes. attending: the model's attention modules."""
+        owners = {child: module for module in self.model.modules() for child in module.children()}
+        self._attending = {module: owners[module] for module in attending if module in owners}
+        self._rotaries = [
+            (f"{path}.{name}".lstrip("."), getattr(module, name).clone())
+            for path, module in self.model.named_modules()
+            for name in frequency_buffers(module)
+            if not picks_by_length(module)
+        ]
+        self.look()
+
+    def forward(self, *args, **kwargs):
+        """The model's own forward over a SinkCache: same arguments, same outputs, streaming logits.
+
+        Without ``past_key_values`` the text starts anew; the cache is returned if ``use_cache`` (default: the
+        config's). Long inputs go through in chunks. Raises ValueError or TypeError for input that cannot be right,
+        before the cache is touched.
+        """
+        kwargs = named(self.cache_name, dict(zip(self._parameters, args, strict=False)) | kwargs)
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if (ids is None) == (embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        given = ids if embeds is None else embeds
+        batch, tokens = given.shape[:2]
+        if batch == 0 or tokens == 0:
+            raise ValueError(
+                f"an empty prompt: the input has {batch} rows of {tokens} tokens, each row needs at least one"
+            )
+        if kwargs.get("output_attentions"):
+            raise ValueError(
+                "output_attentions: the fused attention has no weights to show; remove() the patch for that"
+            )
+        cache, use_cache = kwargs.get(self.cache_name), kwargs.get("use_cache")
+        if cache is None:
+            if use_cache is None:
+                use_cache = getattr(self.model.config.get_text_config(decoder=True), "use_cache", True)
+            cache = SinkCache(self.model)
+        elif not isinstance(cache, SinkCache):
+            raise TypeError(
+                f"{self.cache_name} is a {type(cache).__name__}; a patched model takes a sinkattn.SinkCache or none"
+            )
+        cache.check(batch, given.device, self.plan)
+        keep_cache = self.cache_name in kwargs or use_cache
+        mask = self._mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
+        if tokens == 1 and self.may_replay(kwargs, cache):
+            output = self.replay(cache, ids, mask)
+            if output is not None:
+                return finished(copied(output, cache), self.model, kwargs.get("return_dict"))
+        mask = None if mask is None else mask.bool()
+        is_at_hand = given.device.type == "cpu" and not torch.compiler.is_compiling()
+        if ids is not None and (tokens > 1 or is_at_hand):
+            self._check_ids(ids)
+        places = self.places_of(kwargs, mask, cache)
+        is_new = tokens > 1 or not cache.seen or self._changes != changes.made()
+        if is_new and self._seen is not None and not torch.compiler.is_compiling():
+            self.look()  # once a prompt, not once a token
+        if tokens > 1:
+            self._check_values(tokens, mask, kwargs.get("position_ids"), places, cache)
+        return self._run(kwargs, tokens, cache, mask, places, keep_cache)
+
+    def places_of(self, kwargs: dict, mask: Tensor | None, cache: SinkCache | None) -> Tensor | None:
+        """Three positions of every new token, (batch, tokens, 3), where pictures give them (M-RoPE), else None.
+
+        They go on after the largest that the row has had. Where not the pictures are given, but what has become of
+        them, position_ids, (3 or 4, batch, tokens), say where they stand.
+        """
+        if self.pictures is None:
+            return None
+        ids, said = kwargs.get("input_ids"), kwargs.get("position_ids")
+        batch, tokens = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+        if isinstance(said, Tensor) and said.dim() == 3 and said.shape[-1] == tokens:
+            said = said[-3:].movedim(0, -1).expand(batch, -1, 3)
+            if ids is None or kwargs.get("mm_encoder_outputs"):
+                return said
+        else:
+            said = None
+        places = self.pictures.places(kwargs, mask)
+        if places is None:
+            return said
+        return places + cache.top[:, None, None] + 1 if cache is not None and cache.seen else places
+
+    def _mask_of(self, attention_mask, batch: int, tokens: int, cache: SinkCache) -> Tensor | None:
+        """The mask's columns of the new tokens, (batch, tokens), or None where nothing is padding."""
+        if attention_mask is None:
+            return None
+        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+            raise ValueError(
+                "attention_mask must be 2D, (batch, tokens): sinkattn decides what is seen, padding is up to you"
+            )
+        if attention_mask.shape[0] != batch or attention_mask.shape[1] not in (tokens, cache.seen + tokens):
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)} does not fit {batch} rows of {tokens} new tokens after "
+                f"{cache.seen}: give ({batch}, {tokens}) or ({batch}, {cache.seen + tokens})"
+            )
+        return attention_mask[:, -tokens:]
+
+    def _check_ids(self, ids: Tensor) -> None:
+        """Raise ValueError for ids without an embedding."""
+        size, low, high = self.model.get_input_embeddings().num_embeddings, int(ids.min()), int(ids.max())
+        if low < 0 or high >= size:
+            raise ValueError(f"input_ids reach from {low} to {high}, the model embeds 0 to {size - 1}")
+
+    def _check_values(self, tokens: int, mask, position_ids, places, cache: SinkCache) -> None:
+        """Raise ValueError for right padding, and for positions that are not the text's."""
+        if mask is not None and bool((mask[:, :-1] & ~mask[:, 1:]).any()):
+            raise ValueError("attention_mask has zeros after ones: pad on the left (tokenizer.padding_side = 'left')")
+        if position_ids is None:
+            return
+        new = torch.ones(1, tokens, dtype=torch.bool, device=position_ids.device) if mask is None else mask
+        text, is_right = new.cumsum(-1) - 1, position_ids.shape[-1] == tokens
+        if is_right and position_ids.dim() == 3:  # time, height and width, perhaps behind the count of tokens
+            text = text + cache.top[:, None] + 1 if cache.seen else text
+            is_text = bool((places == places[..., :1]).all())
+            is_right = not bool(((position_ids[-3:] != (text if is_text else places.movedim(-1, 0))) & new).any())
+        elif is_right:
+            text = text + cache.lengths[:, None] if cache.seen else text
+            is_right = not bool(((position_ids != text) & new).any())
+        if not is_right:
+            raise ValueError(
+                "position_ids do not count each row's tokens from its first one on (packed texts, or padding "
+                "counted): leave position_ids out, sinkattn counts them"
+            )
+
+    def _run(self, kwargs: dict, tokens: int, cache: SinkCache, mask, places, keep_cache: bool):
+        """Feed an input, a long one in chunks, and finish what comes out."""
+        given = {**kwargs, self.cache_name: cache, "use_cache": True, "return_dict": True}
+        if mask is not None:
+            given["attention_mask"] = mask
+        ends = self._ends(tokens, cache, mask)
+        if len(ends) == 1:
+            output = self._step(given, cache, mask, places)
+        else:
+            output = self._run_long(given, cache, mask, places, ends)
+        return finished(output if keep_cache else without_cache(output), self.model, kwargs.get("return_dict"))
+
+    def _run_long(self, given: dict, cache: SinkCache, mask, places, ends: list[int]):
+        """The model's own forward over all tokens, in which the part that holds its layers gets them in chunks.
+
+        So every head, loss and choice of logits is computed by the model's own code, of what all tokens give.
+        """
+        ids, thread, seen = given.get("input_ids"), threading.get_ident(), cache.seen
+
+        def read(forward, names, *args, **more):
+            if current.step is not None or threading.get_ident() != thread:
+                return forward(*args, **more)
+            if cache.seen > seen:
+                raise ValueError(
+                    f"{type(self.model).__name__} reads its input twice: give at most {ends[0]} tokens at once"
+                )
+            more |= dict(zip(names, args, strict=False))
+            return self._chunks(forward, more, ids, cache, mask, places, ends)
+
+        bodies = bodies_of(self.model)
+        with torch.inference_mode(False), torch.no_grad():
+            if not bodies:
+                keep = given.pop("logits_to_keep", None)
+                output = read(self._forward, self._parameters, **given)
+                if keep is not None:
+                    output["logits"] = output["logits"][:, slice(-keep, None) if isinstance(keep, int) else keep]
+            else:
+                with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
+                    for body in bodies:
+                        _, *names = inspect.signature(type(body).forward).parameters
+                        stack.enter_context(_standing_in(body, functools.partial(read, body.forward, names)))
+                    output = self._forward(**self._at_zero(given))
+        cache.mend()
+        return output
+
+    def _chunks(self, forward, given: dict, ids, cache: SinkCache, mask, places, ends: list[int]):
+        """What a forward gives for all tokens, fed in chunks, each of which is a step. ids: (batch, tokens) or None."""
+        given = {name: x for name, x in given.items() if name not in ("attention_mask", "position_ids")}
+        batch, tokens = (given["inputs_embeds"] if ids is None else ids).shape[:2]
+        widths = [end - begin for begin, end in itertools.pairwise([0, *ends])]
+        chunks = cut(given, batch, widths)
+        if chunks is None and cache.seen and not self.plan.continues:
+            raise ValueError(
+                "pictures behind other text, in a model whose states go on token by token: begin with them"
+            )
+        if chunks is None:
+            chunks, widths = [given], [tokens]
+
+        def split(x):
+            return [None] * len(widths) if x is None else x.split(widths, dim=1)
+
+        pieces = []
+        for chunk, chunk_ids, chunk_mask, chunk_places in zip(chunks, *map(split, (ids, mask, places)), strict=True):
+            if chunk_mask is not None:
+                chunk["attention_mask"] = chunk_mask
+            pieces.append(self._step(chunk, cache, chunk_mask, chunk_places, forward=forward, ids=chunk_ids))
+            cache.tear()  # until the model has made its output of all
+        return joined(pieces, batch, widths)
+
+    # A step of one token, captured.
+
+    def may_replay(self, kwargs: dict, cache: SinkCache) -> bool:
+        """Whether a one-token step is one that a CUDA graph holds, as far as the host can tell."""
+        if self._changes != changes.made() and not torch.compiler.is_compiling():
+            self.look()
+        if self.why_eager is not None or not cache.seen or not cache.rows.is_warm:
+            return False
+        if not is_plain(kwargs):
+            return False
+        return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
+
+    def look(self) -> None:
+        """Find out what has changed in the model: what it is computed by, and whether its steps can be captured.
+
+        Raises RuntimeError for changes that sinkattn cannot follow.
+        """
+        self._changes = changes.made()
+        for name, was in self._rotaries:
+            now = self.model.get_buffer(name)
+            if not torch.equal(now, was.to(now)):
+                raise RuntimeError(
+                    f"{name} was changed after sinkattn.patch(), which read it: remove() and patch() again"
+                )
+        sight = changes.sight(self.model, self.fused.forwards if self.fused is not None else {})
+        for module, owner in self._attending.items():
+            if module not in sight or all(child is not module for child in owner.children()):
+                raise RuntimeError(
+                    f"a {type(module).__name__} was taken out or exchanged after sinkattn.patch(), which found out how "
+                    "it attends: remove() and patch() again"
+                )
+        if self.fused is not None:
+            self.fused.look(sight)
+        now = sight, changes.weights(self.model)
+        self._version, self._seen = self._version + (now != self._seen), now
+        if self._refused:
+            return
+        self.why_eager = why_eager(self.model)
+        if any(layer.rope is not None and layer.rope.varies for layer in self.plan.layers.values()):
+            self.why_eager = "its rotary frequencies change with the length of a row: S + W exceeds its trained length"
+
+    @torch.no_grad()
+    def replay(self, cache: SinkCache, ids: Tensor, mask: Tensor | None):
+        """One token a row as a graph, which is captured if there is none: for whoever knows that `may_replay`.
+
+        ids, mask: (batch, 1). Returns the model's output, which the next step overwrites, or None if the step could not
+        be captured and has not run.
+        """
+        device = ids.device.type
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        rows, wanted = cache.rows, (self._version, cache.has_places, autocast)
+        if rows.captured is None or rows.captured_for != wanted:
+            try:
+                run = functools.partial(self._one_token, cache)
+                rows.captured = Captured(run, ids.device, ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+            except RuntimeError as error:
+                self.why_eager, self._refused = f"capturing its step failed: {error}", not is_shortage(error)
+                return None
+            finally:
+                cache.cancel()
+            rows.captured_for, rows.is_masked = wanted, False
+        if mask is None and rows.is_masked:
+            rows.captured.inputs["mask"].fill_(True)
+        rows.is_masked = mask is not None
+        cache.tear()
+        output = rows.captured(ids=ids) if mask is None else rows.captured(ids=ids, mask=mask)
+        cache.count(1, are_known=True)
+        return output
+
+    def next_logits(self, cache: SinkCache, ids: Tensor, mask: Tensor | None) -> Tensor | None:
+        """`forward` of one token a row and nothing else, for `Stream`: the logits, (batch, 1, vocabulary), which the
+        next step overwrites; None if it has to go by `forward`.
+        """
+        output = self.replay(cache, ids, mask) if cache.plan is self.plan and self.may_replay({}, cache) else None
+        return None if output is None else output.logits
+
+    def _one_token(self, cache: SinkCache, ids: Tensor, mask: Tensor):
+        """What is captured: a step over the cache, on the device."""
+        part = {"input_ids": ids, self.cache_name: cache, "use_cache": True, "return_dict": True}
+        part |= {"attention_mask": mask} if cache.has_state else {}
+        return without_cache(self._step(part, cache, mask, None, is_captured=True))
+
+    def _ends(self, tokens: int, cache: SinkCache, mask: Tensor | None) -> list[int]:
+        """Where the pieces of an input end.
+
+        Layers with a state of their own mind the padding of the first piece only: in later ones a row has none, or
+        nothing else.
+        """
+        if tokens == 1:
+            return [1]
+        size = CHUNK if self.plan.route == "interface" else min(CHUNK, WATCHED_CHUNK)
+        size = size if self.plan.prefill == "streaming" else tokens
+        if not cache.has_state:
+            return [*range(size, tokens, size), tokens]
+        if not self.plan.continues:
+            first = 1 if cache.seen else tokens
+            return [*range(first, tokens, 1), tokens]
+        first = 0 if cache.seen else min(size, tokens)
+        ends = {*range(first or size, tokens, size), tokens}
+        if mask is not None:
+            widths = (~mask).sum(1).tolist()
+            ends |= {width for width in widths if first < width < tokens}
+        return sorted(ends)
+
+    def _at_zero(self, part: dict, forward=None) -> dict:
+        """Arguments of a forward, the model's own by default, that put every token at position 0."""
+        if not (self._takes_positions if forward is None else takes_positions(forward)):
+            return part
+        given = part["inputs_embeds"] if part.get("input_ids") is None else part["input_ids"]
+        return {**part, "position_ids": torch.zeros(given.shape[:2], dtype=torch.int64, device=given.device)}
+
+    def _step(
+        self, part: dict, cache: SinkCache, mask: Tensor | None, places: Tensor | None, is_captured=False, forward=None,
+        ids: Tensor | None = None,
+    ):  # fmt: skip
+        """One chunk through the model's own forward, every position 0, its attention led to a step of the cache.
+
+        forward: of a part of the model, in place of its own. ids: of the chunk, where that part is not given them.
+        """
+        ids = part.get("input_ids") if ids is None else ids
+        given = ids if ids is not None else part["inputs_embeds"]
+        batch, tokens = given.shape[:2]
+        part = self._at_zero(part, forward)
+        with cache.open(tokens, mask, batch, given.device, places) as step:
+            # states of layers that transformers keeps must be writable in and out of inference mode
+            with current.of(step), torch.inference_mode(False), torch.no_grad():
+                output = (forward or self._forward)(**part)
+            cache.commit(ids, is_captured)
+        return output
+
+
+@contextlib.contextmanager
+def _standing_in(module: torch.nn.Module, forward):
+    """A forward in the place of a module's own, for a while."""
+    had = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if had is None:
+            del module.forward
+        else:
+            module.forward = had
+
+
+def is_plain(kwargs: dict, *more: str) -> bool:
+    """Whether nothing is asked of a step but the next logits; more: other names that may be given."""
+    given = (name for name, value in kwargs.items() if value is not None and value is not False)
+    return all(name in PLAIN or name in more for name in given)

@@ -1,0 +1,266 @@
+"""Whether a patched model computes what the model itself computes: a short text goes through both.
+
+Half precision is noisy, so the text goes through in float32 (precise.py), where a wrong patch and rounding are orders
+of magnitude apart, and the model's own sensitivity is measured beside it. Every attention is judged by itself, on the
+same hidden states, within the first C tokens and behind them; then the whole model, also in pieces and with fused
+modules; and last the real thing, in the model's own dtype, which must be as near to float32 as the unpatched model.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .cache import SinkCache
+from .introspect import input_device, rewind
+from .observe import Observer
+from .precise import HALF, Precise
+from .rope import UnsupportedModelError
+from .rows import Plan, SpareRows
+from .runner import Runner
+
+SINKS, WINDOW, BEHIND = 4, 12, 4  # of the small cache that the text runs through; tokens that it holds no more
+EXACT = 1e-3  # relative error of an attention in float32; float32 rounding is below 1e-5
+NOISE = 64  # how much more than a perturbation by one rounding a whole model may differ by
+
+
+@contextlib.contextmanager
+def plainly(model: nn.Module):
+    """No gradients, no autocast, no TF32, no inference mode: what runs inside computes what its dtypes say."""
+    device = input_device(model).type
+    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+
+
+def contexts(model: nn.Module) -> list[Callable]:
+    """Contexts in which a model may be looked at, the most exact one first: some modules know their own dtype alone."""
+    is_half = any(x.dtype in HALF for x in model.parameters())
+    return [Precise, contextlib.nullcontext] if is_half else [contextlib.nullcontext]
+
+
+class Verification:
+    """A short text, and what the unpatched model makes of it.
+
+    model: its forward is still its own. sink_size, window_size: tokens, of the patch; the text runs through a cache of
+    at most SINKS + WINDOW.
+
+    Attributes: ids (1, T); own, the unpatched model's outputs for the first tokens in its own dtype, expected, those in
+    float32 (in `context`), both (T', n) float64, and noise, how far these move if the embeddings move by one rounding.
+
+    Raises UnsupportedModelError if the model is broken by itself.
+    """
+
+    def __init__(self, model: nn.Module, sink_size: int, window_size: int):
+        self.model, self.forward, self.name = model, model.forward, type(model).__name__
+        self.sink_size, self.window_size = min(sink_size, SINKS), min(window_size, WINDOW)
+        self.steady = self.capacity = self.sink_size + self.window_size
+        self.ids = _text(model, self.capacity + BEHIND)
+        self._run_own()
+
+    def _run_own(self) -> None:
+        rewind(self.model)
+        self.own = self.read(lambda: self.forward(input_ids=self.ids[:, : self.steady], use_cache=False))[0]
+        if not self.own.isfinite().all():
+            raise UnsupportedModelError(
+                f"{self.name} itself, unpatched, gives numbers that are not finite in {self.model.dtype}: load it in "
+                "another dtype"
+            )
+
+    def learn(self, context: Callable, plan: Plan) -> None:
+        """context: in which the model computes in float32, if it can. plan: of the patch."""
+        self.context, self.plan, self.is_exact = context, plan, context is contexts(self.model)[0]
+        for rope in (x.rope for x in plan.layers.values() if x.rope is not None and x.rope.varies):
+            sets = rope.sets(torch.arange(1, self.capacity + 1))
+            self.steady = min(self.steady, int((sets == sets[0]).cumprod(0).sum()))
+        if self.steady < self.capacity:  # behind them a text at once turns otherwise from its first token on
+            self._run_own()
+
+    def expect(self) -> None:
+        """Run the unpatched model over the first tokens, beside a twin whose embeddings are off by one rounding."""
+        rewind(self.model)
+        ids = self.ids[:, : self.steady].expand(2, -1)
+        with self.context(), self._perturbed():
+            self.expected, twin = self.read(lambda: self.forward(input_ids=ids, use_cache=False))
+        self.noise = _error(twin, self.expected).max().item()
+
+    @contextlib.contextmanager
+    def _perturbed(self):
+        draw = torch.Generator().manual_seed(0)
+
+        def perturb(_, args, output):
+            wave = torch.randn(output[1:].shape, generator=draw).to(output.device, output.dtype)
+            eps = torch.finfo(output.dtype).eps
+            return torch.cat((output[:1], output[1:] * (1 + eps * wave)))
+
+        hook = self.model.get_input_embeddings().register_forward_hook(perturb)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def read(self, run: Callable) -> Tensor:
+        """What a run says of every token, (batch, T, n) float64: logits, or hidden states where a head sums up."""
+        body, held = self.model.base_model, []
+        hook = (
+            None if body is self.model else body.register_forward_hook(lambda _, args, output: held.append(output[0]))
+        )
+        try:
+            output = run()
+        finally:
+            if hook is not None:
+                hook.remove()
+        found = output.get("logits", output[0])
+        if held and isinstance(held[0], Tensor):
+            hidden = torch.cat(held, dim=1)
+            found = found if found.dim() == 3 and found.shape[1] == hidden.shape[1] else hidden
+        return found.double()
+
+    # The patched model.
+
+    def small(self, backend: str | None = None) -> Plan:
+        """The plan, in the small cache. backend: by default what serves float32 and compiles nothing."""
+        backend = backend or ("auto" if self.ids.device.type == "cpu" else "reference")
+        ropes = {id(x.rope): x.rope.up_to(self.capacity) for x in self.plan.layers.values() if x.rope is not None}
+        layers = {
+            key: x if x.rope is None else replace(x, rope=ropes[id(x.rope)]) for key, x in self.plan.layers.items()
+        }
+        sizes = dict(sink_size=self.sink_size, window_size=self.window_size)
+        return replace(self.plan, **sizes, prefill="streaming", backend=backend, layers=layers, spare=SpareRows())
+
+    def run(self, runner: Runner, pieces: list[int], observer: Observer | None = None) -> Tensor:
+        """The outputs of the patched model, (T, n), fed in pieces."""
+        cache = SinkCache(self.model)
+        watch = contextlib.nullcontext() if observer is None else observer.over(cache)
+        with watch:
+            found = [
+                self.read(lambda x=x: runner.forward(input_ids=x, past_key_values=cache))
+                for x in self.ids.split(pieces, 1)
+            ]
+        return torch.cat(found, dim=1)[0]
+
+    def observe(self, runner: Runner, observer: Observer) -> Tensor:
+        """The outputs of the patched model, with no module fused; the observer gets to know what every module does."""
+        with self.context():
+            return self.run(runner, [self.ids.shape[1]], observer)
+
+    def check_attention(self, found: Tensor, observer: Observer) -> None:
+        """Judge what was observed: every attention, and the whole model within the first tokens. The model attends by
+        itself.
+        """
+        self.expect()
+        with self.context():
+            self._recompute(observer)
+        error = _error(found[: self.steady], self.expected).max().item()
+        if not error <= self.allowed:
+            raise UnsupportedModelError(
+                f"{self.name}: a short text gives other outputs than unpatched, by {error:.1e} of their spread "
+                f"(rounding moves them by {self.noise:.1e}): something else than its attention looks at positions, "
+                "masks or the cache"
+            )
+
+    @property
+    def allowed(self) -> float:
+        """How far outputs of a whole model may differ, relative to their spread."""
+        return max(EXACT if self.is_exact else 0.05, NOISE * self.noise)
+
+    def _recompute(self, observer: Observer) -> None:
+        """Attention of the unpatched model on what the patched one's was given: row 0 the first C tokens, the others
+        the sinks and the window of a later token.
+        """
+        last, sinks, window = self.ids.shape[1], self.sink_size, self.window_size
+        later = [t for t in (self.capacity, self.capacity + 1, last - 1) if t < last]
+        seen = [list(range(self.capacity))] + [[*range(sinks), *range(t - window + 1, t + 1)] for t in later]
+        rows = torch.tensor(seen, device=self.ids.device)
+        where = {module: key for key, module in reversed(observer.attending.items())}
+        gave: dict[nn.Module, Tensor] = {}
+
+        def before(module, args, kwargs):
+            if module in gave:
+                return None
+            hidden = observer.of[module].hidden[0]
+            hidden = hidden[rows.to(hidden.device)]
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+        def after(module, args, output):
+            gave.setdefault(module, output[0] if isinstance(output, tuple) else output)
+
+        hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in where]
+        hooks += [module.register_forward_hook(after) for module in where]
+        rewind(self.model)
+        try:
+            self.forward(input_ids=self.ids[0][rows], use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for module, (layer_idx, _) in where.items():
+            found = observer.of[module].output[0].double()
+            if module not in gave or gave[module].shape[:2] != rows.shape:
+                continue
+            expected = gave[module].double()
+            first = self.capacity if self.steady == self.capacity else 0  # else they turn at other lengths
+            tokens = [*range(first), *later]
+            expected = torch.cat((expected[0, :first], expected[1:, -1]))
+            size = expected.square().mean(-1).sqrt()
+            error = (found[tokens] - expected).square().mean(-1).sqrt() / size.clamp_min(1e-2 * size.max())
+            worst = error.argmax().item()
+            if not error[worst] <= (EXACT if self.is_exact else 0.3):
+                raise UnsupportedModelError(
+                    f"{type(module).__name__}, layer {layer_idx}: its attention differs from the model's own over the "
+                    f"same hidden states by {error[worst]:.1e} of its size, at token {tokens[worst]} of a cache of "
+                    f"{sinks} + {window}"
+                )
+
+    def check_pieces(self, runner: Runner, expected: Tensor) -> bool:
+        """Judge the patched model with its fused modules, fed in pieces. Returns whether states of layers go on with
+        several tokens at once.
+        """
+        tokens = len(expected)
+        half = max(self.capacity // 2, 1)
+
+        def difference(pieces: list[int]) -> float:
+            with self.context():
+                return _error(self.run(runner, pieces), expected).max().item()
+
+        if (error := difference([half, 1, tokens - half - 1])) <= self.allowed:
+            return True
+        if SinkCache(self.model).has_state and difference([half] + [1] * (tokens - half)) <= self.allowed:
+            return False
+        raise UnsupportedModelError(
+            f"{self.name}: a short text in pieces gives other outputs than at once, by {error:.1e} of their spread: "
+            "something besides attention counts columns, keeps a state that does not go on where it stopped, or is not "
+            "what sinkattn takes it for (then fuse='none' serves)"
+        )
+
+    def check_dtype(self, runner: Runner, expected: Tensor) -> None:
+        """Judge the patched model as it will run, in its own dtype, by the errors of the unpatched one."""
+        half = max(self.capacity // 2, 1)
+        found = self.run(runner, [half, 1, len(expected) - half - 1])
+        error, usual = _error(found, expected).median().item(), _error(self.own, self.expected).median().item()
+        if not error <= max(5 * usual, 1e-2):
+            raise UnsupportedModelError(
+                f"{self.name}: in {self.model.dtype} a short text is off by {error:.1e} of the outputs' spread, "
+                f"unpatched by {usual:.1e}"
+            )
+
+
+def _text(model: nn.Module, tokens: int) -> Tensor:
+    """Ids from all over the vocabulary, the same every time, none of them special."""
+    numbers = model.config.to_dict()
+    special = {x for name, x in numbers.items() if "token" in name and isinstance(x, int)}
+    size = model.get_input_embeddings().num_embeddings
+    drawn = torch.randint(size, (8 * tokens,), generator=torch.Generator().manual_seed(1)).tolist()
+    plain = [x for x in drawn if x not in special][:tokens]
+    return torch.tensor([plain], device=input_device(model))
+
+
+def _error(found: Tensor, expected: Tensor) -> Tensor:
+    """(T, n) and (T, n) to (T,): root mean squares of the differences, relative to the spread."""
+    spread = (expected - expected.mean(0)).square().mean().sqrt().clamp_min(1e-30)
+    return (found - expected).square().mean(-1).sqrt() / spread

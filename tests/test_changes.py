@@ -1,0 +1,177 @@
+"""What is changed in a model after patch(): it counts, or an error says so; never the old model's text."""
+
+import copy
+
+import peft
+import pytest
+import torch
+
+from oracle import relative_error, streaming_logits
+from sinkattn import SinkCache, patch
+from tiny import tiny
+
+S, W = 4, 8
+EXACT = 1e-4
+TARGETS = {"gpt_neox": ["query_key_value"], "phi3": ["qkv_proj", "o_proj"], "deepseek_v3": ["o_proj"]}
+
+
+def random_ids(tokens=40):
+    return torch.randint(1, 97, (1, tokens))
+
+
+@torch.no_grad()
+def by_token(model, ids):
+    cache = SinkCache(model)
+    return torch.cat([model(x, past_key_values=cache).logits for x in ids.split(1, dim=1)], dim=1)
+
+
+def lora(name: str) -> peft.LoraConfig:
+    modules = TARGETS.get(name, ["q_proj", "v_proj", "down_proj"])
+    return peft.LoraConfig(task_type="CAUSAL_LM", target_modules=modules, r=4, init_lora_weights=False)
+
+
+@pytest.mark.parametrize("fuse", ["layers", "attention", "none"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt_neox", "deepseek_v3"])
+def test_adapters_that_come_and_go(name, fuse):
+    """An adapter put on a patched model, in the middle of a text too, and taken off again."""
+    ids = random_ids()
+    base = streaming_logits(tiny(name), ids, S, W)
+    twin = tiny(name)
+    torch.manual_seed(5)
+    peft.get_peft_model(twin, lora(name)).eval()
+    adapted = streaming_logits(twin, ids, S, W)
+    assert relative_error(adapted, base) > 0.05
+    model = tiny(name)
+    handle = patch(model, S, W, fuse=fuse)
+    with torch.no_grad():
+        assert relative_error(model(ids).logits, base) < EXACT
+        torch.manual_seed(5)
+        wrapped = peft.get_peft_model(model, lora(name)).eval()
+        assert relative_error(by_token(model, ids), adapted) < EXACT  # before any prompt
+        assert relative_error(wrapped(input_ids=ids).logits, adapted) < EXACT
+        wrapped.unload()
+        assert relative_error(by_token(model, ids), base) < EXACT
+        assert relative_error(model(ids).logits, base) < EXACT
+    handle.remove()
+    assert torch.equal(model(ids).logits, tiny(name)(ids).logits)
+
+
+def _doubled(module):
+    forward = module.forward
+    module.forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
+
+
+def _linear(*shape):
+    torch.manual_seed(9)
+    return torch.nn.Linear(*shape, bias=False)
+
+
+def _weight(*shape):
+    return torch.nn.Parameter(_linear(*shape).weight)
+
+
+CHANGES = {
+    "q_proj": lambda layer: setattr(layer.self_attn, "q_proj", _linear(64, 64)),
+    "o_proj": lambda layer: setattr(layer.self_attn, "o_proj", _linear(64, 64)),
+    "gate_proj": lambda layer: setattr(layer.mlp, "gate_proj", _linear(64, 96)),
+    "mlp": lambda layer: setattr(layer, "mlp", torch.nn.Tanh()),
+    "a norm": lambda layer: setattr(layer, "input_layernorm", torch.nn.Tanh()),
+    "act_fn": lambda layer: setattr(layer.mlp, "act_fn", torch.nn.ReLU()),
+    "mlp.forward": lambda layer: _doubled(layer.mlp),
+    "q_proj.forward": lambda layer: _doubled(layer.self_attn.q_proj),
+    "a layer's forward": lambda layer: _doubled(layer),
+    "eps": lambda layer: setattr(layer.input_layernorm, "variance_epsilon", 3.0),
+    "scaling": lambda layer: setattr(layer.self_attn, "scaling", 0.5),
+    "k_proj.weight": lambda layer: setattr(layer.self_attn.k_proj, "weight", _weight(64, 32)),
+    "v_proj.weight.data": lambda layer: setattr(layer.self_attn.v_proj.weight, "data", _linear(64, 32).weight.data),
+    "up_proj.weight.data": lambda layer: setattr(layer.mlp.up_proj.weight, "data", _linear(64, 96).weight.data),
+    "k_proj.weight in place": lambda layer: layer.self_attn.k_proj.weight.data.mul_(1.5),
+    "a norm's weight": lambda layer: setattr(layer.input_layernorm, "weight", torch.nn.Parameter(torch.rand(64))),
+    "a bias": lambda layer: setattr(layer.self_attn.q_proj, "bias", torch.nn.Parameter(torch.ones(64))),
+    "down_proj.weight": lambda layer: setattr(layer.mlp.down_proj, "weight", _weight(96, 64)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fuse", ["layers", "none"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_whatever_is_exchanged(what, fuse):
+    """Against the oracle on a model that got the same change and was never patched."""
+    ids, model, twin = random_ids(), tiny("llama"), tiny("llama")
+    patch(model, S, W, fuse=fuse)
+    with torch.no_grad():
+        before = model(ids).logits
+        for changed in (model, twin):
+            torch.manual_seed(3)
+            CHANGES[what](changed.model.layers[1])
+        expected = streaming_logits(twin, ids, S, W)
+        assert relative_error(before, expected) > 1e-2, "the change makes no difference"
+        assert relative_error(model(ids).logits, expected) < EXACT
+        assert relative_error(by_token(model, ids), expected) < EXACT
+
+
+def test_learned_sink_logits_that_are_exchanged():
+    ids, model, twin = random_ids(), tiny("gpt_oss"), tiny("gpt_oss")
+    patch(model, S, W)
+    with torch.no_grad():
+        model(ids)
+        for changed in (model, twin):
+            changed.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.full((4,), 2.0))
+        assert relative_error(model(ids).logits, streaming_logits(twin, ids, S, W)) < EXACT
+
+
+@pytest.mark.parametrize("fuse", ["layers", "none"])
+def test_what_cannot_be_followed_is_an_error(fuse):
+    """Another attention, other frequencies, another implementation, a layer less."""
+    ids = random_ids()
+    for change, error in {
+        lambda m: setattr(m.model.layers[1], "self_attn", copy.deepcopy(m.model.layers[0].self_attn)): "exchanged",
+        lambda m: m.model.rotary_emb.inv_freq.mul_(2): "inv_freq",
+        lambda m: setattr(m.model.rotary_emb, "inv_freq", m.model.rotary_emb.inv_freq * 2): "inv_freq",
+        lambda m: m.set_attn_implementation("sdpa"): "before patch",
+        lambda m: m.model.layers.__delitem__(2): "taken out",
+    }.items():
+        model = tiny("llama")
+        patch(model, S, W, fuse=fuse)
+        with torch.no_grad():
+            model(ids)
+            with pytest.raises((RuntimeError, ValueError), match=error):
+                change(model)
+                model(ids)
+
+
+@pytest.mark.parametrize("fuse", ["layers", "none"])
+def test_attention_taken_away_by_the_config(fuse):
+    """Where modules attend by the interface, a config that names another implementation is noticed in the step."""
+    model, ids = tiny("llama"), random_ids()
+    patch(model, S, W, fuse=fuse)
+    with torch.no_grad():
+        expected = model(ids).logits
+        model.config._attn_implementation = "eager"
+        if fuse == "none":
+            with pytest.raises(RuntimeError, match="did not attend by sinkattn"):
+                model(ids)
+        else:
+            assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("fuse", ["layers", "attention", "none"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
+def test_autocast(name, fuse):
+    """Patched outside and inside of autocast: as near to float32 as the unpatched model under autocast."""
+    ids, model = random_ids(12), tiny(name)
+
+    def error(found):  # of most tokens: experts may be chosen otherwise
+        return ((found.double() - exact).square().mean(-1).sqrt().median() / exact.std()).item()
+
+    with torch.no_grad():
+        exact = model(ids).logits.double()
+        with torch.autocast("cpu", torch.bfloat16):
+            own = error(model(ids).logits)
+        for inside in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                handle = patch(model, S, 60, fuse=fuse)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert error(model(ids).logits) < 2 * own
+                assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 15)
+            assert relative_error(model(ids).logits, exact) < EXACT
+            handle.remove()

@@ -1,0 +1,161 @@
+"""A real, trained model (real.py): served in every dtype, as near to float32 as unpatched, and what sinks are good for.
+
+Skipped where the model is missing; ``SINKATTN_REAL=required`` makes that a failure.
+"""
+
+import functools
+import itertools
+import math
+import os
+
+import pytest
+import torch
+
+import oracle
+import real
+from loud import ALLOWED, times_worse, token_errors
+from sinkattn import SinkCache, Stream, patch
+from tiny import tiny
+from wrong import refused
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+FUSED = ["none", "attention", "layers"]
+SIZES = [256, 1024, 4096]  # S + W, of which S = 4
+EVERYTHING = list(itertools.product(DTYPES, FUSED, SIZES))
+ON_CPU = [(d, FUSED[j], SIZES[(i + j) % 3]) for i, d in enumerate(DTYPES) for j in range(3)]  # every pair of two once
+CASES = [("cpu", *case) for case in ON_CPU]
+CASES += [("cuda", *case) for case in EVERYTHING] if torch.cuda.is_available() else []
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+BLOCK = 32  # tokens whose errors count as one
+TOLERANCE = 1e-4  # largest error of a token in float32, where hidden states reach 25,000
+
+
+@pytest.fixture(autouse=True)
+def all_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
+
+
+def smollm2_or_stop() -> None:
+    if real.gguf_path() is None:
+        stop = pytest.fail if os.environ.get("SINKATTN_REAL") == "required" else pytest.skip
+        stop("SmolLM2-135M-Instruct is missing: `python tests/real.py` fetches it")
+
+
+smollm2 = pytest.fixture(smollm2_or_stop)
+
+
+def is_streaming(size: int) -> bool:
+    return size < 300
+
+
+def text(size: int, device: str) -> torch.Tensor:
+    """Twice the cache where the wrap is near, else 300 tokens, which are dense."""
+    return real.prose(2 * size if is_streaming(size) else 300, device)
+
+
+@functools.cache
+def unpatched(dtype, device: str, size: int) -> torch.Tensor:
+    """Logits of `text` by the unpatched model, past the wrap by the oracle: (1, tokens, vocabulary) float32."""
+    if size > 1024:  # the same text
+        return unpatched(dtype, device, 1024)
+    model, ids = real.real_model(dtype, device), text(size, device)
+    if is_streaming(size):
+        return real.streaming_logits(model, ids, 4, size - 4).float()
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits.float()
+
+
+def patched(dtype, device: str, size: int, fused: str, sink_size: int = 4) -> torch.Tensor:
+    """As `unpatched`, by the patched model: at once but for the last 8 tokens, which come one by one."""
+    model, ids = real.real_model(dtype, device), text(size, device)
+    with patch(model, sink_size, size - sink_size, fuse=fused), torch.no_grad():
+        cache = SinkCache(model)
+        pieces = [ids[:, :-8], *ids[:, -8:].split(1, dim=1)]
+        return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1).float()
+
+
+@functools.cache
+def errors_of_unpatched(dtype, device: str, size: int) -> torch.Tensor:
+    return token_errors(unpatched(dtype, device, size), unpatched(torch.float32, device, size))[0]
+
+
+@functools.cache
+def loss_past_the_wrap(dtype, device: str, fused: str, sink_size: int = 4) -> float:
+    """In nats a token, with a cache of 256."""
+    ids = text(256, device)
+    logits = patched(dtype, device, 256, fused, sink_size)[0, 255:-1]
+    return torch.nn.functional.cross_entropy(logits, ids[0, 256:]).item()
+
+
+def test_the_oracle_in_one_pass_is_the_oracle():
+    model, ids = tiny("llama"), torch.randint(1, 97, (1, 50))
+    expected = oracle.streaming_logits(model, ids, 4, 10)
+    assert oracle.relative_error(real.streaming_logits(model, ids, 4, 10), expected) < 2e-5
+    assert model.config._attn_implementation == "eager"
+
+
+def test_a_missing_model_is_a_failure_where_it_is_required(monkeypatch):
+    monkeypatch.setenv("SINKATTN_SMOLLM2", "/nowhere/missing.gguf")
+    monkeypatch.setenv("SINKATTN_REAL", "required")
+    with pytest.raises(pytest.fail.Exception, match="real.py"):
+        smollm2_or_stop()
+    monkeypatch.delenv("SINKATTN_REAL")
+    with pytest.raises(pytest.skip.Exception, match="real.py"):
+        smollm2_or_stop()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("device, dtype, fused, size", CASES)
+def test_as_near_to_float32_as_unpatched(smollm2, device, dtype, fused, size):
+    """On prose, dense and, with a cache of 256, past the wrap as well: 1.1 times the unpatched model's own error."""
+    found = token_errors(patched(dtype, device, size, fused), unpatched(torch.float32, device, size))[0]
+    if dtype == torch.float32:
+        print(f"{device} {dtype} {fused} {size}: largest {found.max():.1e}, median {found.median():.1e}")
+        assert found.max() < TOLERANCE
+        return
+    own = errors_of_unpatched(dtype, device, size)
+    times, noise = times_worse(*(x[: len(x) // BLOCK * BLOCK].view(-1, BLOCK) for x in (found, own)))
+    rms, own_rms = (x.square().mean().sqrt() for x in (found, own))
+    print(f"{device} {dtype} {fused} {size}: {rms:.4f}, own {own_rms:.4f}; {times:.3f} times, noise {noise:.3f}")
+    assert math.log(times) <= math.log(ALLOWED) + 3 * noise, f"{times:.3f} times the unpatched model's own error"
+    assert noise < 0.1, "so little is known that the test is none"
+    assert found.max() < 3 * own.max()
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("device", DEVICES)
+def test_loss_is_that_of_float32_and_needs_the_sinks(smollm2, device):
+    losses = {dtype: loss_past_the_wrap(dtype, device, "layers") for dtype in DTYPES}
+    window_alone = loss_past_the_wrap(torch.bfloat16, device, "layers", sink_size=0)
+    print(device, losses, "window alone", window_alone)
+    for dtype in DTYPES[1:]:
+        assert abs(losses[dtype] - losses[torch.float32]) < 0.02, losses
+    assert window_alone > losses[torch.float32] + 0.3
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("device", DEVICES)
+def test_generate_and_stream_write_the_same(smollm2, device):
+    """Greedy, past the wrap."""
+    model, tokenizer = real.real_model(torch.bfloat16, device), real.tokenizer()
+    turn = [{"role": "user", "content": "Tell me a long story about a lighthouse."}]
+    ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = ids["input_ids"].to(device)
+    with patch(model, 4, 44):
+        written = model.generate(ids, max_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
+        stream = Stream(model)
+        stream.append(ids)
+        streamed = [int(x) for x in stream.generate(max_new_tokens=32, do_sample=False)]
+    assert ids.shape[1] + len(written) > 60
+    assert streamed == written.tolist(), tokenizer.decode(streamed)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("wrong", ["sinks one nearer", "scale + 2 %", "norm of 1 + w"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_wrong_patches_are_refused(smollm2, device, wrong, dtype):
+    refused(real.real_model(dtype, device), wrong, 4, 252)

@@ -1,0 +1,114 @@
+"""Wrong patches, which `patch` must refuse: what is computed is changed behind every guess that sinkattn makes.
+
+They know sinkattn's insides: where those change, this file does. No other test here knows them.
+"""
+
+import contextlib
+
+import pytest
+
+from sinkattn import UnsupportedModelError, fuse, ops, patch
+from sinkattn.step import Step
+
+
+@contextlib.contextmanager
+def replaced(owner, name: str, make, reached: list):
+    """Replace a function or method by ``make(original)``, which appends to `reached` when it is used."""
+    original = vars(owner)[name]
+    setattr(owner, name, make(original))
+    try:
+        yield reached
+    finally:
+        setattr(owner, name, original)
+
+
+def sinks_elsewhere(by: int):
+    """Every sink is seen from `by` positions too far on."""
+    reached = []
+
+    def make(original):
+        def positions(step, text):
+            reached.append(True)
+            return original(step, text) + by
+
+        return positions
+
+    return replaced(Step, "_sink_positions", make, reached)
+
+
+@contextlib.contextmanager
+def scores_scaled(by: float):
+    """All scores are `by` times as large."""
+    reached = []
+
+    def make(original):
+        def run(*args, scale, **kwargs):
+            reached.append(True)
+            return original(*args, scale=by * scale, **kwargs)
+
+        return run
+
+    with replaced(ops, "decode", make, reached), replaced(ops, "prefill", make, reached):
+        yield reached
+
+
+def fused_otherwise(change):
+    """What was found of a model is changed after all guesses: ``change(fused)`` returns the parts that it changed."""
+    reached = []
+
+    def make(original):
+        def init(fused, *args, **kwargs):
+            original(fused, *args, **kwargs)
+            reached.extend(change(fused))
+
+        return init
+
+    return replaced(fuse.Fused, "__init__", make, reached)
+
+
+def without_query_norm(fused):
+    class Nothing:
+        def __init__(self, norm):
+            self.weight = norm.weight
+
+        def __call__(self, x):
+            return x
+
+    found = [attention for attention in fused.attentions if attention.norms]
+    for attention in found:
+        attention.norms = [Nothing(attention.norms[0]), attention.norms[1]]
+    return found
+
+
+def shifted_otherwise(fused):
+    """``w * x`` in place of ``(1 + w) * x``, or the other way round."""
+    norms = [norm for attention in fused.attentions for norm in attention.norms or ()]
+    norms += [norm for layer in fused.layers for norm in layer.norms]
+    norms += [part.norm for part in fused.replaced if isinstance(part, fuse.FusedNorm)]
+    norms = [norm for norm in norms if isinstance(norm, fuse.Norm)]
+    for norm in {id(norm): norm for norm in norms}.values():
+        norm.shift = 1.0 - norm.shift
+    return norms
+
+
+WRONG = {
+    "sinks one nearer": lambda: sinks_elsewhere(-1),
+    "sinks one farther": lambda: sinks_elsewhere(1),
+    "scale + 2 %": lambda: scores_scaled(1.02),
+    "scale - 2 %": lambda: scores_scaled(0.98),
+    "no q norm": lambda: fused_otherwise(without_query_norm),
+    "norm of 1 + w": lambda: fused_otherwise(shifted_otherwise),
+}
+
+
+def refused(model, wrong: str, *args, **kwargs) -> None:
+    """Fail unless `patch` refuses a wrong patch and leaves the model alone."""
+    with WRONG[wrong]() as reached:
+        try:
+            patch(model, *args, **kwargs).remove()
+        except UnsupportedModelError:
+            assert reached, f"{wrong}: refused, but not for that: the change never came to bear"
+            assert not hasattr(model, "_sinkattn")
+            return
+    assert reached, f"{wrong}: the change never came to bear; adapt it to sinkattn's insides"
+    pytest.fail(f"{wrong}: served")
