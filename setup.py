@@ -230,13 +230,17 @@ class BuildExt(build_ext):
             path.stat().st_mtime for path in (*sources.iterdir(), *sources.parent.glob("*.h"), Path("setup.py"))
         )
         stale = [job for job in jobs if not Path(job[-1]).exists() or Path(job[-1]).stat().st_mtime < newest]
-        start, at_once = time.monotonic(), int(os.environ.get("MAX_JOBS", 2))
+        start, at_once, done = time.monotonic(), int(os.environ.get("MAX_JOBS", 2)), []
+
+        def compile_one(job: list[str]) -> None:
+            self.call(job)
+            done.append(Path(job[-1]).stem.rpartition("_")[0])
+            say(f"sinkattn: {time.monotonic() - start:4.0f} s, {len(done)} of {len(stale)}: {done[-1]}")
+
         if stale:
             say(f"sinkattn: {name.upper()} ops, torch {torch_version()}: {len(stale)} files, {at_once} at a time")
         with ThreadPoolExecutor(at_once) as pool:
-            for done, job in enumerate(pool.map(self.call, stale), 1):
-                made = Path(job[-1]).stem.rpartition("_")[0]
-                say(f"sinkattn: {time.monotonic() - start:4.0f} s, {done} of {len(stale)}: {made}")
+            list(pool.map(compile_one, stale))
         # libtorch.so is needed by name: torch.ops.load_library looks for symbols in what a library needs. No rpath:
         # torch has been imported by then.
         link = [*COMPILER, "-shared", "-o", str(library), *(job[-1] for job in jobs), f"-L{TORCH / 'lib'}"]
@@ -247,10 +251,9 @@ class BuildExt(build_ext):
         command = [*command, "-c", str(source), "-o"]
         return [*command, str(OBJECTS / f"{name}_{zlib.crc32(shlex.join(command).encode()):08x}.o")]
 
-    def call(self, command: list[str]) -> list[str]:
+    def call(self, command: list[str]):
         print(shlex.join(command), flush=True)
         subprocess.run(command, check=True, stderr=subprocess.PIPE, text=True)
-        return command
 
 
 class BdistWheel(bdist_wheel):

@@ -50,6 +50,15 @@ def test_cuda_is_built_for_a_torch_that_has_it_or_where_it_is_required(build):
     assert code != 0 and "only cpu and cuda" in said
 
 
+def test_every_module_is_built(build, tmp_path):
+    code, said = build("build_py")
+    assert code == 0, said
+    library = next((tmp_path / "build").glob("lib*"))
+    built = {str(path.relative_to(library)) for path in library.rglob("*.py")}
+    modules = {f"sinkattn/{path.relative_to(ROOT / 'sinkattn')}" for path in (ROOT / "sinkattn").rglob("*.py")}
+    assert built == modules | {f"sinkattn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+
+
 @pytest.mark.parametrize(
     ("torch", "message"),
     [
