@@ -1,6 +1,6 @@
 """Every causal-LM type that the installed transformers has: built tiny, patched, compared with the oracle.
 
-    python tests/sweep.py                 # all types, two at a time, two minutes; writes docs/models.md
+    python tests/sweep.py                 # all types, two at a time, some minutes; writes docs/models.md
     python tests/sweep.py llama mpt       # these, printed only
 
 A type takes no code here: its config is made small by the names of its fields. Where that is not enough, there is one
@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import io
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -33,6 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import sinkattn  # noqa: E402
+from loud import ALLOWED, times_worse, token_errors  # noqa: E402
 from oracle import mixing_modules, relative_error, streaming_logits  # noqa: E402
 
 S, W = 2, 7
@@ -191,6 +193,7 @@ class Result:
     status: str = ""  # exact, refused, wrong, not built
     reason: str = ""
     modes: dict = dataclasses.field(default_factory=dict)  # mode -> error, or why the type itself does not have it
+    bfloat16: dict = dataclasses.field(default_factory=dict)  # error and own (root mean squares), times, noise; or why
 
 
 def snapshot(model):
@@ -261,6 +264,7 @@ def check(name: str) -> Result:
     """Build, patch and compare one type; every outcome is a `Result`."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     result = Result(name)
     try:
@@ -284,6 +288,8 @@ def check(name: str) -> Result:
         return result
     try:
         compare(model, result, before)
+        if result.status == "exact":
+            compare_bfloat16(model, result)
     except Exception as error:
         result.status, result.reason = "wrong", f"{error!r}\n{traceback.format_exc()[-1500:]}"
     return result
@@ -343,6 +349,50 @@ def compare(model, result: Result, before) -> None:
     )
 
 
+@torch.no_grad()
+def compare_bfloat16(model, result: Result) -> None:
+    """The same weights in bfloat16: served, and as near to float32 as unpatched.
+
+    Where the unpatched type itself does not run or is not finite in bfloat16, that is noted.
+    """
+    found = result.bfloat16
+    try:
+        state = {name: x.clone() for name, x in model.state_dict().items()}
+        half = type(model).from_pretrained(
+            None, config=copy.deepcopy(model.config), state_dict=state, dtype=torch.bfloat16,
+            attn_implementation="eager",
+        )  # fmt: skip
+        half.eval()
+        ids = torch.randint(3, 90, (6, 3 * C + 2), generator=torch.Generator().manual_seed(2))
+        expected = streaming_logits(copy.deepcopy(half).float(), ids, S, W)
+        own = streaming_logits(half, ids, S, W)
+    except Exception as error:
+        found["reason"] = f"unpatched raises {type(error).__name__}: {error}".splitlines()[0][:120]
+        return
+    if not own.isfinite().all():
+        found["reason"] = "unpatched is not finite"
+        return
+    try:
+        with sinkattn.patch(half, S, W):
+            logits = {"at once": half(ids).logits}
+            if not isinstance(result.modes["tokens"], str):
+                logits["token by token"] = fed(half, sinkattn.SinkCache(half), ids, 1)
+    except sinkattn.UnsupportedModelError as refusal:
+        result.status, found["reason"] = "wrong", f"refused: {refusal}"
+        result.reason = f"bfloat16: {found['reason']}"
+        return
+    errors = {mode: token_errors(x, expected) for mode, x in logits.items()}
+    own = token_errors(own, expected)
+    measures = {mode: times_worse(x, own) for mode, x in errors.items()}
+    worst = max(measures, key=lambda mode: measures[mode][0])
+    times, noise = measures[worst]
+    rms = lambda x: x.square().mean().sqrt().item()  # noqa: E731
+    found.update(error=rms(errors[worst]), own=rms(own), times=times, noise=noise)
+    if not math.log(times) <= math.log(ALLOWED) + 3 * noise:
+        result.status = "wrong"
+        result.reason = f"bfloat16, {worst}: {times:.2f} times the unpatched error, noise {noise:.2f}"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -367,6 +417,12 @@ def document() -> str:
             else result["status"] + ("*" if result["status"] == "exact" and result["reason"] else "")
         )
 
+    def half(name: str) -> str:
+        measured = next((r["bfloat16"] for r in found[name].values() if r.get("bfloat16")), {})
+        if "error" in measured:
+            return f"{measured['error']:.2g} ({measured['own']:.2g})"
+        return measured.get("reason", "").partition(":")[0]
+
     names = sorted(found, key=str.lower)
     served = [name for name in names if any(result["status"] == "exact" for result in found[name].values())]
     others = [name for name in names if name not in served]
@@ -389,12 +445,14 @@ def document() -> str:
         for version in versions
         if mark(name, version).endswith("*")
     ]
-    served_rows = [[n, newest(n)["positions"], newest(n)["route"], *(mark(n, v) for v in versions)] for n in served]
+    served_rows = [
+        [n, newest(n)["positions"], newest(n)["route"], *(mark(n, v) for v in versions), half(n)] for n in served
+    ]
     other_rows = [
         [n, newest(n)["positions"], *(mark(n, v) for v in versions), newest(n)["reason"][:400]] for n in others
     ]
     tolerances = f"{TOLERANCE:g} of their spread ({STATEFUL_TOLERANCE:g} where layers keep a state of their own)"
-    header, named = ["type", "positions", "route", *versions], ["type", "positions", *versions, "reason"]
+    header, named = ["type", "positions", "route", *versions, "bfloat16"], ["type", "positions", *versions, "reason"]
     return f"""# Models
 
 Made by `python tests/sweep.py` (torch {sweeps[0]["torch"]}): every causal-LM type of transformers, built tiny from its
@@ -410,6 +468,9 @@ model as it was. "Refused" is an `UnsupportedModelError` that leaves the model a
 
 Route: how the attention is reached, a row of `sinkattn.patch.ROUTES`: through transformers' attention interface, or by
 watching what becomes of the keys and values that the cache hands out. A star: the unpatched type does not have a mode.
+bfloat16: error of the logits against float32, root mean square over the spread, and in brackets that of re-computation
+by the unpatched type in bfloat16. Both swing where a softmax or an expert stands at the edge; the geometric mean over
+tokens is in no type above {ALLOWED} times the unpatched error, give or take three standard errors.
 
 {table(header, served_rows)}
 
@@ -436,6 +497,12 @@ def main(names: list[str]) -> None:
             progress.advance(task)
             color = {"exact": "green", "refused": "yellow", "wrong": "red"}.get(result.status, "magenta")
             line = f"{result.name:28} {result.positions:7} [{color}]{result.status}[/] {result.route}"
+            if "times" in result.bfloat16:
+                line += "  bfloat16 {error:.1e}, own {own:.1e}, {times:.2f} times +- {noise:.2f}".format(
+                    **result.bfloat16
+                )
+            elif result.bfloat16:
+                line += f"  bfloat16: {result.bfloat16['reason'][:60]}"
             progress.console.print(line, highlight=False)
             if result.reason:
                 progress.console.print("    " + result.reason, markup=False, highlight=False)
