@@ -101,6 +101,7 @@ def test_a_model_that_float16_breaks(name, fused):
 WITH_SINKS = [name for name in FAMILIES if name not in ("mistral-sliding", "cohere2")]
 CASES = [
     *((wrong, name, "layers") for wrong in ("sinks one nearer", "sinks one farther") for name in WITH_SINKS),
+    *(("sinks one farther past the wrap", name, "layers") for name in ("llama", "gpt_neox", "glm4", "gpt_oss")),
     *(("scale + 2 %", name, "layers") for name in FAMILIES),
     *((wrong, "llama", "none") for wrong in ("sinks one nearer", "sinks one farther", "scale - 2 %")),
     *(("no q norm", name, fused) for name in ("qwen3", "gemma3") for fused in ("attention", "layers")),

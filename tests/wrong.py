@@ -22,14 +22,14 @@ def replaced(owner, name: str, make, reached: list):
         setattr(owner, name, original)
 
 
-def sinks_elsewhere(by: int):
-    """Every sink is seen from `by` positions too far on."""
+def sinks_elsewhere(by: int, after: int = 0):
+    """Sinks are seen from `by` positions too far on, by tokens from `after` times the cache on."""
     reached = []
 
     def make(original):
         def positions(step, text):
             reached.append(True)
-            return original(step, text) + by
+            return original(step, text) + by * (text >= after * step.plan.capacity)
 
         return positions
 
@@ -94,6 +94,7 @@ def shifted_otherwise(fused):
 WRONG = {
     "sinks one nearer": lambda: sinks_elsewhere(-1),
     "sinks one farther": lambda: sinks_elsewhere(1),
+    "sinks one farther past the wrap": lambda: sinks_elsewhere(1, after=1),
     "scale + 2 %": lambda: scores_scaled(1.02),
     "scale - 2 %": lambda: scores_scaled(0.98),
     "no q norm": lambda: fused_otherwise(without_query_norm),
