@@ -275,7 +275,7 @@ def patch(
     prefill: "streaming" (a text gives the same logits however it is cut), or "dense": an input of several tokens is
         attended densely and only then cut down to sinks and window (quadratic time; what attention_sinks does).
     backend: "auto", "cuda", "triton", "cpu" or "reference", see `sinkattn.ops`.
-    fuse: "layers" computes modules of the usual form by fewer kernels, see fuse.py: attention, decoder layers and, for
+    fuse: "layers" computes modules of the usual form by fewer kernels, see fuse/: attention, decoder layers and, for
         few rows, linear layers; "attention" only the first; "none" leaves every module its own forward.
         Outputs differ by rounding alone. Weights are laid side by side, and held once.
     cuda_graph: on a GPU, replay steps of one token as a CUDA graph: captured at the second such step, and kept, with
