@@ -82,22 +82,15 @@ class Verification:
         if self.steady < self.capacity:  # behind them a text at once turns otherwise from its first token on
             self._run_own()
 
-    def expect(self) -> None:
-        """Run the unpatched model over the first tokens, beside a twin whose embeddings are off by one rounding."""
-        rewind(self.model)
-        ids = self.ids[:, : self.steady].expand(2, -1)
-        with self.context(), self._perturbed():
-            self.expected, twin = self.read(lambda: self.forward(input_ids=ids, use_cache=False))
-        self.noise = _error(twin, self.expected).max().item()
-
     @contextlib.contextmanager
     def _perturbed(self):
+        """The second row's embeddings are off by one rounding."""
         draw = torch.Generator().manual_seed(0)
 
         def perturb(_, args, output):
-            wave = torch.randn(output[1:].shape, generator=draw).to(output.device, output.dtype)
+            wave = torch.randn(output[1].shape, generator=draw).to(output.device, output.dtype)
             eps = torch.finfo(output.dtype).eps
-            return torch.cat((output[:1], output[1:] * (1 + eps * wave)))
+            return torch.cat((output[:1], output[1:2] * (1 + eps * wave), output[2:]))
 
         hook = self.model.get_input_embeddings().register_forward_hook(perturb)
         try:
@@ -152,11 +145,21 @@ class Verification:
 
     def check_attention(self, found: Tensor, observer: Observer) -> None:
         """Judge what was observed: every attention, and the whole model within the first tokens. The model attends by
-        itself.
+        itself, over rows of C tokens: 0 is the text, 1 its perturbed twin; in row 2 attention gets what the patched one
+        was given for the text, and in the others what it kept for a later token: the sinks and the window.
         """
-        self.expect()
-        with self.context():
-            self._recompute(observer)
+        last, sinks, window = self.ids.shape[1], self.sink_size, self.window_size
+        later = [t for t in (self.capacity, self.capacity + 1, last - 1) if t < last]
+        first = list(range(self.capacity))
+        rows = [first, first, first, *([*range(sinks), *range(t - window + 1, t + 1)] for t in later)]
+        gave: dict[nn.Module, Tensor] = {}
+        with self.context(), self._perturbed(), self._given(observer, torch.tensor(rows), gave):
+            self.expected, twin, *_ = self._unpatched(rows)
+        if self.steady < self.capacity:  # these tokens turn otherwise at another length
+            with self.context(), self._perturbed():
+                self.expected, twin = self._unpatched([first[: self.steady]] * 2)
+        self.noise = _error(twin, self.expected).max().item()
+        self._judge(observer, gave, later)
         error = _error(found[: self.steady], self.expected).max().item()
         if not error <= self.allowed:
             raise UnsupportedModelError(
@@ -165,48 +168,43 @@ class Verification:
                 "masks or the cache"
             )
 
-    @property
-    def allowed(self) -> float:
-        """How far outputs of a whole model may differ, relative to their spread."""
-        return max(EXACT if self.is_exact else 0.05, NOISE * self.noise)
+    def _unpatched(self, rows: list[list[int]]) -> Tensor:
+        rewind(self.model)
+        ids = self.ids[0][torch.tensor(rows, device=self.ids.device)]
+        return self.read(lambda: self.forward(input_ids=ids, use_cache=False))
 
-    def _recompute(self, observer: Observer) -> None:
-        """Attention of the unpatched model on what the patched one's was given: row 0 the first C tokens, the others
-        the sinks and the window of a later token.
+    @contextlib.contextmanager
+    def _given(self, observer: Observer, rows: Tensor, gave: dict[nn.Module, Tensor]):
+        """A context in which rows 2 and on of what attention modules take is what was observed. rows: (n, C) tokens
+        of the text. gave: gets what the modules gave.
         """
-        last, sinks, window = self.ids.shape[1], self.sink_size, self.window_size
-        later = [t for t in (self.capacity, self.capacity + 1, last - 1) if t < last]
-        seen = [list(range(self.capacity))] + [[*range(sinks), *range(t - window + 1, t + 1)] for t in later]
-        rows = torch.tensor(seen, device=self.ids.device)
-        where = {module: key for key, module in reversed(observer.attending.items())}
-        gave: dict[nn.Module, Tensor] = {}
 
         def before(module, args, kwargs):
-            if module in gave:
+            if module in gave:  # looped models run a module several times
                 return None
-            hidden = observer.of[module].hidden[0]
-            hidden = hidden[rows.to(hidden.device)]
+            held, now = observer.of[module].hidden[0], args[0] if args else kwargs["hidden_states"]
+            hidden = torch.cat((now[:2], held[rows[2:].to(held.device)].to(now)))
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
         def after(module, args, output):
             gave.setdefault(module, output[0] if isinstance(output, tuple) else output)
 
-        hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in where]
-        hooks += [module.register_forward_hook(after) for module in where]
-        rewind(self.model)
+        modules = list(dict.fromkeys(observer.attending.values()))
+        hooks = [module.register_forward_pre_hook(before, with_kwargs=True) for module in modules]
+        hooks += [module.register_forward_hook(after) for module in modules]
         try:
-            self.forward(input_ids=self.ids[0][rows], use_cache=False)
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
-        for module, (layer_idx, _) in where.items():
-            found = observer.of[module].output[0].double()
-            if module not in gave or gave[module].shape[:2] != rows.shape:
-                continue
-            expected = gave[module].double()
-            first = self.capacity if self.steady == self.capacity else 0  # else they turn at other lengths
-            tokens = [*range(first), *later]
-            expected = torch.cat((expected[0, :first], expected[1:, -1]))
+
+    def _judge(self, observer: Observer, gave: dict[nn.Module, Tensor], later: list[int]) -> None:
+        """Compare what attention modules gave by themselves with what was observed of them."""
+        first = self.capacity if self.steady == self.capacity else 0
+        tokens = [*range(first), *later]
+        for (layer_idx, _), module in observer.attending.items():
+            found, expected = observer.of[module].output[0].double(), gave[module].double()
+            expected = torch.cat((expected[2, :first], expected[3:, -1]))
             size = expected.square().mean(-1).sqrt()
             error = (found[tokens] - expected).square().mean(-1).sqrt() / size.clamp_min(1e-2 * size.max())
             worst = error.argmax().item()
@@ -214,23 +212,28 @@ class Verification:
                 raise UnsupportedModelError(
                     f"{type(module).__name__}, layer {layer_idx}: its attention differs from the model's own over the "
                     f"same hidden states by {error[worst]:.1e} of its size, at token {tokens[worst]} of a cache of "
-                    f"{sinks} + {window}"
+                    f"{self.sink_size} + {self.window_size}"
                 )
+
+    @property
+    def allowed(self) -> float:
+        """How far outputs of a whole model may differ, relative to their spread."""
+        return max(EXACT if self.is_exact else 0.05, NOISE * self.noise)
 
     def check_pieces(self, runner: Runner, expected: Tensor) -> bool:
         """Judge the patched model with its fused modules, fed in pieces. Returns whether states of layers go on with
         several tokens at once.
         """
-        tokens = len(expected)
+        tokens, has_state = len(expected), SinkCache(self.model).has_state
         half = max(self.capacity // 2, 1)
 
         def difference(pieces: list[int]) -> float:
             with self.context():
                 return _error(self.run(runner, pieces), expected).max().item()
 
-        if (error := difference([half, 1, tokens - half - 1])) <= self.allowed:
+        if (error := difference([half, 1, tokens - half - 1] if has_state else [tokens - 1, 1])) <= self.allowed:
             return True
-        if SinkCache(self.model).has_state and difference([half] + [1] * (tokens - half)) <= self.allowed:
+        if has_state and difference([half] + [1] * (tokens - half)) <= self.allowed:
             return False
         raise UnsupportedModelError(
             f"{self.name}: a short text in pieces gives other outputs than at once, by {error:.1e} of their spread: "
