@@ -29,7 +29,7 @@ class _Replaced:
     """A callable put on one model object in a method's place: it keeps the signature, which `generate` inspects."""
 
     def __init__(self, call, original):
-        self.call, self.__signature__ = call, inspect.signature(original)
+        self.call, self.original, self.__signature__ = call, original, inspect.signature(original)
 
     def __call__(self, *args, **kwargs):
         return self.call(*args, **kwargs)
@@ -100,10 +100,8 @@ class Handle:
         """Put the runner's forward, and what `generate` needs, in the place of the model's own methods."""
         self._replace("forward", self.runner.forward)
         if hasattr(self.model, "generate"):
-            generation = Generation(self.model, self.runner)
-            self._replace("generate", generation.generate)
-            self._replace("_prepare_cache_for_generation", generation.prepare_cache)
-            self._replace("prepare_inputs_for_generation", generation.prepare_inputs)
+            for name, call in Generation(self.model, self.runner).methods.items():
+                self._replace(name, call)
         self.model._sinkattn = self
 
     def _reach(self, capacity: int, window_size: int) -> tuple[str, dict]:
@@ -196,12 +194,13 @@ class Handle:
         if getattr(self.model, "_sinkattn", None) is not self:
             return
         for name, replaced in self._replaced.items():
-            if vars(self.model).get(name) is not replaced:
+            now = vars(self.model).get(name, replaced.original)
+            if now is not replaced and now != replaced.original:  # PEFT puts back what it has found
                 raise RuntimeError(
                     f"{name} of the model was replaced after sinkattn.patch(); undo that before remove()"
                 )
         for name in self._replaced:
-            delattr(self.model, name)
+            vars(self.model).pop(name, None)
             if name in self._had:
                 setattr(self.model, name, self._had[name])
         if self.runner.fused is not None:

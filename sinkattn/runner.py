@@ -80,6 +80,8 @@ class Runner:
         cache.check(batch, given.device, self.plan)
         keep_cache = self.cache_name in kwargs or use_cache
         mask = self._mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
+        if cache.ended is not None and tokens == 1:
+            mask = ~cache.ended[:, None]
         if tokens == 1 and self.may_replay(kwargs, cache):
             output = self.replay(cache, ids, mask)
             if output is not None:
@@ -90,7 +92,8 @@ class Runner:
         if tokens > 1:  # one look at the values and the model a prompt, none a token
             self.look()
             self._check_values(ids, mask, None if self._counts_in_three else kwargs.get("position_ids"), cache)
-        return self._run(kwargs, tokens, cache, mask, places, keep_cache)
+        with cache.whole():
+            return self._run(kwargs, tokens, cache, mask, places, keep_cache)
 
     def _places_of(self, kwargs: dict, mask: Tensor | None, cache: SinkCache) -> Tensor | None:
         """Three positions of every token, (batch, tokens, 3), where images give them (M-RoPE), else None."""
@@ -165,8 +168,6 @@ class Runner:
                     part["logits_to_keep"] = max(wanted, 1)
             place = None if places is None else places[:, begin:end]
             pieces.append(self._step(part, cache, part.get("attention_mask"), place))
-            if end < tokens:
-                cache.tear()
             if wanted == 0:
                 pieces[-1]["logits"] = pieces[-1]["logits"][:, :0]
         output = pieces[0] if len(pieces) == 1 else joined(pieces)
