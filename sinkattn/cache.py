@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from .rows import RECENT, Plan, Rows, layers_of
+from .rows import Agreement, Plan, Rows, layers_of
 from .step import Step
 
 
@@ -19,12 +19,15 @@ class SinkCache(Cache):
 
     ``cache = SinkCache(model)`` for a model that `patch` was called on; pass it as ``past_key_values`` (``cache``, as
     transformers calls it from 5.24 on) to hold a text over several calls of `generate` or `forward`. Batch size, dtype
-    and device are those of the first call.
+    and device are those of the first call. `forward` takes new tokens alone; what `generate` takes, see
+    `Generation.generate`. A copy, by `copy.copy` too, is a cache of its own. It can be pickled, and loaded as long as
+    its model is patched in the same process.
 
     Attributes:
         lengths: (batch,) int64, tokens each row holds (padding not counted), or None before the first call.
-        seen: tokens fed, padding included (also `get_seq_length()`).
+        seen: columns of the text that were fed, padding included (also `get_seq_length()`).
         nbytes: bytes of the key and value buffers.
+        is_torn: whether something has ended half-way; all but `reset` is then refused.
 
     Raises ValueError if the model is not patched.
     """
@@ -39,12 +42,21 @@ class SinkCache(Cache):
         self.has_state = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
         self.rows: Rows | None = None
         self._keeper: weakref.finalize | None = None
-        self.seen = 0
         self.step: Step | None = None  # under way
         self.observer = None  # an `Observer` that wants to know what attends
-        self._known = 0  # how many of the last ids fed are known, at the end of `rows.recent`
+        self.changes = 0  # how often the text has changed
+        self._begin()
+
+    def _begin(self) -> None:
+        """What the host knows of an empty text."""
+        self.seen = 0
         self.has_places = False  # whether places are not positions any more
-        self._torn = False  # whether a step has ended half-way
+        self._all_known = True  # whether all was fed as ids
+        self.is_torn = False
+        self._goes_on = False  # whether the step under way is but a piece of an input
+        self.ended: Tensor | None = None  # (batch,) bool, rows that `generate` feeds nothing any more
+        self.unfed: tuple[Tensor, Tensor | None] | None = None  # what it chose last: ids (batch, 1); rows it is not of
+        self.is_searched = False  # whether the rows are the beams of a search
 
     def _use(self, rows: Rows) -> None:
         """Hold other rows; when this cache is gone, they may serve the next one."""
@@ -55,12 +67,19 @@ class SinkCache(Cache):
             self._keeper = weakref.finalize(self, self.plan.spare.put, rows)
             self._keeper.atexit = False
 
+    def __getstate__(self) -> dict:
+        if self.step is not None:
+            raise RuntimeError("a SinkCache cannot be copied in the middle of a step")
+        return {**vars(self), "_keeper": None}
+
+    @torch.inference_mode(False)
     def __deepcopy__(self, memo) -> "SinkCache":
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        for name, value in vars(self).items():
-            setattr(copied, name, None if name == "_keeper" else copy.deepcopy(value, memo))
+        memo[id(self)] = copied = object.__new__(type(self))
+        vars(copied).update({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         return copied
+
+    def __copy__(self) -> "SinkCache":
+        return copy.deepcopy(self)
 
     @property
     def lengths(self) -> Tensor | None:
@@ -86,7 +105,7 @@ class SinkCache(Cache):
         """Raise ValueError if this cache cannot take `batch` rows of ids on `device`, of the model that has `plan`."""
         if plan is not self.plan:
             raise ValueError("this SinkCache was made for another model, or for an earlier patch of this one")
-        if self._torn:
+        if self.is_torn:
             raise ValueError("an earlier call was interrupted half-way and left this cache torn; reset() it")
         if self.seen and batch != self.batch_size:
             raise ValueError(
@@ -105,13 +124,18 @@ class SinkCache(Cache):
         """
         if self.rows is None or len(self.lengths) != batch or self.lengths.device != device:
             self._use(self.plan.spare.take(batch, device) or Rows(self.plan, batch, device))
-        was_torn, self._torn = self._torn, True  # until the step ends as it should: Ctrl-C may come anywhere
-        self.step = step = Step(self, tokens, mask, places)
+        was_torn, self.is_torn = self.is_torn, True  # until the step ends as it should: Ctrl-C may come anywhere
+        step = None
         try:
+            self.step = step = Step(self, tokens, mask, places)
             yield step
         except BaseException:
-            if self.step is not None:  # not in the middle of its commit
-                self._torn = was_torn or self.has_state or (step.written and tokens > 1)
+            if step is None:  # nothing has run
+                self.is_torn = was_torn
+            elif self.step is not None:  # not in the middle of its commit
+                # the place of a lone token is that of one which is not seen any more, but by a dense prompt
+                is_lost = step.written and (tokens > 1 or self.plan.prefill == "dense")
+                self.is_torn = was_torn or self.has_state or is_lost
             raise
         finally:
             self.step = None
@@ -126,7 +150,7 @@ class SinkCache(Cache):
         step.check_whole()
         step.settle(ids)
         if is_captured:
-            self._torn = False
+            self.is_torn = False
             return
         self.rows.is_warm = step.tokens == 1 and step.is_fixed
         self.has_places = step.has_places
@@ -134,42 +158,61 @@ class SinkCache(Cache):
 
     def cancel(self) -> None:
         """End a step whose capture failed: nothing has run."""
-        self._torn = False
+        self.is_torn = False
 
     def tear(self) -> None:
-        """Mark the text as half fed, until the next step is committed or counted, or `mend`."""
-        self._torn = True
+        """Mark the text as half fed, until the next step is committed or counted."""
+        self.is_torn = True
 
-    def mend(self) -> None:
-        """What `tear` began is complete."""
-        self._torn = False
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """The steps of one input: between them, and if whoever takes them is interrupted, the cache is torn."""
+        self._goes_on = True
+        try:
+            yield
+            self.is_torn = False
+        finally:
+            self._goes_on = False
 
     def count(self, tokens: int, are_known: bool) -> None:
         """What the end of a step changes on the host; the last thing of it."""
-        goes_on = are_known and (self._known or not self.seen)
-        self._known = min(self._known + tokens, RECENT) if goes_on else 0
+        self.unfed, self.is_searched = None, False
+        self._all_known = self._all_known and are_known
+        self.changes += 1
         self.seen += tokens
-        self._torn = False
+        self.is_torn = self._goes_on
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Whatever else changes the rows: left half-way, the cache is torn."""
+        was_torn, self.is_torn = self.is_torn, True
+        self.changes += 1
+        yield
+        self.is_torn = was_torn
+
+    # What the model's layers call.
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
-        """What the model's layers call: hands the step's keys and values through, `Step.attend` appends them."""
+        """Hands the step's keys and values through, `Step.attend` appends them."""
+        return self._open_step().update(key_states, value_states, layer_idx)
+
+    def update_conv_state(self, *args, **kwargs):
+        self._open_step()
+        return super().update_conv_state(*args, **kwargs)
+
+    def update_recurrent_state(self, *args, **kwargs):
+        self._open_step()
+        return super().update_recurrent_state(*args, **kwargs)
+
+    def _open_step(self) -> Step:
         if self.step is None:
             raise RuntimeError("a SinkCache serves the model that sinkattn.patch() was given, while it is patched")
-        return self.step.update(key_states, value_states, layer_idx)
+        return self.step
 
     # What transformers asks of a cache.
 
-    def holds(self, ids: Tensor) -> bool:
-        """Whether `ids` (batch, n) begin with the text this cache has seen: True for a re-sent history."""
-        if ids.shape[0] != self.batch_size or ids.shape[1] <= self.seen:
-            return False
-        if not self._known:  # the text came as embeddings: go by length alone, as transformers does
-            return True
-        recent = self.rows.recent[:, -self._known :]
-        return torch.equal(ids[:, self.seen - self._known : self.seen].to(recent), recent)
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens fed, padding included: what `generate` slices re-sent ids with. In a step the model sees none."""
+        """Columns fed, padding included: what `generate` slices re-sent ids with. In a step the model sees none."""
         return self.seen if self.step is None else 0
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -177,34 +220,46 @@ class SinkCache(Cache):
 
     def reset(self) -> None:
         """Forget the text and keep the memory."""
-        self.seen, self._known, self._torn = 0, 0, False
-        self.has_places = False
-        if self.rows is not None:
-            self.rows.reset()
+        with self._changing():
+            if self.rows is not None:
+                self.rows.reset()
+        self._begin()
+
+    def compare(self, ids: Tensor, mask: Tensor) -> list[Agreement]:
+        """How texts, (batch, n) ids and mask (0 for left padding), agree with what the rows hold, row by row."""
+        ids, mask = ids.to(self.lengths), mask.to(self.lengths)
+        return self.rows.compare(ids, mask.sum(1), self._all_known)
 
     def picked(self, index: Tensor) -> "SinkCache":
         """A cache of its own with a copy of some rows, index (n,) int64."""
-        other = copy.copy(self)
-        other._keeper = None
+        other = object.__new__(type(self))
+        vars(other).update(self.__getstate__())
+        other._pick_unfed(index)
         other._use(self.rows.picked(index))
         return other
 
     def put(self, index: Tensor, other: "SinkCache") -> None:
         """Let the rows `index`, (n,) int64, go on as the n rows of another cache, once `picked` from this one."""
-        with torch.inference_mode(False):
+        with self._changing(), torch.inference_mode(False), torch.no_grad():
             for mine, new in zip(self.rows.tensors(), other.rows.tensors(), strict=True):
                 mine.index_copy_(0, index.to(mine.device), new)
-        self.seen = max(self.seen, other.seen)
+            self._all_known = self._all_known and other._all_known
+            self.seen, self.unfed = max(self.seen, other.seen), None
 
     def forget(self, index: Tensor) -> None:
         """Forget the texts of some rows, index (n,) int64, and keep the memory."""
-        self.lengths.index_fill_(0, index, 0)
-        for state in self.rows.states():
-            state.index_fill_(0, index.to(state.device), 0)
+        with self._changing():
+            self.rows.forget(index)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other rows: row i becomes what row ``beam_idx[i]`` was. Any number of them."""
-        self._use(self.rows.reordered(beam_idx))
+        with self._changing():
+            self._use(self.rows.reordered(beam_idx))
+            self._pick_unfed(beam_idx)
+
+    def _pick_unfed(self, index: Tensor) -> None:
+        if self.unfed is not None:
+            self.unfed = tuple(None if x is None else x.index_select(0, index.to(x.device)) for x in self.unfed)
 
     batch_select_indices = reorder_cache
 

@@ -1,12 +1,52 @@
 """What transformers' `generate` asks of a patched model: its cache, its inputs, and turns over one cache."""
 
+import threading
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import GenerationMixin, StoppingCriteriaList
 
 from .cache import SinkCache
 from .introspect import CACHE, named
 from .runner import Runner, is_plain
+
+BY_TOKEN = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")  # a column for each token
+
+
+@dataclass
+class _Call:
+    """A `generate` under way. has_positions: whether the caller gave some. cache: what it feeds, by beams or not."""
+
+    has_positions: bool
+    cache: SinkCache | None = None
+    is_search: bool = False
+
+
+class _Running(threading.local):
+    """call: the innermost `generate` of this thread, None if there is none."""
+
+    def __init__(self):
+        self.call: _Call | None = None
+
+
+_running = _Running()
+
+
+class _Stops(StoppingCriteriaList):
+    """What may end a text, asked once a token: the cache hears which rows have ended, and what was not fed yet."""
+
+    def __init__(self, criteria: StoppingCriteriaList, cache: SinkCache):
+        super().__init__(criteria)
+        self.cache, self.done = cache, None
+        self.pads = any(hasattr(x, "eos_token_id") for x in criteria)  # as `generate` tells
+
+    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        done = super().__call__(input_ids, scores, **kwargs)
+        if self.pads and len(input_ids) > 1:
+            self.cache.ended, self.done = self.done, done if self.done is None else self.done | done
+        self.cache.unfed = input_ids[:, -1:], self.cache.ended
+        return done
 
 
 class Generation:
@@ -15,37 +55,191 @@ class Generation:
     def __init__(self, model, runner: Runner):
         self.model, self.runner = model, runner
         self._generate, self._prepare_inputs = model.generate, model.prepare_inputs_for_generation
+        self._stopping_criteria = model._get_stopping_criteria
+
+    @property
+    def methods(self) -> dict:
+        """What stands in the place of which method of the model."""
+        methods = {
+            "generate": self.generate,
+            "init_continuous_batching": self.refuse_batches,
+            "prepare_inputs_for_generation": self.prepare_inputs,
+            "_prepare_cache_for_generation": self.prepare_cache,
+            "_get_stopping_criteria": self.stopping_criteria,
+        }
+        if self.runner.pictures is not None:
+            methods["_prepare_position_ids_for_generation"] = self.prepare_positions
+        return methods
 
     def generate(self, inputs=None, *args, **kwargs):
-        """The model's own `generate` with a SinkCache: its own, or yours with the full history or new ids alone."""
+        """The model's own `generate` with a SinkCache: one of its own, or yours, which may hold a text already.
+
+        Over a cache that holds a text, give the whole history with what is new, or the new ids alone:
+
+        - Ids that begin with all that the cache was fed are the history, however their rows are padded. They are
+          compared with the ids that it holds, and by a digest with those that it has forgotten. What was fed as
+          embeddings is unknown and agrees with anything.
+        - Ids whose first three tokens are those of the text, or more than half of those that can be compared, are a
+          history that was edited or cut: ValueError, which says from which token on, until taking tokens back exists.
+        - Other ids are new. So are all if the text is one piece of at most 8 tokens over and over (blank lines,
+          silence), which tells nothing. An attention_mask with as many more columns as `cache.seen` says by itself that
+          its ids are new.
+
+        The last token of an answer is chosen and not fed yet. It belongs to the text: new ids go on behind it, unless
+        they bring it themselves, as their first. Rows that end before others are fed no padding. Without an
+        attention_mask, pad ids are padding wherever they stand, as in transformers (unless they also end a text).
+
+        Raises ValueError for what contradicts itself or the text, before anything is fed.
+        """
         if kwargs.get("cache_implementation") is not None:
             raise ValueError("cache_implementation: a patched model brings its own cache; leave it out")
         kwargs = named(CACHE, kwargs)
-        cache, ids = kwargs.get(CACHE), inputs if inputs is not None else kwargs.get("input_ids")
-        if isinstance(ids, Tensor) and ids.shape[-1] == 0 and kwargs.get("inputs_embeds") is None:
-            raise ValueError("an empty prompt: give at least one token")
-        if isinstance(cache, SinkCache) and cache.seen and isinstance(ids, Tensor):  # forward refuses other caches
-            mask = kwargs.get("attention_mask")
-            if not cache.holds(ids) and (mask is None or mask.shape[1] == ids.shape[1]):
-                # transformers takes ids as long as their mask for the full history: say how much came before
-                cache.check(ids.shape[0], ids.device, self.runner.plan)
-                columns = torch.arange(cache.seen, device=ids.device)[None]
-                before = columns >= (cache.seen - cache.lengths[:, None]).to(ids.device)
-                new = self._padding_of(ids, args, kwargs) if mask is None else mask
-                kwargs["attention_mask"] = torch.cat((before.to(new.dtype), new), dim=1)
-        return self._generate(inputs, *args, **kwargs)
+        cache, given = kwargs.get(CACHE), inputs if inputs is not None else kwargs.get("input_ids")
+        holds_text = isinstance(cache, SinkCache) and bool(cache.seen)  # forward refuses other caches
+        before = (cache.seen, cache.changes) if holds_text else None
+        ids = None
+        if kwargs.get("inputs_embeds") is not None:
+            if holds_text:
+                raise ValueError(
+                    "inputs_embeds over a SinkCache that holds a text: generate cannot tell whether they are all of it "
+                    "or new. Give input_ids, or all embeddings to a new SinkCache, or feed new ones by a forward"
+                )
+        elif isinstance(given, Tensor) and given.dim() == 2:
+            if given.shape[1] == 0:
+                raise ValueError("an empty prompt: give at least one token")
+            ids = self._padded_left(given, args, kwargs)
+            if holds_text:
+                self._go_on(cache, ids, kwargs)
+            inputs = None if inputs is None else ids
+            kwargs |= {} if inputs is not None else {"input_ids": ids}
+        outer, call = _running.call, _Call(has_positions=kwargs.get("position_ids") is not None)
+        _running.call = call
+        try:
+            output = self._generate(inputs, *args, **kwargs)
+        finally:
+            _running.call = outer
+            if call.cache is not None:
+                call.cache.ended, call.cache.is_searched = None, call.is_search
+            if before is not None and cache.changes == before[1]:  # it has failed before anything was fed
+                cache.seen = before[0]
+        if ids is not None and not torch.equal(ids, given):
+            sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
+            if sequences is not None:
+                sequences[:, : given.shape[1]] = given.repeat_interleave(len(sequences) // len(given), dim=0)
+        return output
+
+    def _padded_left(self, ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """ids, and in kwargs what belongs to them, with what `generate` would take for padding brought to the left."""
+        config = kwargs.get("generation_config") or (args[0] if args else None)
+        pad, ends = (self._token(name, config, kwargs) for name in ("pad_token_id", "eos_token_id"))
+        if kwargs.get("attention_mask") is not None or not pad or pad[0] in ends:
+            return ids
+        real = ids != pad[0]
+        if real.all():
+            return ids
+        if not real[:, -1].all():
+            raise ValueError(
+                f"input_ids end with the pad token, {pad[0]}, which is padding where no attention_mask says otherwise: "
+                "pad on the left"
+            )
+        order = real.int().argsort(dim=1, stable=True)
+        kwargs["attention_mask"] = real.to(ids.dtype)
+        for name in BY_TOKEN:
+            if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape == ids.shape:
+                kwargs[name] = kwargs[name].gather(1, order)
+        return ids.gather(1, order)
+
+    def _token(self, name: str, config, kwargs: dict) -> list[int]:
+        """The ids that `generate` takes a special token to be."""
+        told = (kwargs.get(name), getattr(config, name, None), getattr(self.model.generation_config, name))
+        found = next((x for x in told if x is not None), [])
+        return torch.as_tensor(found).flatten().tolist()
+
+    def _go_on(self, cache: SinkCache, ids: Tensor, kwargs: dict) -> None:
+        """Tell `generate` what of ids, (batch, width), is new to a cache that holds a text.
+
+        It slices off as many columns as the cache says to have seen, if the mask has as many as ids; columns of rows
+        with less that is new than others are then padding.
+        """
+        (batch, width), mask = ids.shape, kwargs.get("attention_mask")
+        cache.check(batch, cache.lengths.device, self.runner.plan)
+        mask = torch.ones_like(ids) if mask is None else mask
+        if mask.dim() != 2:
+            return  # an error of transformers' own
+        seen, last = cache.seen, 0 if cache.unfed is None else 1
+        if mask.shape[0] != batch or mask.shape[1] not in (width, seen + width, seen + width + last):
+            raise ValueError(
+                f"attention_mask {tuple(mask.shape)} does not fit {batch} rows of {width} ids after {seen}: give "
+                f"({batch}, {width}), or ({batch}, {seen + width}) if all of them are new"
+            )
+        real = mask[:, -width:] > 0
+        if not real[:, -1].all() or (real[:, :-1] & ~real[:, 1:]).any():
+            raise ValueError(
+                "attention_mask has zeros after ones, as behind a row that ended early: pad on the left, with all that "
+                "belongs to a row at its end"
+            )
+        if mask.shape[1] == width:
+            rows = cache.compare(ids, real)
+            telling = [
+                row for row, tells_nothing in zip(rows, cache.rows.are_one_piece(), strict=True) if not tells_nothing
+            ]
+            goes_on = all(row.goes_on for row in rows)
+            if telling and goes_on:
+                kwargs["attention_mask"] = self._history(cache, rows, real).to(ids.dtype)
+                return
+            if any(row.seems_meant for row in telling):
+                at = next(i for i, row in enumerate(rows) if not row.goes_on)
+                raise ValueError(
+                    f"row {at} of input_ids differs from the text that this SinkCache holds {rows[at].difference}, and "
+                    "it cannot take tokens back yet: reset() it or make another. If all ids are new, say so by an "
+                    f"attention_mask of ({batch}, {seen + width})"
+                )
+        if cache.is_searched:
+            raise ValueError(
+                "the rows of this SinkCache are the beams of a search, not the texts that it returned: reset() it"
+            )
+        self._feed_last(cache, ids, real, is_told=mask.shape[1] == seen + width + 1)
+        columns = torch.arange(cache.seen, device=ids.device)
+        before = columns >= (cache.seen - cache.lengths[:, None]).to(ids.device)
+        kwargs["attention_mask"] = torch.cat((before, real), dim=1).to(ids.dtype)
+
+    def _history(self, cache: SinkCache, rows: list, real: Tensor) -> Tensor:
+        """Let `generate` slice the history off ids that begin with it; returns the mask, (batch, width)."""
+        width, new = real.shape[1], [row.count - row.length for row in rows]
+        if min(new) == 0 or max(new) == width:
+            at = new.index(0) if min(new) == 0 else new.index(width)
+            what = "nothing new behind the text" if min(new) == 0 else "a text, and nothing is held for it,"
+            raise ValueError(f"row {at} of input_ids has {what} that this SinkCache holds: reset() it or make another")
+        cache.seen = width - max(new)
+        columns, new = torch.arange(width, device=real.device), torch.tensor(new, device=real.device)
+        return torch.where(columns < cache.seen, real, columns >= width - new[:, None])
+
+    def _feed_last(self, cache: SinkCache, ids: Tensor, real: Tensor, is_told: bool) -> None:
+        """Feed the last token of an answer, if there is one and new ids do not begin with it, in any row."""
+        if cache.unfed is None:
+            return
+        last, ended = cache.unfed
+        first = ids.gather(1, real.int().argmax(1, keepdim=True))
+        brought = first.to(last) == last
+        brought = brought if ended is None else brought | ended[:, None]
+        if is_told or not brought.all():
+            more = {} if ended is None else {"attention_mask": ~ended[:, None]}
+            self.model(input_ids=last, **more, **{CACHE: cache}, use_cache=True)
 
     def prepare_inputs(self, input_ids: Tensor, *args, **kwargs) -> dict:
-        """`GenerationMixin.prepare_inputs_for_generation`: one more token of a text needs no positions."""
+        """`GenerationMixin.prepare_inputs_for_generation`: no positions but the caller's own, sinkattn counts."""
         kwargs, pictures = named(CACHE, kwargs), self.runner.pictures
         cache = kwargs.get(CACHE)
         is_next = kwargs.get("next_sequence_length") == 1 and isinstance(cache, SinkCache) and cache.seen
         if pictures is not None and is_next and not kwargs.get("is_first_iteration"):
             kwargs = {name: x for name, x in kwargs.items() if name not in pictures.names}
-        if not is_next or not is_plain(kwargs, "next_sequence_length"):
-            return self._prepare_inputs(input_ids, *args, **kwargs)
-        mask = kwargs.get("attention_mask")
-        return {"input_ids": input_ids[:, -1:], "attention_mask": mask, CACHE: cache, "use_cache": True}
+        if is_next and is_plain(kwargs, "next_sequence_length"):
+            mask = kwargs.get("attention_mask")
+            return {"input_ids": input_ids[:, -1:], "attention_mask": mask, CACHE: cache, "use_cache": True}
+        given = self._prepare_inputs(input_ids, *args, **kwargs)
+        if _running.call is not None and not _running.call.has_positions and pictures is None:
+            given.pop("position_ids", None)
+        return given
 
     def prepare_positions(self, inputs_tensor: Tensor, model_kwargs: dict) -> Tensor:
         """`GenerationMixin._prepare_position_ids_for_generation` of a model that counts in three.
@@ -72,16 +266,25 @@ class Generation:
         places = torch.nn.functional.pad(places.movedim(-1, 0), (text.shape[1] - places.shape[1], 0))
         return torch.cat((text.expand(len(ids), -1)[None], places))
 
-    def _padding_of(self, ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """The mask `generate` would infer: pad ids are padding, unless they also end a text."""
-        config = kwargs.get("generation_config") or (args[0] if args else None) or self.model.generation_config
-        pad, end = (kwargs.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
-        ends = end if isinstance(end, list) else [end]
-        return torch.ones_like(ids) if pad is None or pad in ends else ids.ne(pad).long()
-
     def prepare_cache(self, generation_config, model_kwargs: dict, *args, **kwargs) -> None:
         """`GenerationMixin._prepare_cache_for_generation`: whatever the config names, the cache is a SinkCache."""
         if model_kwargs.get(CACHE) is not None:
             model_kwargs[CACHE]._is_user_defined = True
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE] = SinkCache(self.model)
+        cache, call = model_kwargs.get(CACHE), _running.call
+        if call is not None and isinstance(cache, SinkCache):
+            call.cache, call.is_search = cache, generation_config.num_beams > 1
+
+    def stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
+        """`GenerationMixin._get_stopping_criteria`: the cache hears what they say."""
+        criteria, call = self._stopping_criteria(*args, **kwargs), _running.call
+        is_heard = call is not None and call.cache is not None and not call.is_search
+        return _Stops(criteria, call.cache) if is_heard else criteria
+
+    def refuse_batches(self, *args, **kwargs):
+        """`ContinuousMixin.init_continuous_batching`, by which `generate_batch` begins."""
+        raise ValueError(
+            "generate_batch brings a paged cache of its own, which has no sinks: batch by generate or sinkattn.Stream, "
+            "or remove() the patch"
+        )

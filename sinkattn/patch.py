@@ -129,12 +129,8 @@ class Handle:
         self._replace("forward", self.runner.forward)
         self._replace("set_attn_implementation", _refuse_implementation)
         if hasattr(self.model, "generate"):
-            generation = Generation(self.model, self.runner)
-            self._replace("generate", generation.generate)
-            self._replace("_prepare_cache_for_generation", generation.prepare_cache)
-            self._replace("prepare_inputs_for_generation", generation.prepare_inputs)
-            if self.runner.pictures is not None:
-                self._replace("_prepare_position_ids_for_generation", generation.prepare_positions)
+            for name, call in Generation(self.model, self.runner).methods.items():
+                self._replace(name, call)
 
     def _reach(self, capacity: int) -> tuple[Callable, str, dict]:
         """The first route that leads to the model's attention, what was probed over it, and in which context: that of
@@ -195,7 +191,8 @@ class Handle:
         if getattr(self.model, "_sinkattn", None) is not self:
             return
         for name, replaced in self._replaced.items():
-            if vars(self.model).get(name) is not replaced:
+            now = vars(self.model).get(name, replaced.original)
+            if now is not replaced and now != replaced.original:  # PEFT puts back what it has found
                 raise RuntimeError(
                     f"{name} of the model was replaced after sinkattn.patch(); undo that before remove()"
                 )
@@ -203,7 +200,7 @@ class Handle:
 
     def _restore(self) -> None:
         for name in self._replaced:
-            delattr(self.model, name)
+            vars(self.model).pop(name, None)
             if name in self._had:
                 setattr(self.model, name, self._had[name])
         self._replaced, self._had = {}, {}

@@ -5,16 +5,22 @@ tokens, whatever the padding) and its own ring head; all of that follows from on
 """
 
 import copy
+import pickle
+import uuid
+import weakref
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
+from .reference import held_positions
 from .rope import ProbedLayer
 
-RECENT = 32  # ids remembered per row, to tell a re-sent history from new text
+BASE = 6364136223846793005  # of digests, modulo 2^64: odd, so that a digest can be taken back
+PIECE = 8  # tokens: a text that is but one piece of so many, over and over, tells nothing
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Plan:
     layers: every attention of a step, by (layer index, how often that layer attended before in the step).
     route: how the attention is reached, a row of `patch.ROUTES`.
     spare: keeps what no cache uses any more for the next one.
+    name: by which a pickled cache finds the plan of its model again, in this process.
     """
 
     sink_size: int
@@ -38,13 +45,33 @@ class Plan:
     layers: dict[tuple[int, int], ProbedLayer]
     route: str
     spare: "SpareRows" = field(default_factory=lambda: SpareRows())
+    name: str = field(init=False, default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self):
+        _plans[self.name] = self
 
     def __deepcopy__(self, memo) -> "Plan":
         return self  # copies of a cache go on with the same model
 
+    def __reduce__(self):
+        return _plan_named, (self.name,)
+
     @property
     def capacity(self) -> int:
         return self.sink_size + self.window_size
+
+
+_plans: "weakref.WeakValueDictionary[str, Plan]" = weakref.WeakValueDictionary()
+
+
+def _plan_named(name: str) -> Plan:
+    plan = _plans.get(name)
+    if plan is None or plan.spare.is_closed:
+        raise pickle.UnpicklingError(
+            "this SinkCache belongs to a model that was patched in another process, or is patched no more: "
+            "feed its text to a new SinkCache"
+        )
+    return plan
 
 
 class SinkLayer(CacheLayerMixin):
@@ -138,21 +165,29 @@ class Rows:
     """What a batch of texts keeps on its device, at fixed addresses: layers, lengths, and the graph that was captured.
 
     layers: one per layer of the model, as transformers' `Cache` has them. rings: whatever attends, as in `Plan.layers`.
-    lengths: (batch,) int64. recent: (batch, RECENT) int64, the ids last fed. Where images have given tokens three
-        positions (M-RoPE): top, (batch,) int64, the largest of a row, and anchor, (batch, 3), those of token C - 1.
+    lengths: (batch,) int64. ids: (batch, S + R + 1) int64, the first S and the last R >= W of a row's text, by slot as
+        in `reference.slot_of`, -1 where there is none or none is known; the last column is for what is not kept.
+    digest: (batch,) int64, of all ids of a row, those that are forgotten too: ``d * BASE + id``, modulo 2^64.
+    Where images have given tokens three positions (M-RoPE): top, (batch,) int64, the largest of a row, and anchor,
+        (batch, 3), those of token C - 1.
     captured: a one-token step over these tensors (`graph.Captured`), or None. captured_for, is_masked: what it was
         captured with, see `Runner.replay`. is_warm: whether a one-token step has run and left everything in place.
     """
 
     def __init__(self, plan: Plan, batch: int, device: torch.device):
         self.layers, self.rings = layers_of(plan)
+        self.sink_size, self.ring_size = plan.sink_size, max(plan.window_size, plan.sink_size + 1)
         with torch.inference_mode(False):
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-            self.recent = torch.zeros(batch, RECENT, dtype=torch.int64, device=device)
+            self.ids = self.lengths.new_full((batch, self.sink_size + self.ring_size + 1), -1)
+            self.digest = torch.zeros(batch, dtype=torch.int64, device=device)
             self.top = torch.zeros(batch, dtype=torch.int64, device=device)
             self.anchor = torch.zeros(batch, 3, dtype=torch.int64, device=device)
         self.stream = _stream_of(device)
         self.captured, self.captured_for, self.is_masked, self.is_warm = None, None, False, False
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "captured": None}  # another process needs a graph of its own
 
     def states(self) -> list[Tensor]:
         """What layers keep besides rings, (batch, ...) each."""
@@ -161,19 +196,84 @@ class Rows:
     def tensors(self) -> list[Tensor]:
         """All that the rows hold, (batch, ...) each."""
         rings = [x for ring in self.rings.values() if ring.is_initialized for x in (ring.keys, ring.values)]
-        return [self.lengths, self.recent, self.top, self.anchor, *self.states(), *rings]
+        return [self.lengths, self.ids, self.digest, self.top, self.anchor, *self.states(), *rings]
 
     @torch.inference_mode(False)
     def picked(self, index: Tensor) -> "Rows":
         """A copy of some rows."""
         return copy.deepcopy(self, {id(x): x.index_select(0, index.to(x.device)) for x in self.tensors()})
 
-    def remember(self, ids: Tensor) -> None:
-        """Note the ids that a step has fed, (batch, tokens)."""
-        self.recent.copy_(torch.cat((self.recent, ids), dim=1)[:, -RECENT:])
+    # The text.
+
+    def remember(self, ids: Tensor | None, positions: Tensor, counts: Tensor | None) -> None:
+        """Note the ids that a step feeds, before they count in `lengths`.
+
+        ids: (batch, tokens), None for unknown ones. positions: (batch, tokens) int64, of padding below the row's
+        length. counts: (batch,) int64, tokens that are no padding; None for all.
+        """
+        tokens, length = positions.shape[1], self.lengths[:, None]
+        ids = torch.full_like(positions, -1) if ids is None else ids.to(self.ids)
+        slots = torch.fmod(positions - self.sink_size, self.ring_size) + self.sink_size  # below 0 for sinks: they stay
+        fed = None if counts is None else positions >= length
+        kept, after = fed, length + (tokens if counts is None else counts[:, None])
+        if tokens > 1:  # what later ones of the step overwrite is not kept
+            kept = (positions < self.sink_size) | (positions >= after - self.ring_size)
+            kept = kept if fed is None else kept & fed
+        if kept is not None:
+            slots = torch.where(kept, slots, self.ids.shape[1] - 1)
+        self.ids.scatter_(1, slots, ids)
+        if tokens == 1 and fed is None:
+            torch.add(ids[:, 0], self.digest, alpha=BASE, out=self.digest)
+        else:
+            exponents = after - 1 - positions
+            exponents = exponents if fed is None else exponents.masked_fill(~fed, -1)
+            before = self.digest * _powers(tokens, ids.device)[after[:, 0] - self.lengths]
+            self.digest.copy_(before + _digest(ids, exponents))
+
+    def known(self) -> tuple[Tensor, Tensor]:
+        """The ids that are held, and their positions, (batch, S + R) int64 each: -1 where there is none."""
+        positions = held_positions(self.lengths, self.sink_size, self.ring_size)
+        ids = self.ids[:, :-1]
+        return ids, positions.masked_fill(ids < 0, -1)
+
+    def compare(self, ids: Tensor, counts: Tensor, with_digest: bool) -> list["Agreement"]:
+        """How texts agree with those that the rows hold, row by row.
+
+        ids: (batch, n) int64, padded on the left. counts: (batch,) int64, tokens of each that are no padding.
+        with_digest: whether all ids of the rows were known, so that what is forgotten can be compared as well.
+        """
+        width, (held, positions) = ids.shape[1], self.known()
+        begins = width - counts[:, None]
+        given = ids.gather(1, (positions + begins).clamp(0, width - 1))
+        compared = (positions >= 0) & (positions < counts[:, None])
+        agrees = compared & (given == held)
+        first = positions.masked_fill(~compared | agrees, width).amin(1)
+        leading = (agrees & (positions < first[:, None])).sum(1)
+        exponents = self.lengths[:, None] - 1 - (torch.arange(width, device=ids.device) - begins)
+        in_row = (exponents >= 0) & (exponents < self.lengths[:, None])
+        is_same = _digest(ids, exponents.masked_fill(~in_row, -1)) == self.digest
+        columns = (self.lengths, counts, first, leading, agrees.sum(1), compared.sum(1), is_same | (not with_digest))
+        return [Agreement(*row) for row in torch.stack(columns, dim=1).tolist()]
+
+    def are_one_piece(self) -> list[bool]:
+        """Whether a row's text is but one short piece, over and over, as far as it is known: blank lines, silence."""
+        found = []
+        for ids, positions in zip(*(x.cpu() for x in self.known()), strict=True):
+            order = positions.argsort()[int((positions < 0).sum()) :]
+            text, at = ids[order], positions[order]
+            pieces = range(1, min(PIECE, len(text) // 3) + 1)
+            found.append(any(torch.equal(text, text[-n:][(at - at[-1] - 1) % n]) for n in pieces))
+        return found
+
+    def forget(self, index: Tensor) -> None:
+        """Forget the texts of some rows, index (n,) int64."""
+        for x, empty in ((self.ids, -1), (self.digest, 0), *((state, 0) for state in self.states()), (self.lengths, 0)):
+            x.index_fill_(0, index.to(x.device), empty)
 
     def reset(self) -> None:
         self.lengths.zero_()
+        self.digest.zero_()
+        self.ids.fill_(-1)
         for layer in self.each():
             layer.reset()
 
@@ -185,7 +285,7 @@ class Rows:
         """Row i of the result is what row ``index[i]`` was: in place, captured step and all, if there are as many."""
         for layer in self.each():
             layer.reorder_cache(index)
-        small = {name: getattr(self, name) for name in ("lengths", "recent", "top", "anchor")}
+        small = {name: getattr(self, name) for name in ("lengths", "ids", "digest", "top", "anchor")}
         taken = {name: x.index_select(0, index.to(x.device)) for name, x in small.items()}
         if len(index) == len(self.lengths):
             for name, x in small.items():
@@ -194,6 +294,52 @@ class Rows:
         other = copy.copy(self)
         vars(other).update(taken, captured=None, is_warm=False)
         return other
+
+
+class Agreement(NamedTuple):
+    """How a text agrees with that of a row.
+
+    length, count: tokens of the row and of the text. first: where the first of those that can be compared differs, or
+    any larger number. leading: how many agree before. agreeing, compared: how many do, of how many. is_same: whether
+    what is forgotten agrees too, if none differs and the text is not shorter.
+    """
+
+    length: int
+    count: int
+    first: int
+    leading: int
+    agreeing: int
+    compared: int
+    is_same: int
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the text begins with all of the row's."""
+        return self.length <= min(self.count, self.first) and bool(self.is_same)
+
+    @property
+    def seems_meant(self) -> bool:
+        """Whether so much agrees that the text is the row's, edited, and not new."""
+        return self.leading >= 3 or 2 * self.agreeing > self.compared
+
+    @property
+    def difference(self) -> str:
+        if self.first < min(self.length, self.count):
+            return f"from token {self.first} on"
+        return f"from token {self.count} on, where it ends" if self.count < self.length else "in what is forgotten"
+
+
+def _powers(n: int, device: torch.device) -> Tensor:
+    """``BASE ** i`` for i <= n, modulo 2^64: (n + 1,) int64."""
+    powers = torch.full((n + 1,), BASE, dtype=torch.int64, device=device)
+    powers[0] = 1
+    return powers.cumprod(0)
+
+
+def _digest(ids: Tensor, exponents: Tensor) -> Tensor:
+    """The sum of ``id * BASE ** exponent`` of each row, modulo 2^64; exponents below 0 are left out. (batch,) int64."""
+    powers = _powers(ids.shape[1], ids.device)[exponents.clamp(0, ids.shape[1])]
+    return (ids * powers).masked_fill(exponents < 0, 0).sum(1)
 
 
 class SpareRows:

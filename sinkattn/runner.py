@@ -110,6 +110,8 @@ class Runner:
         cache.check(batch, given.device, self.plan)
         keep_cache = self.cache_name in kwargs or use_cache
         mask = self._mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
+        if cache.ended is not None and tokens == 1:
+            mask = ~cache.ended[:, None]
         if tokens == 1 and self.may_replay(kwargs, cache):
             output = self.replay(cache, ids, mask)
             if output is not None:
@@ -124,7 +126,8 @@ class Runner:
             self.look()  # once a prompt, not once a token
         if tokens > 1:
             self._check_values(tokens, mask, kwargs.get("position_ids"), places, cache)
-        return self._run(kwargs, tokens, cache, mask, places, keep_cache)
+        with cache.whole():
+            return self._run(kwargs, tokens, cache, mask, places, keep_cache)
 
     def places_of(self, kwargs: dict, mask: Tensor | None, cache: SinkCache | None) -> Tensor | None:
         """Three positions of every new token, (batch, tokens, 3), where pictures give them (M-RoPE), else None.
@@ -231,7 +234,6 @@ class Runner:
                         _, *names = inspect.signature(type(body).forward).parameters
                         stack.enter_context(_standing_in(body, functools.partial(read, body.forward, names)))
                     output = self._forward(**self._at_zero(given))
-        cache.mend()
         return output
 
     def _chunks(self, forward, given: dict, ids, cache: SinkCache, mask, places, ends: list[int]):
@@ -255,7 +257,6 @@ class Runner:
             if chunk_mask is not None:
                 chunk["attention_mask"] = chunk_mask
             pieces.append(self._step(chunk, cache, chunk_mask, chunk_places, forward=forward, ids=chunk_ids))
-            cache.tear()  # until the model has made its output of all
         return joined(pieces, batch, widths)
 
     # A step of one token, captured.

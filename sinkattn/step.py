@@ -217,13 +217,12 @@ class Step:
             new = (self.positions >= rows.lengths[:, None])[..., None]
             top = self._places.masked_fill(~new, -1).amax((1, 2))
             rows.top.copy_(torch.where(new.flatten(1).any(1), top, self.cache.top))
+        rows.remember(ids, self.positions, self.counts)
         rows.lengths.add_(self.tokens if self.counts is None else self.counts)
         if self.cache.has_state:
             self.is_fixed = self._held_at == [x.data_ptr() for x in rows.states()]
             if self.counts is not None:
                 self._keep_states()
-        if ids is not None:
-            rows.remember(ids)
 
     def _keep_states(self) -> None:
         """Rows that took no token in this step keep their state, or start from an empty one."""

@@ -24,7 +24,7 @@ from .introspect import input_device
 class Stream:
     """An endless text (or a batch of them) of a patched model: append what comes in, generate what goes out.
 
-    Unlike `generate`, it keeps no ids but those of the last C tokens, so its time and memory per token are flat for
+    Unlike `generate`, it keeps no ids but those that stand in the cache, so its time and memory per token are flat for
     ever. On a GPU a token is two CUDA graphs, the model's step and the choice of the next token, and the host waits for
     nothing but a flag that was set a step before.
 
@@ -35,6 +35,8 @@ class Stream:
 
     Rows go their own ways: those that have met their end can be `reset` and get a new text by ``append(ids, rows=...)``
     while the loop over `generate` goes on.
+
+    Interrupted anywhere (Ctrl-C), it goes on where it was, or says that it is torn until all rows are `reset`.
 
     model: a model that `patch` was called on; ValueError otherwise.
 
@@ -47,11 +49,11 @@ class Stream:
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._logits: Tensor | None = None  # (batch, vocabulary) of the next token
         self._ended: Tensor | None = None  # (batch,) bool, rows that take no tokens now
-        self._ids: Tensor | None = None  # (batch, C) the last ids in no particular order, with repetitions at first
-        self._next: Tensor | None = None  # (batch, 1) how many ids were put there
+        self._late: tuple | None = None  # what was fed and not yielded yet: ids, what the host is told of them, when
+        self._changes = 0  # of the cache's text, up to which the logits follow it
         self._waiting: set[int] = set()  # rows that were reset and have no text yet
         self._noise: Tensor | None = None  # (batch, vocabulary) float32
-        self._settings: tuple | None = None  # of the last choice and whether it was watched, with what belongs to them
+        self._settings: tuple | None = None  # of the last choice, whether it was watched, its rows; then what they need
         self._processors: LogitsProcessorList | None = None
         self._choice: Captured | None = None
 
@@ -73,23 +75,30 @@ class Stream:
     def lengths(self) -> Tensor | None:
         return self.cache.lengths
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def append(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, rows=None) -> None:
         """Add new tokens to the text: new ones only, any number.
 
-        input_ids: (batch, tokens) or (tokens,) int64. attention_mask: like input_ids, 0 for left padding; None for
-        none. rows: which rows get them, (n,) int64 or a list, each once, with input_ids (n, tokens); None for all.
-        Raises ValueError for an empty prompt, another batch size, rows that are not there, right padding or ids the
-        model has no embedding for.
+        input_ids: (batch, tokens) or (tokens,) of any integer dtype, or lists. attention_mask: like input_ids, 0 for
+        left padding; None for none. rows: which rows get them, (n,) int64 or a list, each once, with input_ids
+        (n, tokens); None for all.
+        Raises TypeError for what are no ids; ValueError for an empty prompt, in any row, another batch size, rows that
+        are not there, right padding or ids the model has no embedding for. Nothing is fed then.
         """
-        ids = torch.as_tensor(input_ids, device=self._device)
-        ids = ids[None] if ids.dim() == 1 else ids
-        if ids.dim() != 2 or ids.shape[1] == 0:
-            raise ValueError(f"input_ids {tuple(ids.shape)}: an empty prompt, or not (batch, tokens)")
-        mask = None
+        ids, mask = self._ids_of(input_ids), None
         if attention_mask is not None:
-            mask = torch.as_tensor(attention_mask, device=self._device).reshape(ids.shape)
+            mask = torch.as_tensor(attention_mask, device=self._device)
+            if mask.numel() != ids.numel():
+                raise ValueError(f"attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}")
+            mask = mask.reshape(ids.shape)
+            if empty := (~mask.bool().any(1)).nonzero().flatten().tolist():
+                raise ValueError(f"an empty prompt: row {empty[0]} of input_ids is nothing but padding")
+        self._check_whole()
         if rows is None:
             index = torch.arange(len(ids), device=self._device)
+            if self._ended is not None and len(ids) != len(self._ended):
+                raise ValueError(f"input_ids has {len(ids)} rows, this Stream holds {len(self._ended)} rows")
             logits = self._read(ids, mask, self.cache)
         else:
             index = self._index_of(rows)
@@ -99,30 +108,53 @@ class Stream:
             logits = self._read(ids, mask, cache)
             self.cache.put(index, cache)
         if self._logits is None:
-            self._start(logits)
-        self._remember(ids, mask, index)
+            self._logits = torch.empty_like(logits)
+            self._ended = torch.zeros(len(logits), dtype=torch.bool, device=self._device)
         self._logits[index] = logits
         self._ended[index] = False
         self._waiting.difference_update(index.tolist())
+        self._late, self._changes = None, self._cache.changes
 
-    def _start(self, logits: Tensor) -> None:
-        rows, self._logits = len(logits), torch.empty_like(logits)
-        self._ended = torch.zeros(rows, dtype=torch.bool, device=self._device)
-        self._ids = torch.zeros(rows, self._cache.plan.capacity, dtype=torch.int64, device=self._device)
-        self._next = torch.zeros(rows, 1, dtype=torch.int64, device=self._device)
+    def _ids_of(self, input_ids) -> Tensor:
+        """(batch, tokens) int64, on the model's device."""
+        try:
+            ids = torch.as_tensor(input_ids, device=self._device)
+        except (TypeError, ValueError, RuntimeError) as error:  # text, or what a tokenizer returns
+            raise TypeError(
+                f"append takes ids, (batch, tokens), not this {type(input_ids).__name__} ({error}): "
+                'tokenizer(text, return_tensors="pt").input_ids'
+            ) from error
+        ids = ids[None] if ids.dim() == 1 else ids
+        if ids.dim() != 2 or ids.numel() == 0:
+            raise ValueError(f"input_ids {tuple(ids.shape)}: an empty prompt, or not (batch, tokens)")
+        if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+            raise TypeError(f"input_ids are {ids.dtype}; they need an integer dtype")
+        return ids.long()
 
+    def _check_whole(self) -> None:
+        """Raise ValueError if the logits at hand are not those behind the text."""
+        if self._changes != self._cache.changes:
+            raise ValueError(
+                "an earlier call was interrupted half-way, or the cache was used otherwise: reset() all rows"
+            )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def reset(self, rows=None) -> None:
         """Forget the text of some rows and keep the memory: they wait, and yield padding, until they get a new one.
 
         rows: (n,) int64 or a list; None for all. Raises ValueError for rows that are not there.
         """
-        if self._logits is None:
+        if rows is None and (self._logits is None or self._cache.is_torn):
+            self.__init__(self.model)
             return
         index = self._index_of(range(len(self._ended)) if rows is None else rows)
+        if rows is not None:
+            self._check_whole()
         self.cache.forget(index)
         self._ended[index] = True
-        self._next[index] = 0
         self._waiting.update(index.tolist())
+        self._late, self._changes = None, self._cache.changes
 
     def generate(
         self,
@@ -141,16 +173,18 @@ class Stream:
 
         max_new_tokens: tokens; None goes on until every row has met an end-of-text token, or for ever.
         do_sample, temperature, top_k, top_p, repetition_penalty, eos_token_id: as in `generate`; None takes the model's
-            generation_config. A repetition is one among the last C tokens. ``eos_token_id=[]`` never stops.
+            generation_config. A repetition is one of a token that stands in the cache. ``eos_token_id=[]`` never stops.
         seed: of a generator of this call's own; None uses torch's.
         streamer: gets the ids of each step, on the CPU, and `end()` when the loop ends.
 
         A row that has ended yields the pad token (or the end-of-text token) and stays as it is until all have, or until
-        it is reset and gets a new text. Leaving the loop early loses nothing: what was yielded belongs to the text.
-        Raises ValueError if nothing was appended.
+        it is reset and gets a new text. Leaving the loop early loses nothing: what was yielded belongs to the text, and
+        what was fed when an interrupt came is the first that the next `generate` yields. Raises ValueError if nothing
+        was appended, or if an interrupt has left the text and what follows it apart.
         """
         if self._logits is None or len(self._waiting) == len(self._ended):
             raise ValueError("an empty prompt: append() at least one token first")
+        self._check_whole()
         config = self.model.generation_config
         option = lambda value, name: getattr(config, name) if value is None else value  # noqa: E731
         ends = option(eos_token_id, "eos_token_id")
@@ -165,8 +199,9 @@ class Stream:
             config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0],
         )
         generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
-        self._ended.fill_(False)
-        self._ended[list(self._waiting)] = True
+        with torch.inference_mode(False), torch.no_grad():
+            self._ended.fill_(False)
+            self._ended[list(self._waiting)] = True
         return self._steps(max_new_tokens, settings, generator, streamer)
 
     def _steps(self, max_new_tokens, settings: "_Settings", generator, streamer) -> Iterator[Tensor]:
@@ -180,27 +215,32 @@ class Stream:
         try:
             while max_new_tokens is None or made < max_new_tokens:
                 watched = watched or bool(self._waiting)
-                with torch.no_grad(), torch.cuda.stream(aside):
-                    if on_gpu:
-                        aside.wait_stream(here)
-                    ids, fed, report = self._choose(settings, watched, generator)
-                    ids = ids.clone()
-                    if watched:
-                        host.copy_(report, non_blocking=True)
-                    if on_gpu:
-                        chosen = aside.record_event()
-                    elif watched and not host[0]:
-                        return
-                    self._feed(ids, fed)
+                if self._late is None:
+                    self._check_whole()
+                    with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(aside):
+                        if on_gpu:
+                            aside.wait_stream(here)
+                        ids, fed, report = self._choose(settings, watched, generator)
+                        ids = ids.clone()
+                        if watched:
+                            host.copy_(report, non_blocking=True)
+                        chosen = aside.record_event() if on_gpu else None
+                        if watched and not on_gpu and not host[0]:
+                            return
+                        self._feed(ids, fed)
+                        self._late, self._changes = (ids, host if watched else None, chosen), self._cache.changes
+                ids, told, chosen = self._late
                 if on_gpu:
                     ids.record_stream(here)
                     here.wait_event(chosen)
-                    if watched:
+                    if told is not None:
                         chosen.synchronize()
-                        if not host[0]:
-                            return
+                if told is not None and not told[0]:  # all rows had ended, and none was fed
+                    self._late = None
+                    return
                 if streamer is not None:
-                    streamer.put(host[1:].clone())
+                    streamer.put(ids.cpu() if told is None else told[1:].clone())
+                self._late = None
                 made += 1
                 yield ids
         finally:
@@ -215,29 +255,31 @@ class Stream:
             if self._noise is None:
                 self._noise = torch.empty(self._logits.shape, device=self._device)
             self._noise.exponential_(generator=generator)
-        if (settings, watched) != self._settings:  # captured at the second token of the same settings
-            self._settings, self._processors, self._choice = (settings, watched), settings.processors(), None
+        kind = settings, watched, self._cache.rows
+        if kind != self._settings:  # captured at the second token of the same settings
+            self._choice, self._processors, self._settings = None, settings.processors(), kind
         elif self._choice is None and self._device.type == "cuda" and self._runner.why_eager is None:
             self._choice = Captured(lambda: self._next_ids(settings, watched), self._device)
         return self._next_ids(settings, watched) if self._choice is None else self._choice()
 
     def _next_ids(self, settings: "_Settings", watched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         is_plain = not (self._processors or settings.do_sample)  # then the largest is the largest in any dtype
-        scores = self._logits if is_plain else self._processors(self._ids, self._logits.float())
+        scores = self._logits if is_plain else self._processors(self._held(), self._logits.float())
         if settings.do_sample:
             scores = scores.softmax(-1) / self._noise  # exponentially distributed: the largest is a draw
-        ids, at = scores.argmax(-1), self._next % self._ids.shape[1]
+        ids = scores.argmax(-1)
         if not watched:  # every row takes its token
-            self._ids.scatter_(1, at, ids[:, None])
-            self._next += 1
             return ids, None, None
         fed = ~self._ended
         ids = ids.where(fed, settings.pad)
         for end in settings.ends:
             self._ended |= ids == end
-        self._ids.scatter_(1, at, torch.where(fed[:, None], ids[:, None], self._ids.gather(1, at)))
-        self._next += fed[:, None]
         return ids, fed, torch.cat((fed.any()[None], ids))
+
+    def _held(self) -> Tensor:
+        """The ids that stand in the cache, (batch, S + R), some of them several times where it is not full."""
+        ids = self._cache.rows.ids[:, :-1]
+        return torch.where(ids < 0, ids.amax(1, keepdim=True).clamp(min=0), ids)
 
     def _feed(self, ids: Tensor, fed: Tensor | None) -> None:
         """One token a row through the model, (batch,); rows that are not fed stay as they are."""
@@ -255,18 +297,10 @@ class Stream:
 
     def _index_of(self, rows) -> Tensor:
         index = torch.as_tensor(list(rows) if isinstance(rows, range) else rows, dtype=torch.int64).flatten().tolist()
-        held = self._cache.batch_size
+        held = 0 if self._ended is None else len(self._ended)
         if not index or len(set(index)) < len(index) or min(index) < 0 or max(index) >= held:
-            raise ValueError(f"rows={index}: this Stream holds rows 0 to {held - 1}, name some of them, each once")
+            raise ValueError(f"rows={index}: this Stream holds {held} rows, name some of them, each once")
         return torch.tensor(index, device=self._device)
-
-    def _remember(self, ids: Tensor, mask: Tensor | None, index: Tensor) -> None:
-        capacity = self._cache.plan.capacity
-        ids = ids if mask is None else ids.where(mask > 0, ids[:, -1:])
-        ids, before = ids[:, -capacity:], self._next[index]
-        held = torch.where(before == 0, ids[:, -1:], self._ids[index])
-        self._ids[index] = held.scatter(1, (before + torch.arange(ids.shape[1], device=ids.device)) % capacity, ids)
-        self._next[index] = before + ids.shape[1]
 
 
 @functools.cache
