@@ -13,9 +13,6 @@ import sys
 import pytest
 import torch
 import transformers
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, patch
@@ -349,6 +346,6 @@ def test_ctrl_c_anywhere_in_a_stream(name):
         stream.append(ids)
         write(stream, expected, 6)
         expected = torch.stack(expected)
-        for end in ([], [96]):
+        for _end in ([], [96]):
             anywhere(run)
     assert outcomes == {"torn", "goes on"}
