@@ -65,8 +65,8 @@ def cut(arguments: dict, batch: int, widths: list[int]) -> list[dict] | None:
 def joined(pieces: list, batch: int, widths: list[int], name: str = "output"):
     """One output from those of consecutive chunks of `widths` tokens: what it would be of all tokens at once.
 
-    Tensors (batch, tokens, ...) and (batch * tokens, ...) go on from chunk to chunk, in outputs, tuples and lists too;
-    what is the same in all chunks stays. Raises ValueError, naming it, for anything else.
+    Tensors (..., batch, tokens, ...) and (batch * tokens, ...) go on from chunk to chunk, in outputs, tuples and lists
+    too; what is the same in all chunks stays. Raises ValueError, naming it, for anything else.
     """
     last = pieces[-1]
     if isinstance(last, dict):
@@ -75,10 +75,11 @@ def joined(pieces: list, batch: int, widths: list[int], name: str = "output"):
     if isinstance(last, (tuple, list)) and len({len(piece) for piece in pieces}) == 1:
         return type(last)(joined(list(parts), batch, widths, name) for parts in zip(*pieces, strict=True))
     if all(isinstance(piece, Tensor) for piece in pieces):
-        if all(piece.shape[:2] == (batch, width) for piece, width in zip(pieces, widths, strict=True)):
-            return torch.cat(pieces, dim=1)
-        if all(piece.shape[:1] == (batch * width,) for piece, width in zip(pieces, widths, strict=True)):
-            rows = [piece.unflatten(0, (batch, width)) for piece, width in zip(pieces, widths, strict=True)]
+        for dim in range(last.dim() - 1):
+            if all(piece.shape[dim : dim + 2] == (batch, n) for piece, n in zip(pieces, widths, strict=True)):
+                return torch.cat(pieces, dim=dim + 1)
+        if all(piece.shape[:1] == (batch * n,) for piece, n in zip(pieces, widths, strict=True)):
+            rows = [piece.unflatten(0, (batch, n)) for piece, n in zip(pieces, widths, strict=True)]
             return torch.cat(rows, dim=1).flatten(0, 1)
         is_same = all(piece.shape == last.shape and torch.equal(piece, last) for piece in pieces)
     else:

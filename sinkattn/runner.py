@@ -224,9 +224,10 @@ class Runner:
         bodies = bodies_of(self.model)
         with torch.inference_mode(False), torch.no_grad():
             if not bodies:
-                keep = given.pop("logits_to_keep", None)
-                output = read(self._forward, self._parameters, **given)
-                if keep is not None:
+                output, keep = read(self._forward, self._parameters, **given), given.get("logits_to_keep")
+                if keep is not None and "logits_to_keep" in self._parameters:
+                    if "logits" not in output:
+                        raise ValueError(f"logits_to_keep without logits: give at most {ends[0]} tokens at once")
                     output["logits"] = output["logits"][:, slice(-keep, None) if isinstance(keep, int) else keep]
             else:
                 with _ONE_AT_A_TIME, contextlib.ExitStack() as stack:
@@ -238,7 +239,8 @@ class Runner:
 
     def _chunks(self, forward, given: dict, ids, cache: SinkCache, mask, places, ends: list[int]):
         """What a forward gives for all tokens, fed in chunks, each of which is a step. ids: (batch, tokens) or None."""
-        given = {name: x for name, x in given.items() if name not in ("attention_mask", "position_ids")}
+        ours = ("attention_mask", "position_ids", "logits_to_keep")
+        given = {name: x for name, x in given.items() if name not in ours}
         batch, tokens = (given["inputs_embeds"] if ids is None else ids).shape[:2]
         widths = [end - begin for begin, end in itertools.pairwise([0, *ends])]
         chunks = cut(given, batch, widths)

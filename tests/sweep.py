@@ -129,9 +129,10 @@ NOTES = """## Notes
 - **Hybrids**: only attention layers are replaced. Rows of nothing but padding start from an empty state, so padding on
   the left may be cut anywhere. Types whose layers cannot go on with several tokens at once are fed token by token after
   the first input.
-- **Images** (Qwen2.5-VL, Qwen3-VL): their tokens have three positions each. A sink is seen from the place of token
-  `min(t, S + W - 1)`, everything in the window from its own. Images belong into the first input of a cache. Models that
-  let the tokens of an image see those after them (Gemma-3) take text alone.
+- **Images** (Qwen2-VL, Qwen2.5-VL, Qwen3-VL): their tokens have three positions each. A sink is seen from the place of
+  token `min(t, S + W - 1)`, everything in the window from its own. Images may come in any turn: with the full history,
+  all of them again or the new ones alone; with the new ids alone, theirs. Models that let the tokens of an image see
+  those after them (Gemma-3) take text alone.
 - **MLA**: latents are expanded before they are cached, in types that cache the latent as in those that do not.
 - **Models of `trust_remote_code`** need `position_ids` if they rotate, and a cache that is asked by
   `update(k, v, layer_idx)` and no more. Their attention may be any of torch's: a product with the keys, a softmax, a
