@@ -14,6 +14,16 @@ from .rows import Agreement, Plan, Rows, layers_of
 from .step import Step
 
 
+def _in_a_step(name: str):
+    """A method of transformers' own, for layers that have a state: they change it in place."""
+
+    def method(self, *args, **kwargs):
+        self._open_step()
+        return getattr(Cache, name)(self, *args, **kwargs)
+
+    return method
+
+
 class SinkCache(Cache):
     """The KV cache of a patched model: S pinned sinks and a ring of W recent tokens per layer, constant in memory.
 
@@ -51,11 +61,11 @@ class SinkCache(Cache):
         self.seen = 0
         self.has_places = False  # whether places are not positions any more
         self._all_known = True  # whether all was fed as ids
-        self.is_torn = False
         self._goes_on = False  # whether the step under way is but a piece of an input
         self.ended: Tensor | None = None  # (batch,) bool, rows that `generate` feeds nothing any more
         self.unfed: tuple[Tensor, Tensor | None] | None = None  # what it chose last: ids (batch, 1); rows it is not of
         self.is_searched = False  # whether the rows are the beams of a search
+        self.is_torn = False
 
     def _use(self, rows: Rows) -> None:
         """Hold other rows; when this cache is gone, they may serve the next one."""
@@ -70,6 +80,11 @@ class SinkCache(Cache):
         if self.step is not None:
             raise RuntimeError("a SinkCache cannot be copied in the middle of a step")
         return {**vars(self), "_keeper": None}
+
+    def __setstate__(self, state: dict) -> None:
+        with torch.inference_mode(False):  # tensors made in it could not be written to outside of it
+            is_readonly = state["rows"] is not None and state["rows"].lengths.is_inference()
+            vars(self).update(copy.deepcopy(state) if is_readonly else state)
 
     @torch.inference_mode(False)
     def __deepcopy__(self, memo) -> "SinkCache":
@@ -189,18 +204,15 @@ class SinkCache(Cache):
         """Hands the step's keys and values through, `Step.attend` appends them."""
         return self._open_step().update(key_states, value_states, layer_idx)
 
-    def update_conv_state(self, *args, **kwargs):
-        self._open_step()
-        return super().update_conv_state(*args, **kwargs)
-
-    def update_recurrent_state(self, *args, **kwargs):
-        self._open_step()
-        return super().update_recurrent_state(*args, **kwargs)
-
     def _open_step(self) -> Step:
         if self.step is None:
             raise RuntimeError("a SinkCache serves the model that sinkattn.patch() was given, while it is patched")
         return self.step
+
+    get_conv_state, get_recurrent_state, update_conv_state, update_recurrent_state, has_previous_state = map(
+        _in_a_step,
+        ("get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state", "has_previous_state"),
+    )
 
     # What transformers asks of a cache.
 
@@ -212,10 +224,15 @@ class SinkCache(Cache):
         return query_length, 0
 
     def reset(self) -> None:
-        """Forget the text and keep the memory."""
-        with self._changing():
-            if self.rows is not None:
-                self.rows.reset()
+        """Forget the text and keep the memory, unless it is torn."""
+        was_torn, self.is_torn = self.is_torn, True
+        self.changes += 1
+        if was_torn:
+            if self._keeper is not None:
+                self._keeper.detach()
+            self.rows, (self.layers, self.rings) = None, layers_of(self.plan)
+        elif self.rows is not None:
+            self.rows.reset()
         self._begin()
 
     def compare(self, ids: Tensor, mask: Tensor) -> list[Agreement]:
@@ -236,13 +253,15 @@ class SinkCache(Cache):
         with self._changing(), torch.inference_mode(False), torch.no_grad():
             for mine, new in zip(self.rows.tensors(), other.rows.tensors(), strict=True):
                 mine.index_copy_(0, index.to(mine.device), new)
-            self._all_known = self._all_known and other._all_known
-            self.seen, self.unfed = max(self.seen, other.seen), None
+            self._all_known, self.seen = self._all_known and other._all_known, max(self.seen, other.seen)
+            if other.unfed is None:
+                self._drop_unfed(index)
 
     def forget(self, index: Tensor) -> None:
         """Forget the texts of some rows, index (n,) int64, and keep the memory."""
         with self._changing():
             self.rows.forget(index)
+            self._drop_unfed(index)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other rows: row i becomes what row ``beam_idx[i]`` was. Any number of them."""
@@ -253,6 +272,12 @@ class SinkCache(Cache):
     def _pick_unfed(self, index: Tensor) -> None:
         if self.unfed is not None:
             self.unfed = tuple(None if x is None else x.index_select(0, index.to(x.device)) for x in self.unfed)
+
+    def _drop_unfed(self, index: Tensor) -> None:
+        if self.unfed is not None:
+            ids, ended = self.unfed
+            ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device) if ended is None else ended
+            self.unfed = ids, ended.index_fill(0, index.to(ids.device), True)
 
     batch_select_indices = reorder_cache
 

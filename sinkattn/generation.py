@@ -84,7 +84,8 @@ class Generation:
 
         The last token of an answer is chosen and not fed yet. It belongs to the text: new ids go on behind it, unless
         they bring it themselves, as their first. Rows that end before others are fed no padding. Without an
-        attention_mask, pad ids are padding wherever they stand, as in transformers (unless they also end a text).
+        attention_mask, pad ids are padding wherever they stand, as in transformers, unless they also end a text or were
+        chosen in an answer.
 
         Raises ValueError for what contradicts itself or the text, before anything is fed.
         """
@@ -104,7 +105,9 @@ class Generation:
         elif isinstance(given, Tensor) and given.dim() == 2:
             if given.shape[1] == 0:
                 raise ValueError("an empty prompt: give at least one token")
-            ids = self._padded_left(given, args, kwargs)
+            if holds_text:
+                cache.check(len(given), cache.lengths.device, self.runner.plan)
+            ids = self._padded_left(given, args, kwargs, cache if holds_text else None)
             if holds_text:
                 self._go_on(cache, ids, kwargs)
             inputs = None if inputs is None else ids
@@ -125,8 +128,11 @@ class Generation:
                 sequences[:, : given.shape[1]] = given.repeat_interleave(len(sequences) // len(given), dim=0)
         return output
 
-    def _padded_left(self, ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        """ids, and in kwargs what belongs to them, with what `generate` would take for padding brought to the left."""
+    def _padded_left(self, ids: Tensor, args: tuple, kwargs: dict, cache: SinkCache | None) -> Tensor:
+        """ids, and in kwargs what belongs to them, with what `generate` would take for padding brought to the left.
+
+        cache: that holds a text, or None. Pad ids that stand in a row's text, as in an answer, are none in its history.
+        """
         config = kwargs.get("generation_config") or (args[0] if args else None)
         pad, ends = (self._token(name, config, kwargs) for name in ("pad_token_id", "eos_token_id"))
         if kwargs.get("attention_mask") is not None or not pad or pad[0] in ends:
@@ -134,12 +140,18 @@ class Generation:
         real = ids != pad[0]
         if real.all():
             return ids
+        order = real.int().argsort(dim=1, stable=True)
+        if cache is not None:
+            behind_first = real.cumsum(1) > 0
+            given = cache.compare(ids.gather(1, order), real.gather(1, order)), cache.compare(ids, behind_first)
+            rows = [i for i, (row, other) in enumerate(zip(*given, strict=True)) if other.goes_on and not row.goes_on]
+            real[rows] = behind_first[rows]
+            order = real.int().argsort(dim=1, stable=True)
         if not real[:, -1].all():
             raise ValueError(
                 f"input_ids end with the pad token, {pad[0]}, which is padding where no attention_mask says otherwise: "
                 "pad on the left"
             )
-        order = real.int().argsort(dim=1, stable=True)
         kwargs["attention_mask"] = real.to(ids.dtype)
         for name in BY_TOKEN:
             if isinstance(kwargs.get(name), Tensor) and kwargs[name].shape == ids.shape:
@@ -159,7 +171,6 @@ class Generation:
         with less that is new than others are then padding.
         """
         (batch, width), mask = ids.shape, kwargs.get("attention_mask")
-        cache.check(batch, cache.lengths.device, self.runner.plan)
         mask = torch.ones_like(ids) if mask is None else mask
         if mask.dim() != 2:
             return  # an error of transformers' own

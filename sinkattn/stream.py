@@ -49,7 +49,7 @@ class Stream:
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._logits: Tensor | None = None  # (batch, vocabulary) of the next token
         self._ended: Tensor | None = None  # (batch,) bool, rows that take no tokens now
-        self._late: tuple | None = None  # what was fed and not yielded yet: ids, what the host is told of them, when
+        self._late: list[tuple] = []  # what was fed and not yielded yet: ids, what the host is told of them, when
         self._changes = 0  # of the cache's text, up to which the logits follow it
         self._waiting: set[int] = set()  # rows that were reset and have no text yet
         self._noise: Tensor | None = None  # (batch, vocabulary) float32
@@ -108,12 +108,12 @@ class Stream:
             logits = self._read(ids, mask, cache)
             self.cache.put(index, cache)
         if self._logits is None:
-            self._logits = torch.empty_like(logits)
             self._ended = torch.zeros(len(logits), dtype=torch.bool, device=self._device)
+            self._logits = torch.empty_like(logits)
         self._logits[index] = logits
         self._ended[index] = False
         self._waiting.difference_update(index.tolist())
-        self._late, self._changes = None, self._cache.changes
+        self._late, self._changes = [], self._cache.changes
 
     def _ids_of(self, input_ids) -> Tensor:
         """(batch, tokens) int64, on the model's device."""
@@ -154,7 +154,7 @@ class Stream:
         self.cache.forget(index)
         self._ended[index] = True
         self._waiting.update(index.tolist())
-        self._late, self._changes = None, self._cache.changes
+        self._late, self._changes = [], self._cache.changes
 
     def generate(
         self,
@@ -182,9 +182,9 @@ class Stream:
         what was fed when an interrupt came is the first that the next `generate` yields. Raises ValueError if nothing
         was appended, or if an interrupt has left the text and what follows it apart.
         """
+        self._check_whole()
         if self._logits is None or len(self._waiting) == len(self._ended):
             raise ValueError("an empty prompt: append() at least one token first")
-        self._check_whole()
         config = self.model.generation_config
         option = lambda value, name: getattr(config, name) if value is None else value  # noqa: E731
         ends = option(eos_token_id, "eos_token_id")
@@ -215,7 +215,7 @@ class Stream:
         try:
             while max_new_tokens is None or made < max_new_tokens:
                 watched = watched or bool(self._waiting)
-                if self._late is None:
+                if not self._late:
                     self._check_whole()
                     with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(aside):
                         if on_gpu:
@@ -228,21 +228,20 @@ class Stream:
                         if watched and not on_gpu and not host[0]:
                             return
                         self._feed(ids, fed)
-                        self._late, self._changes = (ids, host if watched else None, chosen), self._cache.changes
-                ids, told, chosen = self._late
+                        self._late, self._changes = [(ids, host if watched else None, chosen)], self._cache.changes
+                ids, told, chosen = self._late[0]
                 if on_gpu:
                     ids.record_stream(here)
                     here.wait_event(chosen)
                     if told is not None:
                         chosen.synchronize()
                 if told is not None and not told[0]:  # all rows had ended, and none was fed
-                    self._late = None
+                    self._late.clear()
                     return
                 if streamer is not None:
                     streamer.put(ids.cpu() if told is None else told[1:].clone())
-                self._late = None
                 made += 1
-                yield ids
+                yield self._late.pop()[0]
         finally:
             if on_gpu:
                 here.wait_stream(aside)

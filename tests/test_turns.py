@@ -1,0 +1,397 @@
+"""Turns over one cache: whatever `generate` is given, it writes what the whole text gives, or says what differs."""
+
+import copy
+import functools
+import os
+
+import pytest
+import torch
+import transformers
+
+from oracle import streaming_logits
+from sinkattn import SinkCache, patch
+from tiny import tiny
+
+S, W = 4, 30
+C = S + W
+GREEDY = dict(do_sample=False, max_new_tokens=10)
+
+
+plain = functools.cache(lambda: tiny("llama"))  # for the oracle
+
+
+@pytest.fixture
+def model():
+    model = copy.deepcopy(plain())
+    with patch(model, S, W):
+        yield model
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Fresh data every time; a failing test prints the seed, and ``SINKATTN_SEED`` repeats it."""
+    plain()
+    value = int(os.environ.get("SINKATTN_SEED") or torch.seed() % 2**32)
+    torch.manual_seed(value)
+    print(f"SINKATTN_SEED={value}")
+
+
+def random_ids(rows, tokens):
+    """No two of a row are the same, so that every edit is one."""
+    return torch.stack([torch.randperm(79)[:tokens] + 1 for _ in range(rows)])
+
+
+def behind(text, tokens):
+    """New ids, of which the first is neither the first of the text, by chance, nor its last."""
+    while True:
+        new = torch.randint(80, 97, (len(text), tokens))
+        if not (new[:, 0] == text[:, -1]).any():
+            return new
+
+
+def left_padded(rows, tokens):
+    ids = random_ids(rows, tokens)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        mask[row, : row * 7] = 0
+    return ids.where(mask > 0, 0), mask
+
+
+def follows(text, answer) -> bool:
+    """Whether every id of an answer, (n,), is the oracle's likeliest behind the text, (m,), and those before it."""
+    logits = streaming_logits(plain(), torch.cat((text, answer))[None], S, W)
+    return torch.equal(logits[0, len(text) - 1 : -1].argmax(-1), answer)
+
+
+def changed(ids, at):
+    ids = ids.clone()
+    ids[:, at] = ids[:, at] % 95 + 1
+    return ids
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_history_or_new_ids(model, rows):
+    """A second turn as the full history, however padded, or as new ids with or without the last of the answer."""
+    ids, mask = left_padded(rows, 20)
+    cache = SinkCache(model)
+    first = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
+    assert cache.seen == first.shape[1] - 1
+    turn = torch.cat((first, behind(first, 50)), dim=1)  # new ids are more than all that was seen
+    mask = torch.cat((mask, torch.ones(rows, turn.shape[1] - 20, dtype=mask.dtype)), dim=1)
+    answer = model.generate(turn, attention_mask=mask, **GREEDY)[:, -10:]
+    assert all(follows(turn[row, mask[row].bool()], answer[row]) for row in range(rows))
+    with_last, new = turn[:, cache.seen :], turn[:, first.shape[1] :]
+    more = torch.nn.functional.pad(turn, (5, 0)), torch.nn.functional.pad(mask, (5, 0))
+    for given in (
+        dict(input_ids=turn, attention_mask=mask),
+        dict(input_ids=more[0], attention_mask=more[1]),
+        dict(input_ids=turn.int()),  # the pad token is padding
+        dict(inputs=turn, prefill_chunk_size=7),
+        dict(input_ids=with_last, attention_mask=mask),
+        dict(input_ids=with_last, attention_mask=torch.ones_like(with_last)),
+        dict(input_ids=with_last),
+        dict(input_ids=new, attention_mask=mask),
+        dict(input_ids=new, attention_mask=torch.ones_like(new).bool()),
+        dict(input_ids=new),
+        dict(inputs=new, prefill_chunk_size=7),
+    ):
+        again = copy.deepcopy(cache)
+        ids = given.get("input_ids", given.get("inputs"))
+        found = model.generate(**given, past_key_values=again, **GREEDY)
+        assert torch.equal(found, torch.cat((ids, answer), dim=1))
+        assert again.lengths.tolist() == [n + 9 for n in mask.sum(1).tolist()]
+
+
+def test_many_turns(model):
+    """Past the capacity: history, new ids with and without the last token, forwards, each behind the other."""
+    cache, text = SinkCache(model), random_ids(1, 9)
+    for turn in range(6):
+        new = behind(text, 1 + turn * 3)
+        if turn == 0:
+            given, text = text, text
+        elif turn % 3 == 0:
+            given = text = torch.cat((text, new), dim=1)
+        elif turn % 3 == 1:
+            given, text = new, torch.cat((text, new), dim=1)
+        else:
+            given, text = torch.cat((text[:, -1:], new), dim=1), torch.cat((text, new), dim=1)
+        answer = model.generate(given, past_key_values=cache, **GREEDY)[:, given.shape[1] :]
+        assert follows(text[0], answer[0])
+        text = torch.cat((text, answer), dim=1)
+    with torch.no_grad():  # a forward feeds what it is given, and nothing else
+        logits = model(text[:, -1:], past_key_values=cache).logits
+    assert torch.allclose(logits[0, -1], streaming_logits(plain(), text, S, W)[0, -1], atol=1e-4)
+    assert cache.seen == text.shape[1]
+
+
+EDITS = {  # of a text of 60 ids and an answer of 10, the last of which is not fed; 4 + 30 are held
+    "another first token": (lambda t: changed(t, 0), "from token 0 on"),
+    "another sink": (lambda t: changed(t, 3), "from token 3 on"),
+    "a token of the window": (lambda t: changed(t, -5), "from token 65 on"),
+    "a token that is forgotten": (lambda t: changed(t, 20), "in what is forgotten"),
+    "two that are forgotten, exchanged": (
+        lambda t: torch.cat((t[:, :9], t[:, 10:11], t[:, 9:10], t[:, 11:]), dim=1),
+        "in what is forgotten",
+    ),
+    "some taken out": (lambda t: torch.cat((t[:, :50], t[:, 55:]), dim=1), "from token 50 on"),
+    "another answer": (lambda t: torch.cat((changed(t, 60)[:, :61], random_ids(1, 24)), dim=1), "from token 60 on"),
+    "no answer": (lambda t: t[:, :60], "from token 60 on"),
+    "the prompt again": (lambda t: t[:, :60], "from token 60 on, where it ends"),
+    "the beginning again": (lambda t: t[:, :3], "from token 3 on, where it ends"),
+    "all but one again": (lambda t: t[:, :-2], "from token 68 on, where it ends"),
+    "all again": (lambda t: t[:, :-1], "nothing new"),
+}
+
+
+@pytest.mark.parametrize("kind", list(EDITS))
+def test_an_edited_history_is_refused_and_nothing_is_lost(model, kind):
+    edit, message = EDITS[kind]
+    cache = SinkCache(model)
+    text = model.generate(random_ids(1, 60), past_key_values=cache, suppress_tokens=[80, 81], **GREEDY)
+    new = torch.tensor([[80, 81, 80]])
+    given = edit(text) if "again" in kind else torch.cat((edit(text), new), dim=1)
+    for more in ({}, dict(attention_mask=torch.ones_like(given))):
+        with pytest.raises(ValueError, match=message):
+            model.generate(given, past_key_values=cache, **more, **GREEDY)
+    answer = model.generate(new, past_key_values=cache, **GREEDY)[0, 3:]
+    assert follows(torch.cat((text, new), dim=1)[0], answer)
+
+
+def test_edits_in_one_row(model):
+    cache = SinkCache(model)
+    text = model.generate(random_ids(3, 20), past_key_values=cache, **GREEDY)
+    given = torch.cat((text, behind(text, 4)), dim=1)
+    given[1, 17] = given[1, 17] % 95 + 1
+    with pytest.raises(ValueError, match="row 1 of input_ids differs .* from token 17 on"):
+        model.generate(given, past_key_values=cache, **GREEDY)
+
+
+def test_new_ids_that_look_like_the_text(model):
+    """They are kept where the mask says that they are new, the text tells nothing, or two tokens are the same."""
+    blank, more = torch.full((1, 40), 5), torch.full((1, 60), 5)
+    for text, new, said in (
+        (blank, more, False),
+        (blank, more[:, :20], False),
+        (torch.tensor([[5, 6]] * 20).reshape(1, -1), torch.tensor([[5, 6]] * 30).reshape(1, -1), False),
+        ((ids := random_ids(1, 40)), torch.cat((ids[:, :2], behind(ids, 9)), dim=1), False),
+        (ids, torch.cat((ids, random_ids(1, 9)), dim=1), True),
+        (ids, ids, True),
+    ):
+        cache = SinkCache(model)
+        with torch.no_grad():
+            model(text, past_key_values=cache)
+        mask = dict(attention_mask=torch.ones(1, 40 + new.shape[1], dtype=torch.int64)) if said else {}
+        answer = model.generate(new, past_key_values=cache, **mask, **GREEDY)[0, new.shape[1] :]
+        assert follows(torch.cat((text, new), dim=1)[0], answer)
+
+
+def test_a_prefix_fed_by_forward(model):
+    """transformers' recipe: a system prompt is read once, its cache copied, and every conversation given in full."""
+    prefix, cache = random_ids(2, 40), SinkCache(model)
+    with torch.no_grad():
+        model(prefix, past_key_values=cache)
+    for _ in range(2):
+        whole, again = torch.cat((prefix, random_ids(2, 6)), dim=1), copy.copy(cache)
+        answer = model.generate(whole, past_key_values=again, attention_mask=torch.ones_like(whole), **GREEDY)[:, 46:]
+        assert all(follows(whole[row], answer[row]) for row in range(2))
+
+
+def test_ids_of_embeddings_are_not_known(model):
+    text, cache = random_ids(1, 12), SinkCache(model)
+    new = behind(text, 4)
+    with torch.no_grad():
+        model(inputs_embeds=model.get_input_embeddings()(text[:, :8]), past_key_values=cache)
+        model(text[:, 8:], past_key_values=cache)
+    whole = torch.cat((text, new), dim=1)
+    again = model.generate(changed(whole, 3), past_key_values=copy.deepcopy(cache), **GREEDY)[0, 16:]
+    assert follows(whole[0], again)
+    with pytest.raises(ValueError, match="from token 9 on"):
+        model.generate(changed(whole, 9), past_key_values=copy.deepcopy(cache), **GREEDY)
+    embeds = model.get_input_embeddings()(new)
+    for mask in ({}, dict(attention_mask=torch.ones(1, 16, dtype=torch.int64))):
+        with pytest.raises(ValueError, match="inputs_embeds over a SinkCache that holds a text"):
+            model.generate(inputs_embeds=embeds, past_key_values=cache, **mask, **GREEDY)
+    assert follows(whole[0], model.generate(whole, past_key_values=cache, **GREEDY)[0, 16:])
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon_h1"])
+def test_rows_that_end_early_are_fed_no_padding(name):
+    """And go on from where each of them has ended: by new ids, by what `generate` returned, or padded on the left."""
+    if name == "falcon_h1":
+        config = transformers.FalconH1Config(
+            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8,
+            mamba_chunk_size=16, eos_token_id=None, pad_token_id=0, bos_token_id=1,
+        )  # fmt: skip
+        model = transformers.FalconH1ForCausalLM(config).eval()
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.15)
+    else:
+        model = tiny(name)
+    with patch(model, S, W):
+        while True:
+            prompt, options = random_ids(3, 25), dict(do_sample=False, suppress_tokens=[0], max_new_tokens=20)
+            free = model.generate(prompt, eos_token_id=None, **options)[:, 25:]
+            end = free[1, 4].item()
+            stops = [row.index(end) + 1 if end in row else 20 for row in free.tolist()]
+            if stops[1] == 5 and sorted(stops)[1] > 5:
+                break
+        cache = SinkCache(model)
+        answer = model.generate(prompt, eos_token_id=end, past_key_values=cache, **options)
+        texts = [torch.cat((prompt[row], free[row, :stop])) for row, stop in enumerate(stops)]
+        last = answer.shape[1] - 25  # the last choice of rows that have not ended is not fed yet
+        assert cache.lengths.tolist() == [len(text) - (stop == last) for text, stop in zip(texts, stops, strict=True)]
+        new = behind(answer, 6)
+        whole = [torch.cat((text, more)) for text, more in zip(texts, new, strict=True)]
+        width = max(map(len, whole))
+        padded = torch.stack([torch.nn.functional.pad(x, (width - len(x), 0)) for x in whole])
+        expected = [model.generate(x[None], **options)[0, len(x) :] for x in whole]
+        for given in (
+            dict(input_ids=new),
+            dict(input_ids=torch.cat((answer, new), dim=1)),
+            dict(input_ids=padded),
+            dict(input_ids=padded, attention_mask=(padded > 0).long()),
+        ):
+            again, ids = copy.deepcopy(cache), given["input_ids"]
+            found = model.generate(**given, past_key_values=again, **options)
+            assert torch.equal(found[:, : ids.shape[1]], ids)
+            assert all(torch.equal(found[row, ids.shape[1] :], expected[row]) for row in range(3))
+        whole = torch.cat((answer, new), dim=1)
+        with pytest.raises(ValueError, match="attention_mask has zeros after ones, as behind a row that ended early"):
+            model.generate(whole, attention_mask=(whole > 0).long(), past_key_values=cache, **options)
+
+
+def test_pad_ids_in_a_prompt():
+    """Without a mask they are padding wherever they stand, as unpatched; what was given is returned as it was."""
+    model, ids = tiny("llama"), random_ids(3, 20)
+    ids[0, 7] = ids[0, 9] = ids[2, :4] = ids[2, 11] = 0
+    expected = model.generate(ids, **GREEDY)
+    with patch(model, S, W):
+        assert torch.equal(model.generate(ids, **GREEDY), expected)
+        assert torch.equal(model.generate(input_ids=ids, **GREEDY), expected)
+        mask = torch.ones_like(ids)
+        assert not torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
+        found = model.generate(ids, num_beams=2, num_return_sequences=2, return_dict_in_generate=True, **GREEDY)
+        assert torch.equal(found.sequences[:, :20], ids.repeat_interleave(2, 0))
+        ids[1, -1] = 0
+        with pytest.raises(ValueError, match="input_ids end with the pad token, 0"):
+            model.generate(ids, **GREEDY)
+        model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+
+
+def test_pad_ids_in_an_answer(model):
+    """They were chosen, and stand in the history as tokens."""
+    always = [lambda ids, scores: scores.index_fill(1, torch.tensor([0]), 99.0)]
+    cache, prompt = SinkCache(model), random_ids(2, 20)
+    text = model.generate(prompt, past_key_values=cache, logits_processor=always, do_sample=False, max_new_tokens=4)
+    assert (text[:, 20:] == 0).all()
+    whole = torch.cat((text, behind(text, 5)), dim=1)
+    answer = model.generate(whole, past_key_values=cache, **GREEDY)
+    assert torch.equal(answer[:, :29], whole) and all(follows(whole[row], answer[row, 29:]) for row in range(2))
+
+
+class Interrupted(transformers.generation.BaseStreamer):
+    """Ctrl-C while the n-th token is printed."""
+
+    def __init__(self, n):
+        self.n, self.heard = n + 1, []  # the prompt comes first
+
+    def put(self, value):
+        self.heard += value.flatten().tolist()
+        self.n -= 1
+        if self.n < 0:
+            raise KeyboardInterrupt
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("n", [0, 1, 5])
+def test_an_answer_that_was_interrupted(model, n):
+    """What was chosen belongs to the text, fed or not: the next turn goes on behind it."""
+    cache, heard = SinkCache(model), Interrupted(n)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate(random_ids(1, 20), past_key_values=cache, streamer=heard, **GREEDY)
+    assert len(heard.heard) == 20 + n + 1
+    text = torch.tensor(heard.heard)
+    new = behind(text[None], 5)
+    text = torch.cat((text, new[0]))
+    assert follows(text, model.generate(new, past_key_values=copy.copy(cache), **GREEDY)[0, 5:])
+    assert follows(text, model.generate(text[None], past_key_values=cache, **GREEDY)[0, len(text) :])
+
+
+def test_reordered_rows_take_their_last_tokens_along(model):
+    cache = SinkCache(model)
+    text = model.generate(random_ids(2, 20), past_key_values=cache, **GREEDY)
+    order = torch.tensor([1, 1, 0])
+    new = behind(text[order], 4)
+    cache.reorder_cache(order)
+    answer = model.generate(new, past_key_values=cache, **GREEDY)[:, 4:]
+    assert all(follows(torch.cat((text[order[row]], new[row])), answer[row]) for row in range(3))
+
+
+def test_after_a_beam_search(model):
+    """Its rows are beams and not what it returned: nothing goes on behind them but by chance."""
+    cache = SinkCache(model)
+    found = model.generate(random_ids(1, 20), past_key_values=cache, num_beams=3, num_return_sequences=3, **GREEDY)
+    with pytest.raises(ValueError, match="beams of a search"):
+        model.generate(random_ids(3, 5), past_key_values=cache, **GREEDY)
+    with pytest.raises(ValueError, match="differs|holds 3 rows"):
+        model.generate(torch.cat((changed(found, -4), random_ids(3, 2)), dim=1), past_key_values=cache, **GREEDY)
+    cache.reset()
+    ids = random_ids(1, 20)
+    assert follows(ids[0], model.generate(ids, past_key_values=cache, **GREEDY)[0, 20:])
+
+
+CALLS = {
+    "mask of another length": (
+        dict(attention_mask=torch.ones(1, 9, dtype=torch.int64)),
+        "attention_mask .* does not fit",
+    ),
+    "right padding": (dict(attention_mask=torch.tensor([[1] * 5 + [0]])), "zeros after ones"),
+    "another batch": (dict(input_ids=torch.ones(2, 6, dtype=torch.int64)), "holds 1 rows and cannot go on with 2"),
+    "positions": (dict(position_ids=torch.arange(6)[None]), "leave position_ids out"),
+    "a typing error": (dict(attention_maks=1), "attention_maks"),
+}
+
+
+@pytest.mark.parametrize("kind", list(CALLS))
+def test_bad_turns_lose_nothing(model, kind):
+    """Each error speaks of what was given, and the text goes on as if the call had not been made."""
+    change, message = CALLS[kind]
+    cache = SinkCache(model)
+    text = model.generate(random_ids(1, 20), past_key_values=cache, **GREEDY)
+    new, seen = behind(text, 6), cache.seen
+    for ids in (new, torch.cat((text, new), dim=1)):
+        if kind == "right padding" and ids is not new:
+            continue
+        with pytest.raises(ValueError, match=message):
+            model.generate(**{"input_ids": ids, "past_key_values": cache, **GREEDY, **change})
+    assert cache.seen in (seen, seen + 1)  # the last token may have been fed
+    answer = model.generate(torch.cat((text, new), dim=1), past_key_values=cache, **GREEDY)[0, -10:]
+    assert follows(torch.cat((text, new), dim=1)[0], answer)
+
+
+def test_generate_batch_is_refused(model):
+    with pytest.raises(ValueError, match="generate_batch brings a paged cache"):
+        model.generate_batch([[1, 2, 3]], max_new_tokens=2)
+
+
+def test_prompt_tuning():
+    """PEFT replaces a method while it generates, and puts back what it found before the patch."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    model, ids = tiny("llama"), random_ids(2, 5)
+    wrapped = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    given = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
+    expected, attributes = wrapped.generate(**given, **GREEDY), set(vars(model))
+    handle = patch(wrapped, S, W)
+    assert torch.equal(wrapped.generate(**given, **GREEDY), expected)
+    handle.remove()
+    assert set(vars(model)) == attributes and torch.equal(wrapped.generate(**given, **GREEDY), expected)
+    with patch(wrapped, S, W) as handle:
+        model.prepare_inputs_for_generation = lambda *args, **kwargs: {}
+        with pytest.raises(RuntimeError, match="prepare_inputs_for_generation of the model was replaced"):
+            handle.remove()
+        del model.prepare_inputs_for_generation
+    assert not hasattr(model, "_sinkattn")
