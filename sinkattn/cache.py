@@ -62,11 +62,11 @@ class SinkCache(Cache):
         self.seen = 0
         self.has_places = False  # whether places are not positions any more
         self._all_known = True  # whether all was fed as ids
-        self.is_torn = False
         self._goes_on = False  # whether the step under way is but a piece of an input
         self.ended: Tensor | None = None  # (batch,) bool, rows that `generate` feeds nothing any more
         self.unfed: tuple[Tensor, Tensor | None] | None = None  # what it chose last: ids (batch, 1); rows it is not of
         self.is_searched = False  # whether the rows are the beams of a search
+        self.is_torn = False
 
     def _use(self, rows: Rows) -> None:
         """Hold other rows; when this cache is gone, they may serve the next one."""
@@ -232,14 +232,14 @@ class SinkCache(Cache):
 
     def reset(self) -> None:
         """Forget the text and keep the memory, unless it is torn."""
-        was_torn = self.is_torn
-        with self._changing():
-            if self._keeper is not None and was_torn:
+        was_torn, self.is_torn = self.is_torn, True
+        self.changes += 1
+        if was_torn:
+            if self._keeper is not None:
                 self._keeper.detach()
-            if was_torn:
-                self.rows, (self.layers, self.rings) = None, layers_of(self.plan)
-            elif self.rows is not None:
-                self.rows.reset()
+            self.rows, (self.layers, self.rings) = None, layers_of(self.plan)
+        elif self.rows is not None:
+            self.rows.reset()
         self._begin()
 
     def compare(self, ids: Tensor, mask: Tensor) -> list[Agreement]:
