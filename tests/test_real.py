@@ -30,14 +30,6 @@ BLOCK = 32  # tokens whose errors count as one
 TOLERANCE = 1e-4  # largest error of a token in float32, where hidden states reach 25,000
 
 
-@pytest.fixture(autouse=True)
-def all_cores():
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count())
-    yield
-    torch.set_num_threads(before)
-
-
 def smollm2_or_stop() -> None:
     if real.gguf_path() is None:
         stop = pytest.fail if os.environ.get("SINKATTN_REAL") == "required" else pytest.skip
@@ -108,7 +100,7 @@ def test_a_missing_model_is_a_failure_where_it_is_required(monkeypatch):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("device, dtype, fused, size", CASES)
+@pytest.mark.parametrize("device, dtype, fused, size", CASES, ids=["-".join(map(str, case)) for case in CASES])
 def test_as_near_to_float32_as_unpatched(smollm2, device, dtype, fused, size):
     """On prose, dense and, with a cache of 256, past the wrap as well: 1.1 times the unpatched model's own error."""
     found = token_errors(patched(dtype, device, size, fused), unpatched(torch.float32, device, size))[0]
