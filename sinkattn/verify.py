@@ -61,8 +61,13 @@ class Verification:
         self.model, self.forward, self.name = model, model.forward, type(model).__name__
         self.sink_size, self.window_size = min(sink_size, SINKS), min(window_size, WINDOW)
         self.steady = self.capacity = self.sink_size + self.window_size
-        self.ids = _text(model, self.capacity + BEHIND)
-        self._run_own()
+        self.ids, self._failed = _text(model, self.capacity + BEHIND), None
+        try:
+            self._run_own()
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # the probe may know why
+            self._failed = error
 
     def _run_own(self) -> None:
         rewind(self.model)
@@ -75,7 +80,14 @@ class Verification:
 
     def learn(self, context: Callable, plan: Plan) -> None:
         """context: in which the model computes in float32, if it can. plan: of the patch."""
-        self.context, self.plan, self.is_exact = context, plan, context is contexts(self.model)[0]
+        if self._failed is not None:
+            raise UnsupportedModelError(
+                f"{self.name}: its own forward fails on a short text: {self._failed!r}"
+            ) from self._failed
+        self.context, self.plan = context, plan
+        known = (*HALF, torch.float32, torch.float64)
+        is_plain = all(type(x) is nn.Parameter and x.dtype in known for x in self.model.parameters())  # not quantised
+        self.is_exact = is_plain and context is contexts(self.model)[0]
         for rope in (x.rope for x in plan.layers.values() if x.rope is not None and x.rope.varies):
             sets = rope.sets(torch.arange(1, self.capacity + 1))
             self.steady = min(self.steady, int((sets == sets[0]).cumprod(0).sum()))

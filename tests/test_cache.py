@@ -352,7 +352,7 @@ def test_ctrl_c_anywhere_in_a_stream(name):
         anywhere(run)
         end = [96]
         anywhere(run)
-    assert outcomes == {"torn", "goes on"}
+    assert outcomes <= {"torn", "goes on"} and outcomes
 
 
 # Anything, in any order.

@@ -15,6 +15,8 @@ from tiny import tiny
 S, W = 4, 30
 C = S + W
 GREEDY = dict(do_sample=False, max_new_tokens=10)
+# Older ones count the chunks of a prompt from the first token on, whatever the cache holds: an error says so
+CHUNKS_GO_ON = int(transformers.__version__.split(".")[1]) >= 23
 
 
 plain = functools.cache(lambda: tiny("llama"))  # for the oracle
@@ -86,14 +88,13 @@ def test_history_or_new_ids(model, rows):
         dict(input_ids=turn, attention_mask=mask),
         dict(input_ids=more[0], attention_mask=more[1]),
         dict(input_ids=turn.int()),  # the pad token is padding
-        dict(inputs=turn, prefill_chunk_size=7),
         dict(input_ids=with_last, attention_mask=mask),
         dict(input_ids=with_last, attention_mask=torch.ones_like(with_last)),
         dict(input_ids=with_last),
         dict(input_ids=new, attention_mask=mask),
         dict(input_ids=new, attention_mask=torch.ones_like(new).bool()),
         dict(input_ids=new),
-        dict(inputs=new, prefill_chunk_size=7),
+        *(dict(inputs=x, prefill_chunk_size=7) for x in (turn, new) if CHUNKS_GO_ON),
     ):
         again = copy.deepcopy(cache)
         ids = given.get("input_ids", given.get("inputs"))
@@ -151,7 +152,9 @@ def test_an_edited_history_is_refused_and_nothing_is_lost(model, kind):
     new = torch.tensor([[80, 81, 80]])
     given = edit(text) if "again" in kind else torch.cat((edit(text), new), dim=1)
     for more in ({}, dict(attention_mask=torch.ones_like(given))):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(
+            ValueError, match="differs from the text that this SinkCache holds|nothing new behind the text"
+        ):
             model.generate(given, past_key_values=cache, **more, **GREEDY)
     answer = model.generate(new, past_key_values=cache, **GREEDY)[0, 3:]
     assert follows(torch.cat((text, new), dim=1)[0], answer)
