@@ -123,6 +123,8 @@ class Generation:
             _running.call = outer
             if call.cache is not None:
                 call.cache.ended, call.cache.is_searched = None, call.is_search
+                if call.cache.unfed is not None:  # not a view that keeps all ids of the text
+                    call.cache.unfed = call.cache.unfed[0].clone(), call.cache.unfed[1]
             if before is not None and cache.changes == before[1]:  # it has failed before anything was fed
                 cache.seen = before[0]
         if ids is not None and not torch.equal(ids, given):
