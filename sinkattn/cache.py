@@ -29,9 +29,21 @@ class SinkCache(Cache):
 
     ``cache = SinkCache(model)`` for a model that `patch` was called on; pass it as ``past_key_values`` (``cache``, as
     transformers calls it from 5.24 on) to hold a text over several calls of `generate` or `forward`. Batch size, dtype
-    and device are those of the first call. `forward` takes new tokens alone; what `generate` takes, see
-    `Generation.generate`. A copy, by `copy.copy` too, is a cache of its own. It can be pickled, and loaded as long as
-    its model is patched in the same process.
+    and device are those of the first call. A copy, by `copy.copy` too, is a cache of its own; it can be pickled, and
+    loaded as long as its model is patched in the same process.
+
+    `forward` takes new tokens alone. `generate` takes the whole history with what is new, or the new ids alone:
+
+    - Ids that begin with all that the cache was fed are the history, however their rows are padded. They are compared
+      with the ids that it holds, and by a digest with those that it has forgotten. What was fed as embeddings is
+      unknown and agrees with anything.
+    - Ids whose first three tokens are those of the text, or more than half of those that can be compared, are a history
+      that was edited or cut: ValueError, which says from which token on; a cache cannot take tokens back yet.
+    - Other ids are new. So are all if the text is one piece of at most 8 tokens over and over (blank lines, silence),
+      which tells nothing. An attention_mask with as many more columns as `seen` says by itself that its ids are new.
+
+    The last token of an answer is chosen and not fed yet. It belongs to the text: new ids go on behind it, unless they
+    bring it themselves, as their first. Rows that end before others are fed no padding.
 
     Attributes:
         lengths: (batch,) int64, tokens each row holds (padding not counted), or None before the first call.
@@ -148,9 +160,7 @@ class SinkCache(Cache):
             if step is None:  # nothing has run
                 self.is_torn = was_torn
             elif self.step is not None:  # not in the middle of its commit
-                # the place of a lone token is that of one which is not seen any more, but by a dense prompt
-                is_lost = step.written and (tokens > 1 or self.plan.prefill == "dense")
-                self.is_torn = was_torn or self.has_state or is_lost
+                self.is_torn = was_torn or self.has_state or (step.written and tokens > 1)
             raise
         finally:
             self.step = None
@@ -204,6 +214,12 @@ class SinkCache(Cache):
         self.changes += 1
         yield
         self.is_torn = was_torn
+
+    def end_turn(self, is_search: bool) -> None:
+        """`generate` is over: what it chose last stays unfed, in a tensor of its own. is_search: whether by beams."""
+        self.ended, self.is_searched = None, self.is_searched or is_search
+        if self.unfed is not None:
+            self.unfed = self.unfed[0].clone(), self.unfed[1]
 
     # What the model's layers call.
 

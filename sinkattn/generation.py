@@ -42,10 +42,11 @@ class _Stops(StoppingCriteriaList):
         self.pads = any(hasattr(x, "eos_token_id") for x in criteria)  # as `generate` tells
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
+        self.cache.ended = self.done  # before this choice
+        self.cache.unfed = input_ids[:, -1:], self.cache.ended
         done = super().__call__(input_ids, scores, **kwargs)
         if self.pads and len(input_ids) > 1:
-            self.cache.ended, self.done = self.done, done if self.done is None else self.done | done
-        self.cache.unfed = input_ids[:, -1:], self.cache.ended
+            self.done = done if self.done is None else self.done | done
         return done
 
 
@@ -72,25 +73,11 @@ class Generation:
         return methods
 
     def generate(self, inputs=None, *args, **kwargs):
-        """The model's own `generate` with a SinkCache: one of its own, or yours, which may hold a text already.
+        """The model's own `generate` with a SinkCache: one of its own, or yours, which may hold a text, see there.
 
-        Over a cache that holds a text, give the whole history with what is new, or the new ids alone:
-
-        - Ids that begin with all that the cache was fed are the history, however their rows are padded. They are
-          compared with the ids that it holds, and by a digest with those that it has forgotten. What was fed as
-          embeddings is unknown and agrees with anything.
-        - Ids whose first three tokens are those of the text, or more than half of those that can be compared, are a
-          history that was edited or cut: ValueError, which says from which token on, until taking tokens back exists.
-        - Other ids are new. So are all if the text is one piece of at most 8 tokens over and over (blank lines,
-          silence), which tells nothing. An attention_mask with as many more columns as `cache.seen` says by itself that
-          its ids are new.
-
-        The last token of an answer is chosen and not fed yet. It belongs to the text: new ids go on behind it, unless
-        they bring it themselves, as their first. Rows that end before others are fed no padding. Without an
-        attention_mask, pad ids are padding wherever they stand, as in transformers, unless they also end a text or were
-        chosen in an answer.
-
-        Raises ValueError for what contradicts itself or the text, before anything is fed.
+        Without an attention_mask, pad ids are padding wherever they stand, as in transformers, unless they also end a
+        text or were chosen in an answer. Raises ValueError for what contradicts itself or the text, before anything is
+        fed but the last token of an answer.
         """
         if kwargs.get("cache_implementation") is not None:
             raise ValueError("cache_implementation: a patched model brings its own cache; leave it out")
@@ -122,9 +109,7 @@ class Generation:
         finally:
             _running.call = outer
             if call.cache is not None:
-                call.cache.ended, call.cache.is_searched = None, call.is_search
-                if call.cache.unfed is not None:  # not a view that keeps all ids of the text
-                    call.cache.unfed = call.cache.unfed[0].clone(), call.cache.unfed[1]
+                call.cache.end_turn(call.is_search)
             if before is not None and cache.changes == before[1]:  # it has failed before anything was fed
                 cache.seen = before[0]
         if ids is not None and not torch.equal(ids, given):
@@ -149,7 +134,7 @@ class Generation:
         if cache is not None:
             behind_first = real.cumsum(1) > 0
             given = cache.compare(ids.gather(1, order), real.gather(1, order)), cache.compare(ids, behind_first)
-            rows = [i for i, (row, other) in enumerate(zip(*given, strict=True)) if other.goes_on and not row.goes_on]
+            rows = [i for i, (row, other) in enumerate(zip(*given, strict=True)) if other.likeness > row.likeness]
             real[rows] = behind_first[rows]
             order = real.int().argsort(dim=1, stable=True)
         if not real[:, -1].all():
@@ -231,7 +216,7 @@ class Generation:
         """Feed the last token of an answer, if there is one and new ids do not begin with it, in any row."""
         if cache.unfed is None:
             return
-        last, ended = cache.unfed
+        last, ended = (None if x is None else x.to(cache.lengths.device) for x in cache.unfed)
         first = ids.gather(1, real.int().argmax(1, keepdim=True))
         brought = first.to(last) == last
         brought = brought if ended is None else brought | ended[:, None]
@@ -288,6 +273,8 @@ class Generation:
         cache, call = model_kwargs.get(CACHE), _running.call
         if call is not None and isinstance(cache, SinkCache):
             call.cache, call.is_search = cache, generation_config.num_beams > 1
+            if cache.seen and cache.plan.prefill == "streaming":  # forward takes long inputs in chunks of its own
+                generation_config.prefill_chunk_size = None  # and early versions of this one feed the history again
 
     def stopping_criteria(self, *args, **kwargs) -> StoppingCriteriaList:
         """`GenerationMixin._get_stopping_criteria`: the cache hears what they say."""

@@ -165,8 +165,9 @@ class Rows:
     """What a batch of texts keeps on its device, at fixed addresses: layers, lengths, and the graph that was captured.
 
     layers: one per layer of the model, as transformers' `Cache` has them. rings: whatever attends, as in `Plan.layers`.
-    lengths: (batch,) int64. ids: (batch, S + R + 1) int64, the first S and the last R >= W of a row's text, by slot as
-        in `reference.slot_of`, -1 where there is none or none is known; the last column is for what is not kept.
+    lengths: (batch,) int64. ids: (batch, S + R + 1) int64, the first S and the last R - 1 >= W of a row's text, by slot
+        as in `reference.slot_of`, -1 where there is none or none is known. The slot of the next token may hold
+        anything, and so may the last column, for what is not kept.
     digest: (batch,) int64, of all ids of a row, those that are forgotten too: ``d * BASE + id``, modulo 2^64.
     Where images have given tokens three positions (M-RoPE): top, (batch,) int64, the largest of a row, and anchor,
         (batch, 3), those of token C - 1.
@@ -176,7 +177,7 @@ class Rows:
 
     def __init__(self, plan: Plan, batch: int, device: torch.device):
         self.layers, self.rings = layers_of(plan)
-        self.sink_size, self.ring_size = plan.sink_size, max(plan.window_size, plan.sink_size + 1)
+        self.sink_size, self.ring_size = plan.sink_size, max(plan.window_size, plan.sink_size) + 1
         with torch.inference_mode(False):
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
             self.ids = self.lengths.new_full((batch, self.sink_size + self.ring_size + 1), -1)
@@ -211,30 +212,36 @@ class Rows:
         ids: (batch, tokens), None for unknown ones. positions: (batch, tokens) int64, of padding below the row's
         length. counts: (batch,) int64, tokens that are no padding; None for all.
         """
-        tokens, length = positions.shape[1], self.lengths[:, None]
         ids = torch.full_like(positions, -1) if ids is None else ids.to(self.ids)
-        slots = torch.fmod(positions - self.sink_size, self.ring_size) + self.sink_size  # below 0 for sinks: they stay
-        fed = None if counts is None else positions >= length
-        kept, after = fed, length + (tokens if counts is None else counts[:, None])
-        if tokens > 1:  # what later ones of the step overwrite is not kept
-            kept = (positions < self.sink_size) | (positions >= after - self.ring_size)
-            kept = kept if fed is None else kept & fed
-        if kept is not None:
-            slots = torch.where(kept, slots, self.ids.shape[1] - 1)
-        self.ids.scatter_(1, slots, ids)
-        if tokens == 1 and fed is None:
-            torch.add(ids[:, 0], self.digest, alpha=BASE, out=self.digest)
-        else:
-            exponents = after - 1 - positions
-            exponents = exponents if fed is None else exponents.masked_fill(~fed, -1)
-            before = self.digest * _powers(tokens, ids.device)[after[:, 0] - self.lengths]
-            self.digest.copy_(before + _digest(ids, exponents))
+        if positions.shape[1] == 1:  # few and small kernels; padding is written where the next token will be
+            self.ids.scatter_(1, self._slots(self.lengths[:, None]), ids)
+            if counts is None:
+                torch.add(ids[:, 0], self.digest, alpha=BASE, out=self.digest)
+            else:
+                self.digest.addcmul_(counts, torch.add(ids[:, 0], self.digest, alpha=BASE - 1))
+            return
+        before, after = self.lengths[:, None], self.lengths[:, None] + positions.shape[1]
+        if counts is not None:
+            after = self.lengths[:, None] + counts[:, None]
+        fed = positions >= before
+        lasting = (positions < self.sink_size) | (positions >= after - self.ring_size)  # no later one takes its slot
+        self.ids.scatter_(1, torch.where(fed & lasting, self._slots(positions), self.ids.shape[1] - 1), ids)
+        power = _powers(positions.shape[1], ids.device)[(after - before)[:, 0]]
+        self.digest.mul_(power).add_(_digest(ids, (after - 1 - positions).masked_fill(~fed, -1)))
+
+    def _slots(self, positions: Tensor) -> Tensor:
+        """`slot_of` in fewer kernels: the remainder of C is below 0 for sinks, so that they stay where they are."""
+        return torch.fmod(positions - self.sink_size, self.ring_size) + self.sink_size
+
+    def held(self) -> Tensor:
+        """The ids that stand in the cache, (batch, S + R) int64 in no order, -1 for none."""
+        return self.ids[:, :-1].scatter(1, self._slots(self.lengths[:, None]), -1)
 
     def known(self) -> tuple[Tensor, Tensor]:
         """The ids that are held, and their positions, (batch, S + R) int64 each: -1 where there is none."""
-        positions = held_positions(self.lengths, self.sink_size, self.ring_size)
-        ids = self.ids[:, :-1]
-        return ids, positions.masked_fill(ids < 0, -1)
+        ids, positions = self.ids[:, :-1], held_positions(self.lengths, self.sink_size, self.ring_size)
+        is_gone = (positions >= self.sink_size) & (positions <= self.lengths[:, None] - self.ring_size)
+        return ids, positions.masked_fill((ids < 0) | is_gone, -1)
 
     def compare(self, ids: Tensor, counts: Tensor, with_digest: bool) -> list["Agreement"]:
         """How texts agree with those that the rows hold, row by row.
@@ -323,7 +330,13 @@ class Agreement(NamedTuple):
         return self.leading >= 3 or 2 * self.agreeing > self.compared
 
     @property
+    def likeness(self) -> tuple[bool, int]:
+        """The larger, the more it looks like the row's."""
+        return self.goes_on, self.agreeing if self.seems_meant else 0
+
+    @property
     def difference(self) -> str:
+        """Where the text differs from the row's, in words."""
         if self.first < min(self.length, self.count):
             return f"from token {self.first} on"
         return f"from token {self.count} on, where it ends" if self.count < self.length else "in what is forgotten"

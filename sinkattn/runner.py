@@ -111,7 +111,7 @@ class Runner:
         keep_cache = self.cache_name in kwargs or use_cache
         mask = self._mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
         if cache.ended is not None and tokens == 1:
-            mask = ~cache.ended[:, None]
+            mask = ~cache.ended[:, None].to(given.device)
         if tokens == 1 and self.may_replay(kwargs, cache):
             output = self.replay(cache, ids, mask)
             if output is not None:

@@ -263,7 +263,11 @@ class Stream:
 
     def _next_ids(self, settings: "_Settings", watched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         is_plain = not (self._processors or settings.do_sample)  # then the largest is the largest in any dtype
-        scores = self._logits if is_plain else self._processors(self._held(), self._logits.float())
+        scores = self._logits
+        if not is_plain:
+            held = self._cache.rows.held()  # instead of none, any again
+            held = torch.where(held < 0, held.amax(1, keepdim=True).clamp(min=0), held)
+            scores = self._processors(held, scores.float())
         if settings.do_sample:
             scores = scores.softmax(-1) / self._noise  # exponentially distributed: the largest is a draw
         ids = scores.argmax(-1)
@@ -274,11 +278,6 @@ class Stream:
         for end in settings.ends:
             self._ended |= ids == end
         return ids, fed, torch.cat((fed.any()[None], ids))
-
-    def _held(self) -> Tensor:
-        """The ids that stand in the cache, (batch, S + R), some of them several times where it is not full."""
-        ids = self._cache.rows.ids[:, :-1]
-        return torch.where(ids < 0, ids.amax(1, keepdim=True).clamp(min=0), ids)
 
     def _feed(self, ids: Tensor, fed: Tensor | None) -> None:
         """One token a row through the model, (batch,); rows that are not fed stay as they are."""

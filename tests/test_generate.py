@@ -204,6 +204,24 @@ def test_stream_sampling_options(model):
     assert draws[:5] == [drawn(seed) for seed in range(5)]
 
 
+def test_stream_penalises_what_stands_in_the_cache(model):
+    """The first S and the last W ids of each row, and no others; a row that has ended keeps its own."""
+    ids, mask = left_padded(2, 20)
+    stream, penalty = Stream(model), transformers.RepetitionPenaltyLogitsProcessor(3.0)
+    stream.append(ids, mask)
+    texts, end = [ids[row, mask[row].bool()] for row in range(2)], []
+    for _ in range(2):
+        has_ended = False
+        for token_ids in stream.generate(12, repetition_penalty=3.0, eos_token_id=end):
+            for row in range(1 if has_ended else 0, 2):
+                held = torch.cat((texts[row][:S], texts[row][S:][-W:]))[None]
+                scores = penalty(held, streaming_logits(tiny("llama"), texts[row][None], S, W)[:, -1])
+                assert scores.argmax().item() == token_ids[row].item()
+                texts[row] = torch.cat((texts[row], token_ids[row : row + 1]))
+            has_ended = has_ended or token_ids[0].item() in end
+        end = [next(copy.deepcopy(stream).generate(1, repetition_penalty=3.0, eos_token_id=[]))[0].item()]
+
+
 def test_stream_stops_at_the_end_of_text(model):
     ids = random_ids(2, 20)
     stream = Stream(model)

@@ -165,6 +165,7 @@ def test_a_step_is_one_graph(dtype, device):
             expected = model(token, past_key_values=plain).logits
             assert relative_error(step(token), expected) < (1e-5 if dtype == torch.float32 else 2e-2)
         assert torch.equal(cache.lengths, plain.lengths)
+        assert torch.equal(cache.rows.ids, plain.rows.ids) and torch.equal(cache.rows.digest, plain.rows.digest)
 
 
 QUANTISED = {
