@@ -134,8 +134,12 @@ class Generation:
         if cache is not None:
             behind_first = real.cumsum(1) > 0
             given = cache.compare(ids.gather(1, order), real.gather(1, order)), cache.compare(ids, behind_first)
-            rows = [i for i, (row, other) in enumerate(zip(*given, strict=True)) if other.likeness > row.likeness]
-            real[rows] = behind_first[rows]
+            likelier = torch.tensor([x.likeness > row.likeness for row, x in zip(*given, strict=True)])
+            if cache.unfed is not None:  # where a pad id was chosen last, the history has it next
+                last, ended = (None if x is None else x.cpu() for x in cache.unfed)
+                chosen = last[:, 0] == pad[0] if ended is None else (last[:, 0] == pad[0]) & ~ended
+                likelier |= chosen & torch.tensor([x.goes_on for x in given[1]])
+            real = torch.where(likelier[:, None].to(real.device), behind_first, real)
             order = real.int().argsort(dim=1, stable=True)
         if not real[:, -1].all():
             raise ValueError(
@@ -213,16 +217,15 @@ class Generation:
         return torch.where(columns < cache.seen, real, columns >= width - new[:, None])
 
     def _feed_last(self, cache: SinkCache, ids: Tensor, real: Tensor, is_told: bool) -> None:
-        """Feed the last token of an answer, if there is one and new ids do not begin with it, in any row."""
+        """Feed the last token of an answer to the rows that have one and whose new ids do not begin with it."""
         if cache.unfed is None:
             return
         last, ended = (None if x is None else x.to(cache.lengths.device) for x in cache.unfed)
-        first = ids.gather(1, real.int().argmax(1, keepdim=True))
-        brought = first.to(last) == last
-        brought = brought if ended is None else brought | ended[:, None]
-        if is_told or not brought.all():
-            more = {} if ended is None else {"attention_mask": ~ended[:, None]}
-            self.model(input_ids=last, **more, **{CACHE: cache}, use_cache=True)
+        first = ids.gather(1, real.int().argmax(1, keepdim=True)).to(last)
+        misses = torch.ones_like(last, dtype=torch.bool) if is_told else first != last
+        misses = misses if ended is None else misses & ~ended[:, None]
+        if misses.any():
+            self.model(input_ids=last, attention_mask=misses, **{CACHE: cache}, use_cache=True)
 
     def prepare_inputs(self, input_ids: Tensor, *args, **kwargs) -> dict:
         """`GenerationMixin.prepare_inputs_for_generation`: no positions but the caller's own, sinkattn counts."""

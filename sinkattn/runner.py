@@ -212,7 +212,7 @@ class Runner:
         ids, thread, seen = given.get("input_ids"), threading.get_ident(), cache.seen
 
         def read(forward, names, *args, **more):
-            if current.step is not None or threading.get_ident() != thread:
+            if cache.step is not None or threading.get_ident() != thread:
                 return forward(*args, **more)
             if cache.seen > seen:
                 raise ValueError(
@@ -396,12 +396,12 @@ class Runner:
 def _standing_in(module: torch.nn.Module, forward):
     """A forward in the place of a module's own, for a while."""
     had = vars(module).get("forward")
-    module.forward = forward
     try:
+        module.forward = forward
         yield
     finally:
         if had is None:
-            del module.forward
+            vars(module).pop("forward", None)
         else:
             module.forward = had
 

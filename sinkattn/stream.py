@@ -133,7 +133,7 @@ class Stream:
 
     def _check_whole(self) -> None:
         """Raise ValueError if the logits at hand are not those behind the text."""
-        if self._changes != self._cache.changes:
+        if self._cache.is_torn or self._changes != self._cache.changes:
             raise ValueError(
                 "an earlier call was interrupted half-way, or the cache was used otherwise: reset() all rows"
             )

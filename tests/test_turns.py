@@ -282,12 +282,14 @@ def test_pad_ids_in_a_prompt():
 def test_pad_ids_in_an_answer(model):
     """They were chosen, and stand in the history as tokens."""
     always = [lambda ids, scores: scores.index_fill(1, torch.tensor([0]), 99.0)]
-    cache, prompt = SinkCache(model), random_ids(2, 20)
-    text = model.generate(prompt, past_key_values=cache, logits_processor=always, do_sample=False, max_new_tokens=4)
-    assert (text[:, 20:] == 0).all()
-    whole = torch.cat((text, behind(text, 5)), dim=1)
-    answer = model.generate(whole, past_key_values=cache, **GREEDY)
-    assert torch.equal(answer[:, :29], whole) and all(follows(whole[row], answer[row, 29:]) for row in range(2))
+    for tokens in (1, 4):  # the last of which is not fed
+        cache, prompt = SinkCache(model), random_ids(2, 20)
+        options = dict(logits_processor=always, do_sample=False, max_new_tokens=tokens)
+        text = model.generate(prompt, past_key_values=cache, **options)
+        assert (text[:, 20:] == 0).all()
+        whole = torch.cat((text, behind(text, 5)), dim=1)
+        found = model.generate(whole, past_key_values=cache, **GREEDY)
+        assert torch.equal(found[:, :-10], whole) and all(follows(whole[row], found[row, -10:]) for row in range(2))
 
 
 class Interrupted(transformers.StoppingCriteria):
