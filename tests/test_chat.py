@@ -1,6 +1,5 @@
 """Conversations: what every turn puts behind what the cache holds, by chat templates of all kinds; 50 real turns."""
 
-import os
 import random
 import re
 from pydoc_data import topics
@@ -10,6 +9,7 @@ import tokenizers
 import transformers
 from typer.testing import CliRunner
 
+import real
 from sinkattn import Stream, cli, models
 from sinkattn.chat import Conversation
 
@@ -180,11 +180,8 @@ PROMPTS = (
 @pytest.fixture(scope="module")
 def smollm2():
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
-    try:
-        models.find("smollm2")
-    except ValueError as error:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(str(error))
-    return models.load("smollm2", dtype="float32")
+    real.needed()
+    return models.load(str(real.folder()), "cpu", "float32")
 
 
 @pytest.mark.real
@@ -208,7 +205,7 @@ def test_50_turns_of_smollm2(smollm2, monkeypatch):
     monkeypatch.setattr(Stream, "append", appended)
     monkeypatch.setattr(Stream, "generate", generated)
     said = [PROMPTS[turn % len(PROMPTS)] for turn in range(50)]
-    result = CliRunner().invoke(cli.app, ["chat", "smollm2", "--max-new-tokens", "8"], input="\n".join(said))
+    result = CliRunner().invoke(cli.app, ["chat", str(real.folder()), "--max-new-tokens", "8"], input="\n".join(said))
     assert result.exit_code == 0, result.output
     text = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
     ended, words, total = [], [], 0

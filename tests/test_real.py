@@ -6,7 +6,6 @@ Skipped where the model is missing; ``SINKATTN_REAL=required`` makes that a fail
 import functools
 import itertools
 import math
-import os
 
 import pytest
 import torch
@@ -30,13 +29,7 @@ BLOCK = 32  # tokens whose errors count as one
 TOLERANCE = 1e-4  # largest error of a token in float32, where hidden states reach 25,000
 
 
-def smollm2_or_stop() -> None:
-    if real.gguf_path() is None:
-        stop = pytest.fail if os.environ.get("SINKATTN_REAL") == "required" else pytest.skip
-        stop("SmolLM2-135M-Instruct is missing: `python tests/real.py` fetches it")
-
-
-smollm2 = pytest.fixture(smollm2_or_stop)
+smollm2 = pytest.fixture(real.needed)
 
 
 def is_streaming(size: int) -> bool:
@@ -93,10 +86,10 @@ def test_a_missing_model_is_a_failure_where_it_is_required(monkeypatch):
     monkeypatch.setenv("SINKATTN_SMOLLM2", "/nowhere/missing.gguf")
     monkeypatch.setenv("SINKATTN_REAL", "required")
     with pytest.raises(pytest.fail.Exception, match="real.py"):
-        smollm2_or_stop()
+        real.needed()
     monkeypatch.delenv("SINKATTN_REAL")
     with pytest.raises(pytest.skip.Exception, match="real.py"):
-        smollm2_or_stop()
+        real.needed()
 
 
 @pytest.mark.real

@@ -23,7 +23,6 @@ from experiments import open_model, plain_forward  # noqa: E402
 import real  # noqa: E402
 from sinkattn import SinkCache, UnsupportedModelError, demo, patch  # noqa: E402
 from test_bench import rows_of, run  # noqa: E402
-from test_real import smollm2_or_stop  # noqa: E402
 from tiny import tiny  # noqa: E402
 
 
@@ -244,11 +243,11 @@ def test_the_loss_of_a_piece_alone():
 @pytest.mark.real
 def test_on_real_weights(tmp_path):
     """SmolLM2 on plain English: without its first tokens it fails, with 4 of them it stays with re-computation."""
-    smollm2_or_stop()
+    real.needed()
     text = gzip.compress(real.tokenizer().decode(real.prose(300)[0]).encode())
     for name in ("text.txt.gz", "words.gz"):
         (tmp_path / name).write_bytes(text)
-    arguments = ("--model", real._folder(), "--data", tmp_path, "--output-dir", tmp_path, "--device", "cpu")
+    arguments = ("--model", real.folder(), "--data", tmp_path, "--output-dir", tmp_path, "--device", "cpu")
     run(real_model.main, "loss", "--tiny", "--tokens", 256, "--capacity", 64, *arguments)
     loss = about(tmp_path, "loss")
     last = {name: spans["128-256"]["loss"] for name, spans in loss["loss"].items()}
