@@ -20,7 +20,8 @@ the four of experiments.py, with 4 sinks and a cache of 1,024 tokens, in float32
     endless     20,000 tokens written behind 256 of the texts, in the ways of fluency.py, judged by the 256
     chat        the 80 turns of questions.txt, one after another, in the ways of fluency.py, judged by the answer
 
-`--tiny` runs the same at sizes for a CPU, which show little but that all of it works.
+On two cores `loss --tokens 16384 --recomputed 32 --output-dir bench/results/real/cpu` takes about half an hour.
+`--tiny` runs all parts at the least sizes, which show little but that they work.
 """
 
 import copy
@@ -145,7 +146,8 @@ def unpacked(path: Path) -> str:
 
 @dataclass
 class Bench:
-    """What every part gets. ids: (texts, tokens + 1) int64. size: picks the full or the tiny one of two sizes."""
+    """What every part gets. ids: (texts, tokens + 1) int64. recomputed: tokens of a range that `loss` re-computes.
+    size: picks the full or the tiny one of two sizes."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -155,6 +157,7 @@ class Bench:
     sink_size: int
     capacity: int
     tiny: bool
+    recomputed: int
 
     def size(self, full, tiny):
         return tiny if self.tiny else full
@@ -226,7 +229,7 @@ def cost(bench: Bench) -> Result:
 
 
 def loss(bench: Bench) -> Result:
-    spans, each = bench.spans, bench.size(512, 8)
+    spans, each = bench.spans, bench.recomputed
     steps = [1, *(max((high - low) // each, 1) for low, high in spans[1:])]  # while nothing is forgotten, all at once
     some = torch.cat([torch.arange(low + step, high + 1, step) for (low, high), step in zip(spans, steps, strict=True)])
     every = torch.arange(1, bench.ids.shape[1])
@@ -544,7 +547,8 @@ def main(
     capacity: Annotated[int | None, typer.Option(help="S + W, tokens.")] = None,
     dtype: str = "float32",
     device: Annotated[str | None, typer.Option(help="The GPU if there is one.")] = None,
-    tiny: Annotated[bool, typer.Option("--tiny", help="Sizes for a CPU.")] = False,
+    recomputed: Annotated[int | None, typer.Option(help="Tokens that loss re-computes in each range.")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="The least sizes.")] = False,
     fetch_to: Annotated[Path | None, typer.Option("--fetch", metavar="DIR", help="Only fetch the texts.")] = None,
 ) -> None:
     """Run the parts, one after another; one that fails does not keep the others from running."""
@@ -568,6 +572,7 @@ def main(
     bench = Bench(
         network, tokenizer, front, torch.tensor(ids, device=network.device),
         {word.lower() for word in unpacked(data / "words.gz").split()}, sink_size, capacity, tiny,
+        recomputed or (8 if tiny else 512),
     )  # fmt: skip
     console.print(f"{model}, {len(ids)} texts: {time.perf_counter() - begin:.1f} s")
     failed = []
