@@ -1,4 +1,4 @@
-"""The public ops: check arguments, choose a backend. `torch.ops.sinkattn.decode` and `.prefill` choose like "auto".
+"""The public ops: they check their arguments and choose a backend.
 
 | backend     | decode                     | prefill                | tensors on                     |
 |-------------|----------------------------|------------------------|--------------------------------|
@@ -8,151 +8,26 @@
 | "cpu"       | csrc/cpu, compiled         | csrc/cpu, compiled     | CPU                            |
 | "reference" | reference.py               | reference.py           | any                            |
 
-* On Hopper, what `_in_cuda_prefill` says; the rest as "triton".
+* On Hopper, what `backends._is_in_cuda_prefill` says; the rest as "triton".
 """
-
-import ctypes
-import importlib
-import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import backends, reference
+from .backends import CPU_ISA, DTYPES, HAS_CPU_LIBRARY, HAS_CUDA_LIBRARY, Sizes, Tensors, check_devices  # noqa: F401
 
-BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
-CUDA_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))  # of csrc/cuda
-CUDA_MAX_GROUP = 16
-CUDA_PREFILL_HEAD_DIMS, CUDA_PREFILL_MAX_SINKS = (64, 128), 128
+BACKENDS = ("auto", *backends.BACKENDS)
 LINEAR_MAX_ROWS, LINEAR_MAX_ROWS_ELSEWHERE = 64, 16  # on Hopper and the CPU, on other GPUs
 FEW_ROWS = 8  # with more, torch's products are as fast but on Hopper, or may be (CPUs): bench/linear.py, bench/cpu.py
 
-_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? counts, "
-    "Tensor? rotation, Tensor? learned_logits, Tensor? alibi_slopes, int sink_size, int window_size, float scale, "
-    "float softcap=0., int rotary_start=0, bool interleaved=False{more}) -> Tensor"
-)
-torch.library.define("sinkattn::decode", _SCHEMA.format(more=""))
-_SHARING = ", bool overlap=False, int splits=-1, bool cluster=False"  # csrc/cuda/decode.h; splits -1: both are chosen
-torch.library.define("sinkattn::decode_cuda", _SCHEMA.format(more=_SHARING))
-torch.library.define("sinkattn::decode_triton", _SCHEMA.format(more=""))
-torch.library.define("sinkattn::prefill", _SCHEMA.format(more=", int dense_window=0"))
-torch.library.define("sinkattn::prefill_cuda", _SCHEMA.format(more=", int dense_window=0"))
-torch.library.define("sinkattn::prefill_triton", _SCHEMA.format(more=", int dense_window=0"))
-torch.library.define(
-    "sinkattn::linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, float norm_shift, Tensor? residual, "
-    "str activation) -> Tensor",
-)
+missing_backend = backends.missing
 
 
-@torch.library.register_fake("sinkattn::decode")
-@torch.library.register_fake("sinkattn::decode_cuda")
-@torch.library.register_fake("sinkattn::decode_triton")
-@torch.library.register_fake("sinkattn::prefill")
-@torch.library.register_fake("sinkattn::prefill_cuda")
-@torch.library.register_fake("sinkattn::prefill_triton")
-def _fake(q, k, v, *args, **kwargs):
-    _check_devices((q, k, v, *args, *kwargs.values()))  # one meta tensor among others is enough to get here
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-
-
-@torch.library.register_fake("sinkattn::linear")
-def _fake_linear(x, weight, bias, norm_weight, norm_eps, norm_shift, residual, activation):
-    return x.new_empty(x.shape[0], weight.shape[0] // (2 if activation else 1))
-
-
-def _load(name: str) -> bool:
-    """Load compiled ops, which register themselves. False where they were not built, or the driver is too old."""
-    library = Path(__file__).parent / name
-    if not library.exists():
-        return False
-    torch.ops.load_library(library)
-    return name == "_C_cpu.so" or bool(ctypes.CDLL(library).sinkattn_cuda_runs())
-
-
-def _cpu_isa() -> str:
-    name = ctypes.CDLL(Path(__file__).parent / "_C_cpu.so").sinkattn_cpu_isa
-    name.restype = ctypes.c_char_p
-    return name().decode()
-
-
-HAS_CPU_LIBRARY = _load("_C_cpu.so")
-CPU_ISA = _cpu_isa() if HAS_CPU_LIBRARY else ""  # what the compiled CPU ops run here: "amx", ..., "portable"
-HAS_CUDA_LIBRARY = torch.version.cuda is not None and _load("_C_cuda.so")
-if not HAS_CPU_LIBRARY:
-    torch.library.impl("sinkattn::decode", "CPU", reference.attention)
-    torch.library.impl("sinkattn::prefill", "CPU", reference.attention)
-    torch.library.impl("sinkattn::linear", "CPU", reference.linear)
-
-
-def _triton(op: str):
-    def run(*args, **kwargs):
-        kernels = importlib.import_module(f".kernels.{op}", __package__)  # on first use: importing triton takes a while
-        return getattr(kernels, op)(*args, **kwargs)
-
-    return run
-
-
-def _auto(op: str):
-    def run(*args):  # the tensors, then the sizes, of which those at the end may be missing
-        chosen = _chosen(op, "auto", args[:10], args[10], args[14] if len(args) > 14 else 0)
-        return (reference.attention if chosen is None else getattr(torch.ops.sinkattn, chosen))(*args)
-
-    return run
-
-
-_TRITON = {op: _triton(op) for op in ("decode", "prefill")}
-for _op, _launch in _TRITON.items():
-    torch.library.impl(f"sinkattn::{_op}_triton", "CUDA", _launch)
-    torch.library.impl(f"sinkattn::{_op}", "CUDA", _auto(_op))
-
-
-def missing_backend(backend: str, device_type: str) -> str | None:
-    """Why a backend cannot serve tensors of a device type ("cpu", "cuda", ...), or None if it can.
-
-    Raises ValueError for a name that is no backend.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
-    if backend == "reference":
-        return None
-    if backend == "cuda":
-        if device_type != "cuda":
-            return f"the CUDA C++ ops need tensors on a GPU, not on {device_type!r}"
-        return None if HAS_CUDA_LIBRARY else "the CUDA C++ ops were not built, or the driver is too old for them"
-    if backend == "cpu":
-        if device_type != "cpu":
-            return f"the compiled CPU ops need tensors on the CPU, not on {device_type!r}"
-        return None if HAS_CPU_LIBRARY else "the compiled CPU ops were not built; see `sinkattn info`"
-    if backend == "triton":
-        try:
-            import triton  # noqa: F401
-        except ImportError as error:
-            return f"triton cannot be imported ({error}); `pip install triton`"
-        if device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-            return None
-        return f"Triton kernels need a GPU, not {device_type!r} (or TRITON_INTERPRET=1 on the CPU, which is slow)"
-    if device_type == "cuda":
-        return missing_backend("triton", device_type)
-    return None if device_type == "cpu" else f"no backend runs on {device_type!r}; backend='reference' might"
-
-
-def _check_devices(arguments: tuple) -> None:
-    device = arguments[0].device
-    for x in arguments:
-        if isinstance(x, Tensor) and x.device != device:
-            raise ValueError(f"tensors on {x.device} and {device}: all must be on one device")
-
-
-def _check(
-    q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes,
-    sink_size, window_size, scale, rotary_start,
-):  # fmt: skip
+def _check(tensors: Tensors, sizes: Sizes) -> None:
     """Raise ValueError (shapes, sizes, devices) or TypeError (dtypes) before anything is written."""
+    q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes = tensors
+    sink_size, window_size, scale, _, rotary_start, *_ = sizes
     for name, tensor in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs (batch, heads, tokens or slots, dim)")
@@ -199,143 +74,42 @@ def _check(
     for name, tensor in (("learned_logits", learned_logits), ("alibi_slopes", alibi_slopes)):
         if tensor is not None and tensor.shape != (num_heads,):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs ({num_heads},)")
-    _check_devices((q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes))
+    check_devices(tensors)
 
 
-def _begins_aligned(x: Tensor) -> bool:
-    """Whether 16-bit numbers begin at a multiple of 16 bytes. Compilation knows no offsets: it takes it so."""
-    return torch.compiler.is_compiling() or x.storage_offset() % 8 == 0
+_compiled: dict[tuple, torch._ops.OpOverload | None] = {}  # which op of csrc took calls of this kind
+_DECODE_CUDA = torch.ops.sinkattn.decode_cuda.default
 
 
-def _is_aligned(x: Tensor) -> bool:
-    """Whether rows of 16-bit numbers begin at multiples of 16 bytes."""
-    return _begins_aligned(x) and all(stride % 8 == 0 for stride in x.stride()[:3])
-
-
-def _not_in_cuda(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor) -> str | None:
-    """Why csrc/cuda does not take a decode, or None if it does."""
-    head_dims, group = (q.shape[3], v.shape[3]), q.shape[1] // v.shape[1]
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"float16 and bfloat16, not {q.dtype}"
-    if head_dims not in CUDA_HEAD_DIMS:
-        return f"(head_dim, v_head_dim) one of {', '.join(map(str, CUDA_HEAD_DIMS))}, not {head_dims}"
-    if group > CUDA_MAX_GROUP:
-        return f"up to {CUDA_MAX_GROUP} query heads per key head, not {group}"
-    for cache in (k_cache, v_cache):
-        if not _is_aligned(cache):
-            return f"caches whose rows are aligned to 16 bytes, not strides {cache.stride()}"
-    return None
-
-
-@torch.compiler.assume_constant_result
-def _is_hopper(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) == (9, 0)
-
-
-@torch.compiler.assume_constant_result
-def _is_large(index: int) -> bool:
-    """Whether a GPU has the clusters and the shared memory that every decode of csrc/cuda may want."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.major >= 9 and properties.shared_memory_per_block_optin >= 227 * 1024
-
-
-def _in_cuda_prefill(tensors: tuple, sink_size: int, rotary_start: int) -> bool:
-    """Whether csrc/cuda takes a prefill."""
-    q, _, v, *_, rotation, _, alibi_slopes = tensors
-    return (
-        q.dtype in (torch.float16, torch.bfloat16)
-        and q.shape[3] == v.shape[3] in CUDA_PREFILL_HEAD_DIMS
-        and sink_size <= CUDA_PREFILL_MAX_SINKS
-        and alibi_slopes is None
-        and (rotation is None or rotary_start % 4 == rotation.shape[4] % 4 == 0)
-        and all(_is_aligned(x) for x in tensors[:5])
-        and _is_hopper(q.device.index)
-    )
-
-
-def _chosen(op: str, backend: str, tensors: tuple, sink_size: int, rotary_start: int) -> str | None:
-    """The op of `torch.ops.sinkattn` that serves a call, None for `reference.attention`.
-
-    Raises ValueError if the backend was asked for by name and does not take the call.
-    """
-    q, _, v = tensors[:3]
-    if backend == "reference":
-        return None
-    named, head_dim = backend != "auto", max(q.shape[3], v.shape[3])
-    if q.dtype not in DTYPES or head_dim > MAX_HEAD_DIM:
-        if named:
-            raise ValueError(
-                f"backend {backend!r} takes float16, bfloat16 and float32 and head_dim up to {MAX_HEAD_DIM}, not "
-                f"{q.dtype} and {head_dim}; backend='reference' takes any"
-            )
-        return None
-    if q.device.type == "cpu":
-        return op
-    if op == "decode" and backend != "triton" and (named or (HAS_CUDA_LIBRARY and _is_large(q.device.index))):
-        if not (reason := _not_in_cuda(*tensors[:5])):
-            return "decode_cuda"
-        if named:
-            raise ValueError(f"backend 'cuda' takes {reason}; backend='triton' takes more")
-    if (
-        op == "prefill"
-        and backend != "triton"
-        and HAS_CUDA_LIBRARY
-        and _in_cuda_prefill(tensors, sink_size, rotary_start)
-    ):
-        return "prefill_cuda"
-    return f"{op}_triton"
-
-
-_COMPILED: dict[tuple, torch._ops.OpOverload] = {}  # which op of csrc took calls of this kind
-
-
-def _run(op: str, backend: str, tensors: tuple, sizes: tuple, in_cuda: tuple = ()) -> Tensor:
-    """The ops of csrc refuse what `_check` refuses, so they are asked first: words cost more than a launch.
+def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, in_cuda: tuple = ()) -> Tensor:
+    """Run a call. The ops of csrc refuse themselves what `_check` refuses, so that calls like earlier ones go there
+    at once: the checks in Python take longer than a launch.
 
     in_cuda: arguments that only those of csrc/cuda take.
     """
-    if torch.compiler.is_compiling():
-        return _run_checked(op, backend, tensors, sizes, in_cuda)
-    q, v = tensors[0], tensors[2]
-    kind = op, backend, q.device, q.dtype, q.shape[1::2], v.shape[1::2]
-    compiled = _COMPILED.get(kind)
-    if compiled is not None and type(q) is Tensor and not _wants_gradients(tensors):
-        try:
-            return compiled(*tensors, *sizes, *(in_cuda if q.is_cuda else ()))
-        except (RuntimeError, ValueError, TypeError):
-            pass  # nothing is written yet: what follows finds the words, or another op
-    return _run_checked(op, backend, tensors, sizes, in_cuda, kind)
-
-
-def _wants_gradients(tensors: tuple) -> bool:
-    q, k, v, k_cache, v_cache, *_ = tensors
-    return torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or k_cache.requires_grad or v_cache.requires_grad
-    )
-
-
-def _run_checked(
-    op: str, backend: str, tensors: tuple, sizes: tuple, in_cuda: tuple, kind: tuple | None = None
-) -> Tensor:
-    if op == "decode" and tensors[0].dim() == 4 and tensors[0].shape[2] != 1:
-        raise ValueError(f"decode takes one token a row, q has {tensors[0].shape[2]}; use prefill")
-    if reason := missing_backend(backend, tensors[0].device.type):
+    q, v, arguments = tensors.q, tensors.v, (*tensors, *sizes.of(op))
+    kind = None
+    if not torch.compiler.is_compiling():
+        kind = op, backend, q.device, q.dtype, q.shape[1::2], v.shape[1::2]
+        compiled = _compiled.get(kind)
+        if compiled is not None and type(q) is Tensor and not _wants_gradients(tensors):
+            try:
+                return compiled(*arguments, *(in_cuda if q.is_cuda else ()))
+            except (RuntimeError, ValueError, TypeError):
+                pass  # nothing is written yet: what follows finds the words, or another op
+    if op == "decode" and q.dim() == 4 and q.shape[2] != 1:
+        raise ValueError(f"decode takes one token a row, q has {q.shape[2]}; use prefill")
+    if reason := missing_backend(backend, q.device.type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
-    _check(*tensors, *sizes[:3], sizes[4])
-    q = tensors[0]
-    chosen = _chosen(op, backend, tensors, sizes[0], sizes[4])
-    if chosen is None:
-        return reference.attention(*tensors, *sizes)
-    if backend == "triton" and q.device.type == "cpu":
-        if q.dtype == torch.bfloat16:
-            raise ValueError("Triton's interpreter multiplies bfloat16 wrongly; on the CPU take float32 or float16")
-        return _TRITON[op](*tensors, *sizes)
-    overload, is_cuda = getattr(torch.ops.sinkattn, chosen).default, chosen.endswith("_cuda")
-    if kind and (is_cuda or (q.device.type == "cpu" and HAS_CPU_LIBRARY)):
-        _COMPILED[kind] = overload
-    elif kind:
-        _COMPILED.pop(kind, None)
-    return overload(*tensors, *sizes, *(in_cuda if is_cuda else ()))
+    _check(tensors, sizes)
+    run = backends.chosen(op, backend, tensors, sizes)
+    if kind is not None:
+        _compiled[kind] = run if run in backends.COMPILED else None
+    return run(*arguments, *(in_cuda if run is _DECODE_CUDA else ()))
+
+
+def _wants_gradients(tensors: Tensors) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:5])
 
 
 def decode(
@@ -397,8 +171,8 @@ def decode(
 
     Source: arXiv 2309.17453, section 3.2; the definition in code is `sinkattn.reference.attention`.
     """
-    tensors = (q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
-    sizes = (sink_size, window_size, scale, softcap, rotary_start, interleaved)
+    tensors = Tensors(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
+    sizes = Sizes(sink_size, window_size, scale, softcap, rotary_start, interleaved)
     return _run("decode", backend, tensors, sizes, (overlap,))
 
 
@@ -436,8 +210,8 @@ def prefill(
 
     Returns (batch, T, num_heads, v_head_dim), dtype of q, contiguous.
     """
-    tensors = (q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
-    sizes = (sink_size, window_size, scale, softcap, rotary_start, interleaved, dense_window)
+    tensors = Tensors(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
+    sizes = Sizes(sink_size, window_size, scale, softcap, rotary_start, interleaved, dense_window)
     return _run("prefill", backend, tensors, sizes)
 
 
@@ -483,7 +257,7 @@ def _check_linear(x, weight, bias, norm_weight, residual, activation) -> None:
         raise TypeError(f"on a GPU linear takes float16 and bfloat16, not {x.dtype}")
     if x.shape[1] % 8 or not x.shape[1]:
         raise ValueError(f"on a GPU linear takes multiples of 8 for in_features, not {x.shape[1]}")
-    if x.shape[0] > LINEAR_MAX_ROWS_ELSEWHERE and not _is_hopper(x.device.index):
+    if x.shape[0] > LINEAR_MAX_ROWS_ELSEWHERE and not backends.is_hopper(x.device.index):
         raise ValueError(
             f"x has {x.shape[0]} rows; on GPUs of another compute capability than 9.0 linear takes up to "
             f"{LINEAR_MAX_ROWS_ELSEWHERE}: use torch.nn.functional.linear"
@@ -494,7 +268,7 @@ def _check_linear(x, weight, bias, norm_weight, residual, activation) -> None:
     if weight.stride(1) != 1:
         raise ValueError(f"weight has strides {weight.stride()}; on a GPU the last must be 1")
     for name, tensor in (("x", x), ("norm_weight", norm_weight), ("weight", weight)):
-        if not (tensor is None or _begins_aligned(tensor)) or (name == "weight" and weight.stride(0) % 8):
+        if not (tensor is None or backends.begins_aligned(tensor)) or (name == "weight" and weight.stride(0) % 8):
             raise ValueError(f"{name} begins or has rows off a multiple of 16 bytes; on a GPU all must begin at one")
 
 
@@ -514,13 +288,13 @@ def takes_linear(x: Tensor, weight: Tensor) -> bool:
     return (
         x.device.type == "cuda"
         and HAS_CUDA_LIBRARY
-        and (len(x) <= FEW_ROWS or (len(x) <= LINEAR_MAX_ROWS and _is_hopper(x.device.index)))
+        and (len(x) <= FEW_ROWS or (len(x) <= LINEAR_MAX_ROWS and backends.is_hopper(x.device.index)))
         and x.dtype in (torch.float16, torch.bfloat16)
         and x.shape[1] % 8 == 0
         and weight.stride(1) == 1
         and weight.stride(0) % 8 == 0
-        and _begins_aligned(weight)
-        and _is_large(x.device.index)
+        and backends.begins_aligned(weight)
+        and backends.is_large(x.device.index)
     )
 
 

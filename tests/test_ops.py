@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sinkattn import ops, reference
+from sinkattn import backends, ops, reference
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 BACKENDS = [
@@ -413,7 +413,7 @@ def test_what_the_compiled_op_refuses(monkeypatch, op):
         def get(self, kind):
             return self.setdefault(kind, refuse)
 
-    monkeypatch.setattr(ops, "_COMPILED", known := Known())
+    monkeypatch.setattr(ops, "_compiled", known := Known())
     tensors = case.tensors(torch.float32)
     expected, again = copies(tensors), copies(tensors)
     out = getattr(ops, op)(*tensors, **case.sizes)
@@ -453,14 +453,18 @@ def test_what_serves_which_gpu(monkeypatch, capability, shared, decode, prefill)
     properties = types.SimpleNamespace(major=capability[0], shared_memory_per_block_optin=shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    monkeypatch.setattr(ops, "HAS_CUDA_LIBRARY", True)
+    monkeypatch.setattr(backends, "HAS_CUDA_LIBRARY", True)
     with FakeTensorMode():
         new, cache = (torch.empty(1, 8, n, 128, dtype=torch.bfloat16, device="cuda:0") for n in (1, 64))
-        tensors = (new, new, new, cache, cache, None, None, None, None, None)
-    assert ops._chosen("decode", "auto", tensors, 4, 0) == decode
-    assert ops._chosen("decode", "cuda", tensors, 4, 0) == "decode_cuda"
-    assert ops._chosen("prefill", "auto", tensors, 4, 0) == prefill
-    assert ops._chosen("prefill", "triton", tensors, 4, 0) == "prefill_triton"
+        tensors, sizes = backends.Tensors(new, new, new, cache, cache, None), backends.Sizes(4, 60, 1.0)
+
+    def chosen(op, backend):
+        return backends.chosen(op, backend, tensors, sizes).name()
+
+    assert chosen("decode", "auto") == f"sinkattn::{decode}"
+    assert chosen("decode", "cuda") == "sinkattn::decode_cuda"
+    assert chosen("prefill", "auto") == f"sinkattn::{prefill}"
+    assert chosen("prefill", "triton") == "sinkattn::prefill_triton"
 
 
 @pytest.mark.parametrize("device", DEVICES)

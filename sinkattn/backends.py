@@ -1,0 +1,293 @@
+"""The backends of the ops: what each needs, which calls it takes, and what runs then.
+
+`torch.ops.sinkattn.decode` and `.prefill` choose as "auto" does. The schemas are defined here; csrc only registers what
+it implements.
+"""
+
+import ctypes
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+CUDA_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))  # of csrc/cuda
+CUDA_MAX_GROUP = 16
+CUDA_PREFILL_HEAD_DIMS, CUDA_PREFILL_MAX_SINKS = (64, 128), 128
+
+
+class Tensors(NamedTuple):
+    """The tensors of a call of `ops.decode` or `ops.prefill`, in the order of the schema."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    lengths: Tensor
+    counts: Tensor | None = None
+    rotation: Tensor | None = None
+    learned_logits: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+
+
+class Sizes(NamedTuple):
+    """Its sizes, in the order of the schema. dense_window belongs to a prefill alone."""
+
+    sink_size: int
+    window_size: int
+    scale: float
+    softcap: float = 0.0
+    rotary_start: int = 0
+    interleaved: bool = False
+    dense_window: int = 0
+
+    def of(self, op: str) -> tuple:
+        """Those that an op takes."""
+        return self[:-1] if op == "decode" else self
+
+
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? counts, "
+    "Tensor? rotation, Tensor? learned_logits, Tensor? alibi_slopes, int sink_size, int window_size, float scale, "
+    "float softcap=0., int rotary_start=0, bool interleaved=False{more}) -> Tensor"
+)
+_SHARING = ", bool overlap=False, int splits=-1, bool cluster=False"  # csrc/cuda's own; splits -1: both are chosen
+ATTENTION = {
+    "decode": "", "decode_cuda": _SHARING, "decode_triton": "",
+    **dict.fromkeys(("prefill", "prefill_cuda", "prefill_triton"), ", int dense_window=0"),
+}  # fmt: skip
+for _name, _more in ATTENTION.items():
+    torch.library.define(f"sinkattn::{_name}", _SCHEMA.format(more=_more))
+torch.library.define(
+    "sinkattn::linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, float norm_shift, Tensor? residual, "
+    "str activation) -> Tensor",
+)
+
+
+def check_devices(tensors: tuple) -> None:
+    """Raise ValueError if not all tensors among the items are where the first is."""
+    for x in tensors:
+        if isinstance(x, Tensor) and x.device != tensors[0].device:
+            raise ValueError(f"tensors on {x.device} and {tensors[0].device}: all must be on one device")
+
+
+def _fake(q, k, v, *args, **kwargs):
+    check_devices((q, k, v, *args, *kwargs.values()))  # one meta tensor among others is enough to get here
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+
+
+for _name in ATTENTION:
+    torch.library.register_fake(f"sinkattn::{_name}", _fake)
+
+
+@torch.library.register_fake("sinkattn::linear")
+def _fake_linear(x, weight, bias, norm_weight, norm_eps, norm_shift, residual, activation):
+    return x.new_empty(x.shape[0], weight.shape[0] // (2 if activation else 1))
+
+
+# What there is.
+
+
+def _load(name: str) -> bool:
+    """Load compiled ops, which register themselves. False where they were not built, or the driver is too old."""
+    library = Path(__file__).parent / name
+    if not library.exists():
+        return False
+    torch.ops.load_library(library)
+    return name == "_C_cpu.so" or bool(ctypes.CDLL(library).sinkattn_cuda_runs())
+
+
+def _cpu_isa() -> str:
+    name = ctypes.CDLL(Path(__file__).parent / "_C_cpu.so").sinkattn_cpu_isa
+    name.restype = ctypes.c_char_p
+    return name().decode()
+
+
+HAS_CPU_LIBRARY = _load("_C_cpu.so")
+CPU_ISA = _cpu_isa() if HAS_CPU_LIBRARY else ""  # what the compiled CPU ops run here: "amx", ..., "portable"
+HAS_CUDA_LIBRARY = torch.version.cuda is not None and _load("_C_cuda.so")
+if not HAS_CPU_LIBRARY:
+    torch.library.impl("sinkattn::decode", "CPU", reference.attention)
+    torch.library.impl("sinkattn::prefill", "CPU", reference.attention)
+    torch.library.impl("sinkattn::linear", "CPU", reference.linear)
+
+
+def _triton(op: str) -> Callable:
+    def run(*args, **kwargs):
+        kernels = importlib.import_module(f".kernels.{op}", __package__)  # on first use: importing triton takes a while
+        return getattr(kernels, op)(*args, **kwargs)
+
+    return run
+
+
+def _chosen_anew(op: str) -> Callable:
+    def run(*args):  # the tensors, then the sizes, of which those at the end may be missing
+        tensors, sizes = Tensors(*args[:10]), Sizes(*args[10:])
+        return chosen(op, "auto", tensors, sizes)(*tensors, *sizes.of(op))
+
+    return run
+
+
+for _name in ("decode", "prefill"):
+    torch.library.impl(f"sinkattn::{_name}_triton", ("cuda", "cpu"), _triton(_name))  # on the CPU: Triton's interpreter
+    torch.library.impl(f"sinkattn::{_name}", "cuda", _chosen_anew(_name))
+
+
+@torch.compiler.assume_constant_result
+def is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
+@torch.compiler.assume_constant_result
+def is_large(index: int) -> bool:
+    """Whether a GPU has the clusters and the shared memory that every decode of csrc/cuda may want."""
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major >= 9 and properties.shared_memory_per_block_optin >= 227 * 1024
+
+
+def begins_aligned(x: Tensor) -> bool:
+    """Whether 16-bit numbers begin at a multiple of 16 bytes. Compilation knows no offsets: it takes it so."""
+    return torch.compiler.is_compiling() or x.storage_offset() % 8 == 0
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether rows of 16-bit numbers begin at multiples of 16 bytes."""
+    return begins_aligned(x) and all(stride % 8 == 0 for stride in x.stride()[:3])
+
+
+# What each backend is: why it cannot serve a kind of device, why it does not take a call, and what runs the call.
+
+
+class Backend(NamedTuple):
+    """missing: of a device type ("cpu", "cuda", ...); refusal: of an op's name and tensors, behind "backend ... takes".
+    Both say why not, or None. run: of an op's name, tensors and sizes; gives what is called with the latter two.
+    """
+
+    missing: Callable[[str], str | None]
+    refusal: Callable[[str, Tensors], str | None]
+    run: Callable[[str, Tensors, Sizes], Callable]
+
+
+def _missing_cuda(device_type: str) -> str | None:
+    if device_type != "cuda":
+        return f"the CUDA C++ ops need tensors on a GPU, not on {device_type!r}"
+    return None if HAS_CUDA_LIBRARY else "the CUDA C++ ops were not built, or the driver is too old for them"
+
+
+def _missing_triton(device_type: str) -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); `pip install triton`"
+    if device_type == "cuda" or (device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return None
+    return f"Triton kernels need a GPU, not {device_type!r} (or TRITON_INTERPRET=1 on the CPU, which is slow)"
+
+
+def _missing_cpu(device_type: str) -> str | None:
+    if device_type != "cpu":
+        return f"the compiled CPU ops need tensors on the CPU, not on {device_type!r}"
+    return None if HAS_CPU_LIBRARY else "the compiled CPU ops were not built; see `sinkattn info`"
+
+
+def _refused_by_kernels(op: str, t: Tensors) -> str | None:
+    dtype, head_dim = t.q.dtype, max(t.q.shape[3], t.v.shape[3])
+    if dtype in DTYPES and head_dim <= MAX_HEAD_DIM:
+        return None
+    return (
+        f"float16, bfloat16 and float32 and head_dim up to {MAX_HEAD_DIM}, not {dtype} and {head_dim}; "
+        "backend='reference' takes any"
+    )
+
+
+def _refused_by_cuda(op: str, t: Tensors) -> str | None:
+    if (reason := _refused_by_kernels(op, t)) or op == "prefill":  # Triton runs the prefills that csrc/cuda does not
+        return reason
+    head_dims, group = (t.q.shape[3], t.v.shape[3]), t.q.shape[1] // t.v.shape[1]
+    apart = [cache.stride() for cache in (t.k_cache, t.v_cache) if not _is_aligned(cache)]
+    if t.q.dtype == torch.float32:
+        reason = f"float16 and bfloat16, not {t.q.dtype}"
+    elif head_dims not in CUDA_HEAD_DIMS:
+        reason = f"(head_dim, v_head_dim) one of {', '.join(map(str, CUDA_HEAD_DIMS))}, not {head_dims}"
+    elif group > CUDA_MAX_GROUP:
+        reason = f"up to {CUDA_MAX_GROUP} query heads per key head, not {group}"
+    elif apart:
+        reason = f"caches whose rows are aligned to 16 bytes, not strides {apart[0]}"
+    return reason and f"{reason}; backend='triton' takes more"
+
+
+def _refused_by_triton(op: str, t: Tensors) -> str | None:
+    if t.q.device.type == "cpu" and t.q.dtype == torch.bfloat16:
+        return "float32 and float16 on the CPU: Triton's interpreter multiplies bfloat16 wrongly"
+    return _refused_by_kernels(op, t)
+
+
+def _is_in_cuda_prefill(t: Tensors, s: Sizes) -> bool:
+    """Whether csrc/cuda takes a prefill."""
+    return (
+        t.q.dtype in (torch.float16, torch.bfloat16)
+        and t.q.shape[3] == t.v.shape[3] in CUDA_PREFILL_HEAD_DIMS
+        and s.sink_size <= CUDA_PREFILL_MAX_SINKS
+        and t.alibi_slopes is None
+        and (t.rotation is None or s.rotary_start % 4 == t.rotation.shape[4] % 4 == 0)
+        and all(_is_aligned(x) for x in t[:5])
+        and is_hopper(t.q.device.index)
+    )
+
+
+def _op(name: str) -> Callable:
+    return getattr(torch.ops.sinkattn, name).default
+
+
+def _run_cuda(op: str, t: Tensors, s: Sizes) -> Callable:
+    return _op(f"{op}_cuda" if op == "decode" or _is_in_cuda_prefill(t, s) else f"{op}_triton")
+
+
+COMPILED = {_op(f"{name}_cuda") for name in ("decode", "prefill")}  # ops of csrc, for whatever they are chosen for
+if HAS_CPU_LIBRARY:
+    COMPILED |= {_op("decode"), _op("prefill")}
+
+BACKENDS = {
+    "cuda": Backend(_missing_cuda, _refused_by_cuda, _run_cuda),
+    "triton": Backend(_missing_triton, _refused_by_triton, lambda op, t, s: _op(f"{op}_triton")),
+    "cpu": Backend(_missing_cpu, _refused_by_kernels, lambda op, t, s: _op(op)),
+    "reference": Backend(lambda device_type: None, lambda op, t: None, lambda op, t, s: reference.attention),
+}
+
+
+def missing(backend: str, device_type: str) -> str | None:
+    """Why a backend cannot serve tensors of a device type, or None if it can. Raises ValueError for other names."""
+    if backend == "auto":
+        if device_type not in ("cpu", "cuda"):
+            return f"no backend runs on {device_type!r}; backend='reference' might"
+        return _missing_triton(device_type) if device_type == "cuda" else None
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose one of {', '.join(map(repr, ('auto', *BACKENDS)))}")
+    return BACKENDS[backend].missing(device_type)
+
+
+def chosen(op: str, backend: str, t: Tensors, s: Sizes) -> Callable:
+    """What runs a call: an op of `torch.ops.sinkattn`, or `reference.attention`.
+
+    Raises ValueError if the backend was asked for by name and does not take the call.
+    """
+    candidates = [backend]
+    if backend == "auto" and t.q.device.type == "cuda":
+        has_cuda = HAS_CUDA_LIBRARY and (op == "prefill" or is_large(t.q.device.index))
+        candidates = [*(["cuda"] if has_cuda else []), "triton", "reference"]
+    elif backend == "auto":
+        candidates = ["cpu", "reference"]
+    for name in candidates:
+        reason = BACKENDS[name].refusal(op, t)
+        if reason is None:
+            return BACKENDS[name].run(op, t, s)
+    raise ValueError(f"backend {backend!r} takes {reason}")
