@@ -3,14 +3,13 @@
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
-from .rows import Agreement, Plan, Rows, layers_of
+from .rows import Agreement, Plan, Rows, has_state, layers_of
 from .step import Step
 
 
@@ -38,7 +37,8 @@ class SinkCache(Cache):
       with the ids that it holds, and by a digest with those that it has forgotten. What was fed as embeddings is
       unknown and agrees with anything.
     - Ids whose first three tokens are those of the text, or more than half of those that can be compared, are a history
-      that was edited or cut: ValueError, which says from which token on; a cache cannot take tokens back yet.
+      that was edited or cut. Where it differs in its last tokens, these are taken back (see `crop`); else ValueError,
+      which says from which token on it differs.
     - Other ids are new. So are all if the text is one piece of at most 8 tokens over and over (blank lines, silence),
       which tells nothing. An attention_mask with as many more columns as `seen` says by itself that its ids are new.
 
@@ -61,7 +61,7 @@ class SinkCache(Cache):
         self.plan: Plan = handle.plan
         super().__init__(layers=[])
         self.layers, self.rings = layers_of(self.plan)
-        self.has_state = any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers)
+        self.has_state = has_state(self.layers)
         self.rows: Rows | None = None
         self._keeper: weakref.finalize | None = None
         self.step: Step | None = None  # under way
@@ -119,8 +119,7 @@ class SinkCache(Cache):
     @property
     def top(self) -> Tensor:
         """The largest position that each row has had, (batch,) int64, -1 for none; pictures set it off its length."""
-        top = self.rows.top if self.has_places else self.lengths - 1
-        return top.where(self.lengths > 0, -1)
+        return self.rows.top() if self.has_places else self.lengths - 1
 
     @property
     def nbytes(self) -> int:
@@ -161,6 +160,8 @@ class SinkCache(Cache):
                 self.is_torn = was_torn
             elif self.step is not None:  # not in the middle of its commit
                 self.is_torn = was_torn or self.has_state or (step.written and tokens > 1)
+                if step.written and not self.is_torn:
+                    self.rows.wrote(tokens)
             raise
         finally:
             self.step = None
@@ -307,7 +308,65 @@ class SinkCache(Cache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(repeats))
 
-    def crop(self, *args, **kwargs) -> None:
-        raise NotImplementedError("a SinkCache cannot take tokens back yet, so assisted generation is not supported")
+    # Tokens taken back.
 
-    activate_past_recording = crop
+    @property
+    def is_croppable(self) -> bool:
+        return not self.has_state
+
+    def activate_past_recording(self) -> None:
+        """Nothing to do: the last tokens can be taken back at any time. Raises ValueError for models with a state."""
+        if self.has_state:
+            raise ValueError(
+                f"a model of {type(self.plan.config).__name__} has layers with a state of their own, which do not know "
+                "what it was before: no token can be taken back, and generation cannot be assisted"
+            )
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take tokens back: ``crop(-n)`` the last n of every row, as if they had not been fed.
+
+        A positive number is the columns that stay, as it was in transformers before 5.18; 0 does nothing. A row that a
+        step fed nothing (as it had ended) loses n tokens as well.
+
+        While a row has never been longer than its cache, all of it can be taken back, later the last ``slack`` tokens
+        of `patch`, counted from the longest that it has been. Raises ValueError for more, and for models with a state;
+        the cache is then as it was.
+        """
+        taken = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
+        if taken == 0:
+            return
+        if self.rows is None:
+            raise ValueError(f"{taken} tokens cannot be taken back: this SinkCache is empty")
+        self.take_back(torch.full_like(self.lengths, taken), columns=taken)
+
+    def take_back(self, counts: Tensor, columns: int = 0, refeeds: bool = False) -> Callable[[], None]:
+        """`crop` by different counts, (batch,) int64. columns: by how many `seen` shrinks. refeeds: whether every row
+        that loses tokens gets the first of them again, so that one more than slack can be taken back.
+
+        Returns what undoes it, as long as nothing was fed since.
+        """
+        self.activate_past_recording()
+        if self.is_torn:
+            raise ValueError("an earlier call was interrupted half-way and left this cache torn; reset() it")
+        room = self.rows.room(refeeds)
+        if bool((counts > room).any()):
+            at = int((counts > room).nonzero()[0])
+            raise ValueError(
+                f"row {at} can take back {int(room[at])} of its {int(self.lengths[at])} tokens now, not "
+                f"{int(counts[at])}: a cache that has wrapped keeps slack={self.plan.slack} for that; give patch() a "
+                "larger slack, or reset() the cache"
+            )
+        rows, seen, unfed = self.rows, self.seen, self.unfed
+        before = [x.clone() for x in (rows.lengths, rows.digest)]
+        with self._changing():
+            rows.take_back(counts, int(counts.max()))
+            self.seen -= columns
+            self.unfed = None
+
+        def undo() -> None:
+            with self._changing():
+                for x, was in zip((rows.lengths, rows.digest), before, strict=True):
+                    x.copy_(was)
+                self.seen, self.unfed = seen, unfed
+
+        return undo

@@ -1,6 +1,7 @@
 """What transformers' `generate` asks of a patched model: its cache, its inputs, and turns over one cache."""
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -84,7 +85,7 @@ class Generation:
         kwargs = named(CACHE, kwargs)
         cache, given = kwargs.get(CACHE), inputs if inputs is not None else kwargs.get("input_ids")
         holds_text = isinstance(cache, SinkCache) and bool(cache.seen)  # forward refuses other caches
-        before = (cache.seen, cache.changes) if holds_text else None
+        seen, changes, undo = (cache.seen, cache.changes, None) if holds_text else (0, 0, None)
         ids = None
         if kwargs.get("inputs_embeds") is not None:
             if holds_text:
@@ -99,7 +100,8 @@ class Generation:
                 cache.check(len(given), cache.lengths.device, self.runner.plan)
             ids = self._padded_left(given, args, kwargs, cache if holds_text else None)
             if holds_text:
-                self._go_on(cache, ids, kwargs)
+                undo = self._go_on(cache, ids, kwargs)
+                changes += undo is not None
             inputs = None if inputs is None else ids
             kwargs |= {} if inputs is not None else {"input_ids": ids}
         outer, call = _running.call, _Call(has_positions=kwargs.get("position_ids") is not None)
@@ -110,8 +112,10 @@ class Generation:
             _running.call = outer
             if call.cache is not None:
                 call.cache.end_turn(call.is_search)
-            if before is not None and cache.changes == before[1]:  # it has failed before anything was fed
-                cache.seen = before[0]
+            if holds_text and cache.changes == changes:  # it has failed before anything was fed
+                if undo is not None:
+                    undo()
+                cache.seen = seen
         if ids is not None and not torch.equal(ids, given):
             sequences = output if isinstance(output, Tensor) else getattr(output, "sequences", None)
             if sequences is not None:
@@ -121,7 +125,7 @@ class Generation:
     def _padded_left(self, ids: Tensor, args: tuple, kwargs: dict, cache: SinkCache | None) -> Tensor:
         """ids, and in kwargs what belongs to them, with what `generate` would take for padding brought to the left.
 
-        cache: that holds a text, or None. Pad ids that stand in a row's text, as in an answer, are none in its history.
+        cache: that holds a text, or None. Pad ids in an answer that can be taken back no more are none in its history.
         """
         config = kwargs.get("generation_config") or (args[0] if args else None)
         pad, ends = (self._token(name, config, kwargs) for name in ("pad_token_id", "eos_token_id"))
@@ -133,12 +137,16 @@ class Generation:
         order = real.int().argsort(dim=1, stable=True)
         if cache is not None:
             behind_first = real.cumsum(1) > 0
-            given = cache.compare(ids.gather(1, order), real.gather(1, order)), cache.compare(ids, behind_first)
-            likelier = torch.tensor([x.likeness > row.likeness for row, x in zip(*given, strict=True)])
-            if cache.unfed is not None:  # where a pad id was chosen last, the history has it next
-                last, ended = (None if x is None else x.cpu() for x in cache.unfed)
-                chosen = last[:, 0] == pad[0] if ended is None else (last[:, 0] == pad[0]) & ~ended
-                likelier |= chosen & torch.tensor([x.goes_on for x in given[1]])
+            as_padding, as_text = (
+                cache.compare(ids.gather(1, order), real.gather(1, order)),
+                cache.compare(ids, behind_first),
+            )
+            likelier = torch.tensor(
+                [
+                    text.likeness > row.likeness and not row.can_follow
+                    for row, text in zip(as_padding, as_text, strict=True)
+                ]
+            )
             real = torch.where(likelier[:, None].to(real.device), behind_first, real)
             order = real.int().argsort(dim=1, stable=True)
         if not real[:, -1].all():
@@ -158,16 +166,16 @@ class Generation:
         found = next((x for x in told if x is not None), [])
         return torch.as_tensor(found).flatten().tolist()
 
-    def _go_on(self, cache: SinkCache, ids: Tensor, kwargs: dict) -> None:
+    def _go_on(self, cache: SinkCache, ids: Tensor, kwargs: dict) -> Callable[[], None] | None:
         """Tell `generate` what of ids, (batch, width), is new to a cache that holds a text.
 
         It slices off as many columns as the cache says to have seen, if the mask has as many as ids; columns of rows
-        with less that is new than others are then padding.
+        with less that is new than others are then padding. Returns what undoes the taking back of tokens, if any were.
         """
         (batch, width), mask = ids.shape, kwargs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
         if mask.dim() != 2:
-            return  # an error of transformers' own
+            return None  # an error of transformers' own
         seen, last = cache.seen, 0 if cache.unfed is None else 1
         if mask.shape[0] != batch or mask.shape[1] not in (width, seen + width, seen + width + last):
             raise ValueError(
@@ -185,16 +193,20 @@ class Generation:
             telling = [
                 row for row, tells_nothing in zip(rows, cache.rows.are_one_piece(), strict=True) if not tells_nothing
             ]
-            goes_on = all(row.goes_on for row in rows)
-            if telling and goes_on:
+            if telling and all(row.can_follow for row in rows):
+                back, undo = torch.tensor([row.back for row in rows], device=cache.lengths.device), None
+                if any(row.back for row in rows):
+                    undo = cache.take_back(back, refeeds=True)
+                    rows = cache.compare(ids, real)
                 kwargs["attention_mask"] = self._history(cache, rows, real).to(ids.dtype)
-                return
+                return undo
             if any(row.seems_meant for row in telling):
-                at = next(i for i, row in enumerate(rows) if not row.goes_on)
+                at = next(i for i, row in enumerate(rows) if not row.can_follow)
                 raise ValueError(
                     f"row {at} of input_ids differs from the text that this SinkCache holds {rows[at].difference}, and "
-                    "it cannot take tokens back yet: reset() it or make another. If all ids are new, say so by an "
-                    f"attention_mask of ({batch}, {seen + width})"
+                    f"it can take back {rows[at].room} tokens now, not {rows[at].back}: reset() it or make another, or "
+                    f"patch() with a larger slack. If all ids are new, say so by an attention_mask of ({batch}, "
+                    f"{seen + width})"
                 )
         if cache.is_searched:
             raise ValueError(
@@ -204,14 +216,16 @@ class Generation:
         columns = torch.arange(cache.seen, device=ids.device)
         before = columns >= (cache.seen - cache.lengths[:, None]).to(ids.device)
         kwargs["attention_mask"] = torch.cat((before, real), dim=1).to(ids.dtype)
+        return None
 
     def _history(self, cache: SinkCache, rows: list, real: Tensor) -> Tensor:
         """Let `generate` slice the history off ids that begin with it; returns the mask, (batch, width)."""
         width, new = real.shape[1], [row.count - row.length for row in rows]
-        if min(new) == 0 or max(new) == width:
-            at = new.index(0) if min(new) == 0 else new.index(width)
-            what = "nothing new behind the text" if min(new) == 0 else "a text, and nothing is held for it,"
-            raise ValueError(f"row {at} of input_ids has {what} that this SinkCache holds: reset() it or make another")
+        if max(new) == width and any(row.length for row in rows):
+            raise ValueError(
+                f"row {new.index(width)} of input_ids has a text, and this SinkCache holds none for it: reset() it or "
+                "make another"
+            )
         cache.seen = width - max(new)
         columns, new = torch.arange(width, device=real.device), torch.tensor(new, device=real.device)
         return torch.where(columns < cache.seen, real, columns >= width - new[:, None])

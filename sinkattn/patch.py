@@ -58,6 +58,7 @@ class Handle:
         sink_size: int,
         window_size: int,
         prefill: str,
+        slack: int,
         backend: str,
         fuse: str,
         cuda_graph: bool,
@@ -73,20 +74,20 @@ class Handle:
         self.runner, self._watching = None, changes.watch()
         try:
             with verify.plainly(model):
-                self._find_out(sink_size, window_size, prefill, backend, fuse, cuda_graph)
+                self._find_out(sink_size, window_size, prefill, slack, backend, fuse, cuda_graph)
         except BaseException:
             self._restore()
             raise
         self._install()
         self.runner.keep_in_sight(self._attending)
 
-    def _find_out(self, sink_size, window_size, prefill, backend, fuse, cuda_graph) -> None:
+    def _find_out(self, sink_size, window_size, prefill, slack, backend, fuse, cuda_graph) -> None:
         """Probe the model, choose how it is run, and see that this gives what the model itself gives."""
         model, config = self.model, self.model.config
         with untouched(model):
             check = Verification(model, sink_size, window_size)
             context, route, layers = self._reach(sink_size + window_size)
-            plan = Plan(sink_size, window_size, prefill, backend, config, True, layers, route)
+            plan = Plan(sink_size, window_size, prefill, backend, config, True, layers, route, slack)
             _check_backend(plan)
             check.learn(context, plan)
             self.runner = Runner(model, check.small(), cuda_graph)
@@ -254,6 +255,7 @@ def patch(
     window_size: int = 1020,
     *,
     prefill: str = "streaming",
+    slack: int = 16,
     backend: str = "auto",
     fuse: str = "layers",
     cuda_graph: bool = True,
@@ -271,6 +273,8 @@ def patch(
     window_size: tokens, the current one included. A layer whose own sliding window is smaller keeps that.
     prefill: "streaming" (a text gives the same logits however it is cut), or "dense": an input of several tokens is
         attended densely and only then cut down to sinks and window (quadratic time; what attention_sinks does).
+    slack: tokens that can be taken back at any time (`SinkCache.crop`, `Stream.rewind`, assisted generation, an edited
+        history); the cache holds so many more of every layer. Models with a state of their own cannot take any back.
     backend: "auto", "cuda", "triton", "cpu" or "reference", see `sinkattn.ops`.
     fuse: "layers" computes modules of the usual form by fewer kernels, see fuse/: attention, decoder layers and, for
         few rows, linear layers; "attention" only the first; "none" leaves every module its own forward.
@@ -302,7 +306,7 @@ def patch(
         raise TypeError(f"patch() takes a transformers PreTrainedModel, not a {type(model).__name__}")
     if getattr(model, "_sinkattn", None) is not None:
         raise ValueError(f"this {type(model).__name__} is patched already; call remove() on the handle first")
-    for name, size, least in (("sink_size", sink_size, 0), ("window_size", window_size, 1)):
+    for name, size, least in (("sink_size", sink_size, 0), ("window_size", window_size, 1), ("slack", slack, 0)):
         if not isinstance(size, Integral) or isinstance(size, bool) or size < least:
             raise ValueError(f"{name}={size!r}: it needs a whole number of tokens, at least {least}")
     if prefill not in ("streaming", "dense"):
@@ -321,4 +325,4 @@ def patch(
             stacklevel=2,
         )
     interface.register()
-    return Handle(model, int(sink_size), int(window_size), prefill, backend, fuse, cuda_graph)
+    return Handle(model, int(sink_size), int(window_size), prefill, int(slack), backend, fuse, cuda_graph)

@@ -20,6 +20,7 @@ from .reference import held_positions
 from .rope import ProbedLayer
 
 BASE = 6364136223846793005  # of digests, modulo 2^64: odd, so that a digest can be taken back
+INVERSE = (pow(BASE, -1, 2**64) + 2**63) % 2**64 - 2**63  # of BASE, as an int64
 PIECE = 8  # tokens: a text that is but one piece of so many, over and over, tells nothing
 
 
@@ -32,6 +33,7 @@ class Plan:
         the first is fed token by token.
     layers: every attention of a step, by (layer index, how often that layer attended before in the step).
     route: how the attention is reached, a row of `patch.ROUTES`.
+    slack: tokens that can be taken back at any time.
     spare: keeps what no cache uses any more for the next one.
     name: by which a pickled cache finds the plan of its model again, in this process.
     """
@@ -44,6 +46,7 @@ class Plan:
     continues: bool
     layers: dict[tuple[int, int], ProbedLayer]
     route: str
+    slack: int
     spare: "SpareRows" = field(default_factory=lambda: SpareRows())
     name: str = field(init=False, default_factory=lambda: uuid.uuid4().hex)
 
@@ -77,6 +80,8 @@ def _plan_named(name: str) -> Plan:
 class SinkLayer(CacheLayerMixin):
     """Keys and values of one attention: (batch, num_kv_heads, S + R, head_dim) each, slots as in `reference.slot_of`.
 
+    R = W + slack: what leaves the window stays in the ring for `slack` tokens, unseen unless tokens are taken back.
+
     A layer whose own sliding window is not larger than W keeps that window: the same ring with no sinks. One whose
     window lies between W and S + W sees the sinks for as long as they are nearer than that: sink_reach, else None.
     """
@@ -87,6 +92,7 @@ class SinkLayer(CacheLayerMixin):
         super().__init__()
         self.probed, self.rope, own = probed, probed.rope, probed.own_window
         self.sink_size, self.window_size, self.sink_reach = plan.sink_size, plan.window_size, None
+        self.slack = plan.slack
         self.is_dense = plan.prefill == "dense"
         if own is not None and own < plan.capacity:
             if own > plan.window_size and not self.is_dense:
@@ -95,7 +101,7 @@ class SinkLayer(CacheLayerMixin):
                 self.sink_size, self.window_size, self.is_dense = 0, own, False
 
     def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
-        slots = self.sink_size + self.window_size
+        slots = self.sink_size + self.window_size + self.slack
         with torch.inference_mode(False):  # so that the buffers can be written in and out of it
             self.keys, self.values = (
                 torch.zeros(*x.shape[:2], slots, x.shape[3], dtype=x.dtype, device=x.device)
@@ -165,25 +171,30 @@ class Rows:
     """What a batch of texts keeps on its device, at fixed addresses: layers, lengths, and the graph that was captured.
 
     layers: one per layer of the model, as transformers' `Cache` has them. rings: whatever attends, as in `Plan.layers`.
-    lengths: (batch,) int64. ids: (batch, S + R + 1) int64, the first S and the last R - 1 >= W of a row's text, by slot
-        as in `reference.slot_of`, -1 where there is none or none is known. The slot of the next token may hold
-        anything, and so may the last column, for what is not kept.
+    lengths: (batch,) int64. peak: (batch,) int64, the largest that a row's length was before tokens were taken back.
+    ids: (batch, S + R + 1) int64, the first S and the last K = max(S, W) of a row's text, by slot as in
+        `reference.slot_of`, R = K + 1 + slack, -1 where there is none or none is known. Slots from the next token on
+        may hold anything, and so may the last column, for what is not kept.
     digest: (batch,) int64, of all ids of a row, those that are forgotten too: ``d * BASE + id``, modulo 2^64.
-    Where images have given tokens three positions (M-RoPE): top, (batch,) int64, the largest of a row, and anchor,
-        (batch, 3), those of token C - 1.
+    Where images have given tokens three positions (M-RoPE): tops, like ids, the largest up to each token, -1 where that
+        is its place in the text; anchor, (batch, 3), those of token C - 1.
+    smallest: slots of the smallest ring and its sinks, tokens: until then nothing is overwritten.
     captured: a one-token step over these tensors (`graph.Captured`), or None. captured_for, is_masked: what it was
         captured with, see `Runner.replay`. is_warm: whether a one-token step has run and left everything in place.
     """
 
     def __init__(self, plan: Plan, batch: int, device: torch.device):
         self.layers, self.rings = layers_of(plan)
-        self.sink_size, self.ring_size = plan.sink_size, max(plan.window_size, plan.sink_size) + 1
+        self.sink_size, self.slack, self.kept = plan.sink_size, plan.slack, max(plan.window_size, plan.sink_size)
+        self.ring_size = self.kept + 1 + plan.slack
+        self.smallest = min(ring.sink_size + ring.window_size + ring.slack for ring in self.rings.values())
         with torch.inference_mode(False):
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
             self.ids = self.lengths.new_full((batch, self.sink_size + self.ring_size + 1), -1)
-            self.digest = torch.zeros(batch, dtype=torch.int64, device=device)
-            self.top = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.tops = torch.full_like(self.ids, -1)
+            self.digest, self.peak = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
             self.anchor = torch.zeros(batch, 3, dtype=torch.int64, device=device)
+        self.has_state = has_state(self.layers)
         self.stream = _stream_of(device)
         self.captured, self.captured_for, self.is_masked, self.is_warm = None, None, False, False
 
@@ -197,7 +208,11 @@ class Rows:
     def tensors(self) -> list[Tensor]:
         """All that the rows hold, (batch, ...) each."""
         rings = [x for ring in self.rings.values() if ring.is_initialized for x in (ring.keys, ring.values)]
-        return [self.lengths, self.ids, self.digest, self.top, self.anchor, *self.states(), *rings]
+        return [*self._small().values(), *self.states(), *rings]
+
+    def _small(self) -> dict[str, Tensor]:
+        """What there is of each row but rings and states, by name."""
+        return {name: getattr(self, name) for name in ("lengths", "peak", "ids", "tops", "digest", "anchor")}
 
     @torch.inference_mode(False)
     def picked(self, index: Tensor) -> "Rows":
@@ -206,15 +221,18 @@ class Rows:
 
     # The text.
 
-    def remember(self, ids: Tensor | None, positions: Tensor, counts: Tensor | None) -> None:
+    def remember(self, ids: Tensor | None, positions: Tensor, counts: Tensor | None, tops: Tensor | None) -> None:
         """Note the ids that a step feeds, before they count in `lengths`.
 
         ids: (batch, tokens), None for unknown ones. positions: (batch, tokens) int64, of padding below the row's
-        length. counts: (batch,) int64, tokens that are no padding; None for all.
+        length. counts: (batch,) int64, tokens that are no padding; None for all. tops: (batch, tokens) int64, or None.
         """
         ids = torch.full_like(positions, -1) if ids is None else ids.to(self.ids)
         if positions.shape[1] == 1:  # few and small kernels; padding is written where the next token will be
-            self.ids.scatter_(1, self._slots(self.lengths[:, None]), ids)
+            slots = self._slots(self.lengths[:, None])
+            self.ids.scatter_(1, slots, ids)
+            if tops is not None:
+                self.tops.scatter_(1, slots, tops)
             if counts is None:
                 torch.add(ids[:, 0], self.digest, alpha=BASE, out=self.digest)
             else:
@@ -225,7 +243,10 @@ class Rows:
             after = self.lengths[:, None] + counts[:, None]
         fed = positions >= before
         lasting = (positions < self.sink_size) | (positions >= after - self.ring_size)  # no later one takes its slot
-        self.ids.scatter_(1, torch.where(fed & lasting, self._slots(positions), self.ids.shape[1] - 1), ids)
+        slots = torch.where(fed & lasting, self._slots(positions), self.ids.shape[1] - 1)
+        self.ids.scatter_(1, slots, ids)
+        if tops is not None:
+            self.tops.scatter_(1, slots, tops)
         power = _powers(positions.shape[1], ids.device)[(after - before)[:, 0]]
         self.digest.mul_(power).add_(_digest(ids, (after - 1 - positions).masked_fill(~fed, -1)))
 
@@ -235,12 +256,47 @@ class Rows:
 
     def held(self) -> Tensor:
         """The ids that stand in the cache, (batch, S + R) int64 in no order, -1 for none."""
-        return self.ids[:, :-1].scatter(1, self._slots(self.lengths[:, None]), -1)
+        return self.ids[:, :-1].scatter(1, self._slots(self._next(self.slack + 1)), -1)
+
+    def _next(self, n: int) -> Tensor:
+        """The n positions from the row's length on, (batch, n) int64."""
+        return self.lengths[:, None] + torch.arange(n, device=self.lengths.device)
+
+    def room(self, refeeds: bool) -> Tensor:
+        """How many tokens can be taken back now, (batch,) int64. refeeds: whether the first of them is fed again."""
+        if self.has_state:
+            return torch.zeros_like(self.lengths)
+        spare = self.slack + refeeds + self.lengths - torch.maximum(self.peak, self.lengths)
+        has_wrapped = torch.maximum(self.peak, self.lengths) > self.smallest
+        return torch.where(has_wrapped, torch.minimum(spare.clamp(min=0), self.lengths), self.lengths)
+
+    def take_back(self, counts: Tensor, most: int) -> None:
+        """Let the rows end earlier, by counts, (batch,) int64, of at most `room` and `most`.
+
+        What they saw there is in the ring: a slot gets the token R after its own, so that those up to ``peak - 1 - R``
+        are lost, and the token at t sees no ring token before ``t - W + 1``. R = W + slack keeps them apart for
+        ``t >= peak - 1 - slack``.
+        """
+        torch.maximum(self.peak, self.lengths, out=self.peak)
+        self.lengths.sub_(counts)
+        ids = self.ids.gather(1, self._slots(self._next(most)))  # what is taken back comes first
+        exponents = counts[:, None] - 1 - torch.arange(most, device=ids.device)
+        self.digest.sub_(_digest(ids, exponents)).mul_(_powers(most, ids.device, INVERSE)[counts])
+
+    def top(self) -> Tensor:
+        """The largest position that each row has had, (batch,) int64, -1 for none."""
+        last = self.lengths[:, None] - 1
+        top = self.tops.gather(1, self._slots(last.clamp(min=0)))
+        return torch.where((top < 0) | (last < 0), last, top)[:, 0]
+
+    def wrote(self, tokens: int) -> None:
+        """A step that did not count has written where the next tokens will be."""
+        torch.maximum(self.peak, self.lengths + tokens, out=self.peak)
 
     def known(self) -> tuple[Tensor, Tensor]:
         """The ids that are held, and their positions, (batch, S + R) int64 each: -1 where there is none."""
         ids, positions = self.ids[:, :-1], held_positions(self.lengths, self.sink_size, self.ring_size)
-        is_gone = (positions >= self.sink_size) & (positions <= self.lengths[:, None] - self.ring_size)
+        is_gone = (positions >= self.sink_size) & (positions < self.lengths[:, None] - self.kept)
         return ids, positions.masked_fill((ids < 0) | is_gone, -1)
 
     def compare(self, ids: Tensor, counts: Tensor, with_digest: bool) -> list["Agreement"]:
@@ -250,17 +306,21 @@ class Rows:
         with_digest: whether all ids of the rows were known, so that what is forgotten can be compared as well.
         """
         width, (held, positions) = ids.shape[1], self.known()
-        begins = width - counts[:, None]
+        begins, lengths = width - counts[:, None], self.lengths[:, None]
         given = ids.gather(1, (positions + begins).clamp(0, width - 1))
         compared = (positions >= 0) & (positions < counts[:, None])
         agrees = compared & (given == held)
         first = positions.masked_fill(~compared | agrees, width).amin(1)
         leading = (agrees & (positions < first[:, None])).sum(1)
-        exponents = self.lengths[:, None] - 1 - (torch.arange(width, device=ids.device) - begins)
-        in_row = (exponents >= 0) & (exponents < self.lengths[:, None])
-        is_same = _digest(ids, exponents.masked_fill(~in_row, -1)) == self.digest
-        columns = (self.lengths, counts, first, leading, agrees.sum(1), compared.sum(1), is_same | (not with_digest))
-        return [Agreement(*row) for row in torch.stack(columns, dim=1).tolist()]
+        common = torch.minimum(torch.minimum(first, counts), self.lengths)[:, None]  # the digests of so many tokens
+        behind = _digest(self.ids[:, :-1], (lengths - 1 - positions).masked_fill(positions < common, -1))
+        inverse = _powers(held.shape[1], ids.device, INVERSE)
+        mine = (self.digest - behind) * inverse[(lengths - common)[:, 0].clamp(max=held.shape[1])]
+        columns = torch.arange(width, device=ids.device) - begins
+        exponents = (common - 1 - columns).masked_fill((columns < 0) | (columns >= common), -1)
+        is_same = (_digest(ids, exponents) == mine) | (not with_digest)
+        found = (self.lengths, counts, first, leading, agrees.sum(1), compared.sum(1), is_same, self.room(True))
+        return [Agreement(*row) for row in torch.stack(found, dim=1).tolist()]
 
     def are_one_piece(self) -> list[bool]:
         """Whether a row's text is but one short piece, over and over, as far as it is known: blank lines, silence."""
@@ -274,13 +334,13 @@ class Rows:
 
     def forget(self, index: Tensor) -> None:
         """Forget the texts of some rows, index (n,) int64."""
-        for x, empty in ((self.ids, -1), (self.digest, 0), *((state, 0) for state in self.states()), (self.lengths, 0)):
+        zeros = [(x, 0) for x in (*self.states(), self.digest, self.peak, self.lengths)]
+        for x, empty in ((self.ids, -1), (self.tops, -1), *zeros):
             x.index_fill_(0, index.to(x.device), empty)
 
     def reset(self) -> None:
-        self.lengths.zero_()
-        self.digest.zero_()
-        self.ids.fill_(-1)
+        for x, empty in ((self.ids, -1), (self.tops, -1), (self.digest, 0), (self.peak, 0), (self.lengths, 0)):
+            x.fill_(empty)
         for layer in self.each():
             layer.reset()
 
@@ -292,11 +352,10 @@ class Rows:
         """Row i of the result is what row ``index[i]`` was: in place, captured step and all, if there are as many."""
         for layer in self.each():
             layer.reorder_cache(index)
-        small = {name: getattr(self, name) for name in ("lengths", "ids", "digest", "top", "anchor")}
-        taken = {name: x.index_select(0, index.to(x.device)) for name, x in small.items()}
+        taken = {name: x.index_select(0, index.to(x.device)) for name, x in self._small().items()}
         if len(index) == len(self.lengths):
-            for name, x in small.items():
-                x.copy_(taken[name])
+            for name, x in taken.items():
+                getattr(self, name).copy_(x)
             return self
         other = copy.copy(self)
         vars(other).update(taken, captured=None, is_warm=False)
@@ -308,7 +367,8 @@ class Agreement(NamedTuple):
 
     length, count: tokens of the row and of the text. first: where the first of those that can be compared differs, or
     any larger number. leading: how many agree before. agreeing, compared: how many do, of how many. is_same: whether
-    what is forgotten agrees too, if none differs and the text is not shorter.
+    what is forgotten of both before `first` agrees too. room: tokens that the row can take back now, the first of which
+    is fed again.
     """
 
     length: int
@@ -318,11 +378,22 @@ class Agreement(NamedTuple):
     agreeing: int
     compared: int
     is_same: int
+    room: int
 
     @property
     def goes_on(self) -> bool:
         """Whether the text begins with all of the row's."""
         return self.length <= min(self.count, self.first) and bool(self.is_same)
+
+    @property
+    def back(self) -> int:
+        """Tokens to be taken back so that the text goes on, by one token at least."""
+        return max(self.length - min(self.first, self.count - 1), 0)
+
+    @property
+    def can_follow(self) -> bool:
+        """Whether the text is the row's, perhaps edited, so that it goes on once `back` tokens are taken back."""
+        return bool(self.is_same) and (self.goes_on or self.seems_meant) and self.back <= self.room
 
     @property
     def seems_meant(self) -> bool:
@@ -342,9 +413,9 @@ class Agreement(NamedTuple):
         return f"from token {self.count} on, where it ends" if self.count < self.length else "in what is forgotten"
 
 
-def _powers(n: int, device: torch.device) -> Tensor:
-    """``BASE ** i`` for i <= n, modulo 2^64: (n + 1,) int64."""
-    powers = torch.full((n + 1,), BASE, dtype=torch.int64, device=device)
+def _powers(n: int, device: torch.device, base: int = BASE) -> Tensor:
+    """``base ** i`` for i <= n, modulo 2^64: (n + 1,) int64."""
+    powers = torch.full((n + 1,), base, dtype=torch.int64, device=device)
     powers[0] = 1
     return powers.cumprod(0)
 
@@ -384,6 +455,11 @@ class SpareRows:
 
 def _stream_of(device: torch.device) -> int | None:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+
+
+def has_state(layers: list) -> bool:
+    """Whether any layer has a state besides keys and values."""
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def layers_of(plan: Plan) -> tuple[list, dict[tuple[int, int], SinkLayer]]:

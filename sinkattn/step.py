@@ -211,13 +211,13 @@ class Step:
 
     def settle(self, ids: Tensor | None) -> None:
         """What the end of a step changes on the device. ids: (batch, tokens), None if only embeddings are known."""
-        rows = self.rows
+        rows, tops = self.rows, None
         if self._places is not None:
             rows.anchor.copy_(self._anchor)
-            new = (self.positions >= rows.lengths[:, None])[..., None]
-            top = self._places.masked_fill(~new, -1).amax((1, 2))
-            rows.top.copy_(torch.where(new.flatten(1).any(1), top, self.cache.top))
-        rows.remember(ids, self.positions, self.counts)
+            new = self.positions >= rows.lengths[:, None]
+            tops = self._places.amax(2).masked_fill(~new, -1).cummax(1).values
+            tops = torch.maximum(tops, self.cache.top[:, None])
+        rows.remember(ids, self.positions, self.counts, tops)
         rows.lengths.add_(self.tokens if self.counts is None else self.counts)
         if self.cache.has_state:
             self.is_fixed = self._held_at == [x.data_ptr() for x in rows.states()]

@@ -14,7 +14,7 @@ from tiny import tiny
 
 S, W = 4, 30
 C = S + W
-GREEDY = dict(do_sample=False, max_new_tokens=10)
+GREEDY = dict(do_sample=False, max_new_tokens=10, suppress_tokens=[0])  # answers without pad ids
 
 
 plain = functools.cache(lambda: tiny("llama"))  # for the oracle
@@ -58,9 +58,9 @@ def left_padded(rows, tokens):
 
 
 def follows(text, answer) -> bool:
-    """Whether every id of an answer, (n,), is the oracle's likeliest behind the text, (m,), and those before it."""
+    """Whether each id of an answer, (n,), is the oracle's likeliest, but for the pad id, behind a text, (m,)."""
     logits = streaming_logits(plain(), torch.cat((text, answer))[None], S, W)
-    return torch.equal(logits[0, len(text) - 1 : -1].argmax(-1), answer)
+    return torch.equal(logits[0, len(text) - 1 : -1, 1:].argmax(-1) + 1, answer)
 
 
 def changed(ids, at):
@@ -132,37 +132,60 @@ EDITS = {  # of a text of 60 ids and an answer of 10, the last of which is not f
         lambda t: torch.cat((t[:, :9], t[:, 10:11], t[:, 9:10], t[:, 11:]), dim=1),
         "in what is forgotten",
     ),
+    "one that is forgotten and one of the window": (lambda t: changed(changed(t, 20), 65), "from token 65 on"),
     "some taken out": (lambda t: torch.cat((t[:, :50], t[:, 55:]), dim=1), "from token 50 on"),
     "another answer": (lambda t: torch.cat((changed(t, 60)[:, :61], random_ids(1, 24)), dim=1), "from token 60 on"),
     "no answer": (lambda t: t[:, :60], "from token 60 on"),
     "the prompt again": (lambda t: t[:, :60], "from token 60 on, where it ends"),
     "the beginning again": (lambda t: t[:, :3], "from token 3 on, where it ends"),
     "all but one again": (lambda t: t[:, :-2], "from token 68 on, where it ends"),
-    "all again": (lambda t: t[:, :-1], "nothing new"),
+    "all again": (lambda t: t[:, :-1], None),
 }
+BACK = {"a token of the window": 4, "some taken out": 19, "another answer": 9, "no answer": 9, "the prompt again": 10,
+        "all but one again": 2, "all again": 1}  # tokens to be taken back; the rest is out of reach  # fmt: skip
 
 
+@pytest.mark.parametrize("slack", [0, 8, 18])
 @pytest.mark.parametrize("kind", list(EDITS))
-def test_an_edited_history_is_refused_and_nothing_is_lost(model, kind):
-    edit, message = EDITS[kind]
-    cache = SinkCache(model)
-    text = model.generate(random_ids(1, 60), past_key_values=cache, suppress_tokens=[80, 81], **GREEDY)
-    new = torch.tensor([[80, 81, 80]])
-    given = edit(text) if "again" in kind else torch.cat((edit(text), new), dim=1)
-    for more in ({}, dict(attention_mask=torch.ones_like(given))):
-        with pytest.raises(ValueError, match=message):
-            model.generate(given, past_key_values=cache, **more, **GREEDY)
-    answer = model.generate(new, past_key_values=cache, **GREEDY)[0, 3:]
-    assert follows(torch.cat((text, new), dim=1)[0], answer)
+def test_an_edited_history_goes_on_or_is_refused_and_nothing_is_lost(kind, slack):
+    """The first token after those that stay is fed anyhow, so that one more than the slack can be replaced."""
+    (edit, message), model = EDITS[kind], tiny("llama")
+    with patch(model, S, W, slack=slack):
+        cache = SinkCache(model)
+        text = model.generate(random_ids(1, 60), past_key_values=cache, **{**GREEDY, "suppress_tokens": [0, 80, 81]})
+        new = torch.tensor([[80, 81, 80]])
+        given = edit(text) if "again" in kind else torch.cat((edit(text), new), dim=1)
+        for more in ({}, dict(attention_mask=torch.ones_like(given))):
+            again = copy.deepcopy(cache)
+            if BACK.get(kind, 99) > slack + 1:
+                with pytest.raises(ValueError, match=message):
+                    model.generate(given, past_key_values=again, **more, **GREEDY)
+            else:
+                for wrong in (dict(no_such_option=1), dict(max_new_tokens=-1)):
+                    with pytest.raises(ValueError):
+                        model.generate(given, past_key_values=again, **{**more, **GREEDY, **wrong})
+                after = copy.deepcopy(again)
+                answer = model.generate(given, past_key_values=after, **more, **GREEDY)[0, given.shape[1] :]
+                assert follows(given[0], answer) and after.seen == given.shape[1] + len(answer) - 1
+            answer = model.generate(new, past_key_values=again, **GREEDY)[0, 3:]
+            assert follows(torch.cat((text, new), dim=1)[0], answer)
 
 
 def test_edits_in_one_row(model):
     cache = SinkCache(model)
     text = model.generate(random_ids(3, 20), past_key_values=cache, **GREEDY)
     given = torch.cat((text, behind(text, 4)), dim=1)
-    given[1, 17] = given[1, 17] % 95 + 1
-    with pytest.raises(ValueError, match="row 1 of input_ids differs .* from token 17 on"):
-        model.generate(given, past_key_values=cache, **GREEDY)
+    for at, is_near in ((17, True), (10, False)):  # 29 were fed, 16 can be taken back and one be exchanged
+        edited, again = given.clone(), copy.deepcopy(cache)
+        edited[1, at] = edited[1, at] % 95 + 1
+        if is_near:
+            found = model.generate(edited, past_key_values=again, **GREEDY)[:, 34:]
+            assert all(follows(*texts) for texts in zip(edited, found, strict=True))
+            assert again.lengths.tolist() == [43] * 3
+        else:
+            cache.rows.peak.fill_(1000)  # as if it had been longer
+            with pytest.raises(ValueError, match=f"row 1 of input_ids differs .* from token {at} on"):
+                model.generate(edited, past_key_values=cache, **GREEDY)
 
 
 def test_new_ids_that_look_like_the_text(model):
@@ -204,8 +227,9 @@ def test_ids_of_embeddings_are_not_known(model):
     whole = torch.cat((text, new), dim=1)
     again = model.generate(changed(whole, 3), past_key_values=copy.deepcopy(cache), **GREEDY)[0, 16:]
     assert follows(whole[0], again)
-    with pytest.raises(ValueError, match="from token 9 on"):
-        model.generate(changed(whole, 9), past_key_values=copy.deepcopy(cache), **GREEDY)
+    edited = changed(whole, 9)
+    again = model.generate(edited, past_key_values=copy.deepcopy(cache), **GREEDY)[0, 16:]
+    assert follows(edited[0], again)
     embeds = model.get_input_embeddings()(new)
     for mask in ({}, dict(attention_mask=torch.ones(1, 16, dtype=torch.int64))):
         with pytest.raises(ValueError, match="inputs_embeds over a SinkCache that holds a text"):
@@ -280,7 +304,7 @@ def test_pad_ids_in_a_prompt():
 
 
 def test_pad_ids_in_an_answer(model):
-    """They were chosen, and stand in the history as tokens."""
+    """In a history they are padding, as unpatched, if they can be taken back; else they are tokens of the text."""
     always = [lambda ids, scores: scores.index_fill(1, torch.tensor([0]), 99.0)]
     for tokens in (1, 4):  # the last of which is not fed
         cache, prompt = SinkCache(model), random_ids(2, 20)
@@ -288,8 +312,14 @@ def test_pad_ids_in_an_answer(model):
         text = model.generate(prompt, past_key_values=cache, **options)
         assert (text[:, 20:] == 0).all()
         whole = torch.cat((text, behind(text, 5)), dim=1)
-        found = model.generate(whole, past_key_values=cache, **GREEDY)
-        assert torch.equal(found[:, :-10], whole) and all(follows(whole[row], found[row, -10:]) for row in range(2))
+        for is_near in (True, False):
+            again = copy.deepcopy(cache)
+            if not is_near:
+                again.rows.peak.fill_(1000)
+            found = model.generate(whole, past_key_values=again, **GREEDY)
+            assert torch.equal(found[:, :-10], whole)
+            texts = [row[row > 0] if is_near or tokens == 1 else row for row in whole]
+            assert all(follows(texts[row], found[row, -10:]) for row in range(2))
 
 
 class Interrupted(transformers.StoppingCriteria):
@@ -329,13 +359,14 @@ def test_reordered_rows_take_their_last_tokens_along(model):
 
 
 def test_after_a_beam_search(model):
-    """Its rows are beams and not what it returned: nothing goes on behind them but by chance."""
+    """Its rows are beams and not what it returned: what goes on has tokens of theirs taken back."""
     cache = SinkCache(model)
     found = model.generate(random_ids(1, 20), past_key_values=cache, num_beams=3, num_return_sequences=3, **GREEDY)
     with pytest.raises(ValueError, match="beams of a search"):
         model.generate(random_ids(3, 5), past_key_values=cache, **GREEDY)
-    with pytest.raises(ValueError, match="differs|holds 3 rows"):
-        model.generate(torch.cat((changed(found, -4), random_ids(3, 2)), dim=1), past_key_values=cache, **GREEDY)
+    given = torch.cat((found, behind(found, 2)), dim=1)
+    answers = model.generate(given, past_key_values=cache, **GREEDY)[:, 32:]
+    assert all(follows(*texts) for texts in zip(given, answers, strict=True))
     cache.reset()
     ids = random_ids(1, 20)
     assert follows(ids[0], model.generate(ids, past_key_values=cache, **GREEDY)[0, 20:])
