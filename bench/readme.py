@@ -130,10 +130,11 @@ class Table:
 # --------------------------------------------------------------------------------------------------------------- lines
 
 
-def kernel(unit: str, shape: str, aims: dict, *providers: str) -> Callable[[dict], list[dict]]:
-    """Of a bench of kernels the lines of some providers, all if none is named, for the shapes that have aims, in
-    bfloat16 with heads of 128. More fields: aim; share, of the floor in sinkattn's time; and by provider all, the times
-    of the shape, x, times sinkattn's, and off, how far from the aim.
+def kernel(unit: str, shape: str, aims: dict) -> Callable[[dict], Iterator[dict]]:
+    """Times of a kernel for the shapes that have aims, in bfloat16 with heads of 128; sinkattn's lines come first.
+
+    More fields: aim; share, of the floor in sinkattn's time; and by provider all, the times of the shape, x, times
+    sinkattn's, and off, how far from the aim.
     """
 
     def off(time: float, aim: float | None) -> str:
@@ -150,17 +151,9 @@ def kernel(unit: str, shape: str, aims: dict, *providers: str) -> Callable[[dict
                 "x": {name: time / times["sinkattn"] for name, time in times.items()},
                 "off": {name: off(time, aim) for name, time in times.items()},
             }
-            yield from ({**x, **more} for x in groups[key] if not providers or x["provider"] in providers)
+            yield from ({**line, **more} for line in groups[key])
 
     return lines
-
-
-def decode(*providers: str):
-    return kernel("us", "num_kv_heads batch capacity", DECODE_AIMS, *providers)
-
-
-def prefill(*providers: str):
-    return kernel("ms", "num_kv_heads batch tokens capacity", PREFILL_AIMS, *providers)
 
 
 def generate(about: dict) -> list[dict]:
@@ -200,15 +193,11 @@ def few_positions(about: dict) -> list[dict]:
 
 def answers(back: str | None = None, at_end: bool = False) -> Callable[[dict], list[dict]]:
     """Shares by way, lines back and range of positions: of one distance, or at the end of the text."""
-
-    def lines(about: dict) -> list[dict]:
-        return [
-            line
-            for line in leaves(about["shares"], "way", "back", "span")
-            if back in (None, line["back"]) and (not at_end or line["span"] == end_of(about))
-        ]
-
-    return lines
+    return lambda about: [
+        line
+        for line in leaves(about["shares"], "way", "back", "span")
+        if back in (None, line["back"]) and (not at_end or line["span"] == end_of(about))
+    ]
 
 
 def end_of(about: dict) -> str:
@@ -320,17 +309,10 @@ def flatness(about: dict) -> str:
     )
 
 
-def tensor_parallel(about: dict) -> str:
-    return (
-        "{model}, C 1024, bfloat16; {device}, torch {torch}, transformers {transformers}. Off one GPU's float32 "
-        "logits, relative to their spread: {float32_split:.1e} in float32 over {gpus}; in bfloat16 "
-        "{bfloat16_alone:.1e} on one and {bfloat16_split:.1e} over {gpus}."
-    ).format(**about)
-
-
 # ------------------------------------------------------------------------------------------------------------- figures
 
 LOSS = "loss at | {span}", "{way} | {loss:.3f} ({least:.2f}-{most:.2f})", "way"
+DECODE, PREFILL = "num_kv_heads batch capacity", "num_kv_heads batch tokens capacity"
 BACK = "right answers (%), lines back | {back}", "{way} | {percent:.1f}", "way"
 
 TABLES = {
@@ -413,7 +395,8 @@ TABLES = {
     # Kernels and whole steps on a GPU.
     "decode table": Table(
         "h200/decode", "heads/kv | batch | C | floor | {provider}",
-        "32/{num_kv_heads} | {batch} | {capacity} | {floor_us:.1f} | {us:.1f}", "num_kv_heads batch capacity", decode(),
+        "32/{num_kv_heads} | {batch} | {capacity} | {floor_us:.1f} | {us:.1f}", DECODE,
+        kernel("us", DECODE, DECODE_AIMS),
         lambda x: f"{source(x)[:-1]}; reads {x['read_bytes_a_second'] / 1e12:.2f} TB/s.",
     ),
     "decode aims table": Table(
@@ -421,20 +404,22 @@ TABLES = {
         "x FlashInfer | x its ROPE_LLAMA",
         "32/{num_kv_heads} | {batch} | {capacity} | {aim} | {us:.1f} | {off[sinkattn]} | {all[sinkattn_overlap]:.1f} | "
         "{off[sinkattn_overlap]} | {share:.0f} % | {x[sdpa_cudnn]:.2f} | {x[flashinfer_none]:.2f} | "
-        "{x[flashinfer_rope]:.2f}", "", decode("sinkattn"),
+        "{x[flashinfer_rope]:.2f}", DECODE,
+        kernel("us", DECODE, DECODE_AIMS),
     ),
     "decode history table": Table(
         "h200/decode_history", "us | {num_kv_heads}/{batch}/{capacity}", "{version} | {us}", "version"
     ),
     "prefill table": Table(
         "h200/prefill", "heads/kv | T | C | {provider}", "32/{num_kv_heads} | {tokens} | {capacity} | {ms:.2f}",
-        "num_kv_heads tokens capacity", prefill(),
+        PREFILL, kernel("ms", PREFILL, PREFILL_AIMS),
         lambda x: f"{source(x)[:-1]}; a large matrix product {x['matmul_tflops']:.0f} TFLOP/s.",
     ),
     "prefill aims table": Table(
         "h200/prefill", "heads/kv | T | C | ms | aim | off it | x Flex | x FlashInfer FA3 | x cuDNN, dense",
         "32/{num_kv_heads} | {tokens} | {capacity} | {ms:.3f} | {aim} | {off[sinkattn]} | {x[flex]:.2f} | "
-        "{x[flashinfer_fa3]:.2f} | {x[sdpa_cudnn]:.2f}", "", prefill("sinkattn"),
+        "{x[flashinfer_fa3]:.2f} | {x[sdpa_cudnn]:.2f}", PREFILL,
+        kernel("ms", PREFILL, PREFILL_AIMS),
     ),
     "launch table": Table("h200/launch", "what is called | by | us", "{op} | {backend} | {host_us}", after=source),
     "errors table": Table(
@@ -469,7 +454,11 @@ TABLES = {
     ),
     "tensor parallel table": Table(
         "h200/tensor_parallel", "rows | as | ms a step, GPUs: {gpus}", "{batch} | {mode} | {ms:.1f}", "batch mode",
-        after=tensor_parallel,
+        after=(
+            "{model}, C 1024, bfloat16; {device}, torch {torch}, transformers {transformers}. Off one GPU's float32 "
+            "logits, relative to their spread: {float32_split:.1e} in float32 over {gpus}; in bfloat16 "
+            "{bfloat16_alone:.1e} on one and {bfloat16_split:.1e} over {gpus}."
+        ).format_map,
     ),
     # A CPU: bench/cpu.py.
     "cpu decode table": Table(
