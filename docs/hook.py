@@ -39,7 +39,7 @@ class Markdown(Extension):
 
 
 def as_markdown(text: str) -> str:
-    """A line "name: meaning" becomes an item of a list, with what follows up to an empty line; a formula a paragraph."""
+    """A line "name: meaning" becomes an item, with what follows up to an empty line; a formula becomes a paragraph."""
     lines, in_item = [], False
     for line in text.splitlines():
         if item := re.match(r" *([a-z_]\w*(?:, [a-z_]\w*)*): (.*)", line):
