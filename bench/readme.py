@@ -1,9 +1,7 @@
 """Put the measured figures into README.md and docs, between their markers: python bench/readme.py
 
-They come from bench/results/real and bench/results/proof, where the results of bench/real_model.py and bench/proof.py
-lie (what was not measured stays as it is), bench/results/h200, where those of the benches of kernels do, and
-bench/results/cpu, where those of bench/cpu.py do.
-`--check` only says whether all are up to date.
+`TABLES` and `SENTENCES` say for each marker which result of bench/results it shows, which columns, and how they are
+written. What stands at a marker whose result is not there stays. `--check` only says whether all are up to date.
 """
 
 import contextlib
@@ -13,375 +11,264 @@ import math
 import re
 import statistics
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-REAL, PROOF, GPU = (ROOT / "bench/results" / name for name in ("real", "proof", "h200"))
+RESULTS = ROOT / "bench/results"
 
 # What the kernels are meant to take, 32 query heads of 128 in bfloat16. decode: (key heads, batch, C): us; prefill:
-# (key heads, T, C): ms.
+# (key heads, batch, T, C): ms, None for what has no aim.
 DECODE_AIMS = {
     (32, 1, 1024): 6, (32, 1, 4096): 18, (32, 8, 1024): 33, (32, 8, 4096): 122, (32, 64, 1024): 242,
     (32, 64, 4096): 950, (8, 1, 1024): 5, (8, 1, 4096): 8, (8, 8, 1024): 11, (8, 8, 4096): 33, (8, 64, 1024): 63,
     (8, 64, 4096): 240,
 }  # fmt: skip
-PREFILL_AIMS = {(8, 8192, 1024): 0.31, (8, 32768, 1024): 1.30, (8, 32768, 4096): 3.8}
+PREFILL_AIMS = {
+    (8, 1, 8192, 1024): 0.31, (8, 1, 32768, 1024): 1.3, (8, 1, 32768, 4096): 3.8, (32, 1, 8192, 1024): None,
+    (32, 1, 32768, 1024): None, (32, 1, 32768, 4096): None,
+}  # fmt: skip
+METHODS = ("floor", "stream", "generate", "static_compiled", "dynamic", "recompute")  # of bench/generate.py
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+# ------------------------------------------------------------------------------------------------------------- results
 
 
-def gpu_csv(name: str) -> list[dict]:
-    with (GPU / name).open() as file:
-        return list(csv.DictReader(file))
+def result(name: str) -> dict:
+    """The fields of NAME.json and, as lines, what NAME.csv holds, either of which may be missing; name; picture.
+
+    Of the real model, bench/results/real has the runs on a GPU; what is missing there is taken from real/cpu.
+    """
+    path = RESULTS / name
+    if path.parent.name == "real" and not path.with_suffix(".json").exists():
+        path = path.parent / "cpu" / path.name
+    files = {kind: path.with_suffix(f".{kind}") for kind in ("json", "csv")}
+    if not any(file.exists() for file in files.values()):
+        raise FileNotFoundError(path)
+    about = {"name": path.name, "picture": f"bench/results/{path.relative_to(RESULTS)}.png"}
+    if files["json"].exists():
+        about |= json.loads(files["json"].read_text())
+    if files["csv"].exists():
+        with files["csv"].open() as file:
+            about["lines"] = [{key: number(x) for key, x in line.items()} for line in csv.DictReader(file)]
+    return about
 
 
-def made_on_gpu(bench: str, ceiling: str = "") -> str:
-    """The command behind a result of the kernels, and where it ran."""
-    about = json.loads((GPU / f"{bench}.json").read_text())
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    reached = {
-        "read_bytes_a_second": lambda x: f"; reads {x / 1e12:.2f} TB/s",
-        "matmul_tflops": lambda x: f"; a large matrix product {x:.0f} TFLOP/s",
+def number(text: str) -> int | float | str:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
+
+
+def leaves(tree: dict, *names: str) -> Iterator[dict]:
+    """A line for each leaf of a tree, with the keys that lead to it under these names."""
+    for key, value in tree.items():
+        if len(names) == 1:
+            yield {names[0]: key, **(value if isinstance(value, dict) else {"value": value})}
+        else:
+            yield from ({names[0]: key, **leaf} for leaf in leaves(value, *names[1:]))
+
+
+def grouped(lines: Iterable[dict], by: str) -> dict[tuple, list[dict]]:
+    """Lines that agree in some fields (names separated by spaces), by what they agree in."""
+    groups: dict[tuple, list[dict]] = {}
+    for line in lines:
+        groups.setdefault(tuple(line[name] for name in by.split()), []).append(line)
+    return groups
+
+
+def only(**wanted) -> Callable[[dict], list[dict]]:
+    """The lines of a result in which these fields are so."""
+    return lambda about: [line for line in about["lines"] if all(line[name] == x for name, x in wanted.items())]
+
+
+def shown(line: dict) -> dict:
+    """A line, with what tables show of some fields: MiB, ms, percent, the least and most of the texts."""
+    units = {"bytes": ("mib", 2**-20), "seconds": ("ms", 1e3), "share": ("percent", 100)}
+    more = {
+        unit: factor * line[name] for name, (unit, factor) in units.items() if isinstance(line.get(name), float | int)
     }
-    more = reached[ceiling](about[ceiling]) if ceiling else ""
-    return f"`python bench/{bench}.py --output-dir bench/results/h200`, {about['device']}, {versions}{more}."
+    losses = line.get("loss_by_text")
+    return {**line, **more, **({"least": min(losses), "most": max(losses)} if losses else {})}
 
 
-def by_shape(bench: str, shape: tuple[str, ...], measured: str) -> dict[tuple, dict]:
-    """Times by provider, of bfloat16 and heads of 128."""
-    times: dict[tuple, dict] = {}
-    for line in gpu_csv(f"{bench}.csv"):
-        if (line["head_dim"], line["dtype"]) == ("128", "bfloat16"):
-            row = times.setdefault(tuple(int(line[name]) for name in shape), {})
-            row[line["provider"]] = float(line[measured])
-            row["floor"] = float(line.get("floor_us", "nan"))
-    return times
+@dataclass(frozen=True)
+class Table:
+    """A Markdown table of a result's lines: its head and the row of a line, which names the line's fields in braces.
+
+    Lines that agree in the fields `by` share a row, which shows the first of them; without `by` each has its own. A
+    heading with a field in braces is a column for each of its values, which shows the row's line with that value.
+    before and after: what stands around it.
+    """
+
+    name: str
+    head: str
+    row: str
+    by: str = ""
+    lines: Callable[[dict], Iterable[dict]] = itemgetter("lines")
+    after: Callable[[dict], str] = lambda about: ""
+    before: str = ""
+
+    def __call__(self) -> str:
+        about = result(self.name)
+        lines = [shown(line) for line in self.lines(about)]
+        rows = list(grouped(lines, self.by).values()) if self.by else [[line] for line in lines]
+        columns = []
+        for head, cell in zip(self.head.split(" | "), self.row.split(" | "), strict=True):
+            for name in dict.fromkeys(head.format(**line) for line in lines):
+                found = [[line for line in row if head.format(**line) == name] for row in rows]
+                columns.append([name, "---:", *(cell.format(**x[0]).strip() if x else "-" for x in found)])
+        columns[0][1] = "---"
+        table = "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
+        parts = [self.before.format(**about), table, self.after(about)]
+        return "\n".join(["", "\n\n".join(part for part in parts if part), ""])
 
 
-def decode_times() -> dict[tuple, dict]:
-    times = by_shape("decode", ("num_kv_heads", "batch", "capacity"), "us")
-    return {shape: times[shape] for shape in DECODE_AIMS}
+# --------------------------------------------------------------------------------------------------------------- lines
 
 
-def prefill_times() -> dict[tuple, dict]:
-    times = by_shape("prefill", ("num_kv_heads", "batch", "tokens", "capacity"), "ms")
-    shapes = [(kv, 1, tokens, capacity) for kv in (8, 32) for _, tokens, capacity in PREFILL_AIMS]
-    return {(kv, tokens, capacity): times[kv, 1, tokens, capacity] for kv, _, tokens, capacity in shapes}
+def kernel(unit: str, shape: str, aims: dict) -> Callable[[dict], Iterator[dict]]:
+    """Times of a kernel for the shapes that have aims, in bfloat16 with heads of 128; sinkattn's lines come first.
+
+    More fields: aim; share, of the floor in sinkattn's time; and by provider all, the times of the shape, x, times
+    sinkattn's, and off, how far from the aim.
+    """
+
+    def off(time: float, aim: float | None) -> str:
+        return "-" if aim is None else "met" if time <= aim else f"{100 * (time / aim - 1):+.0f} %"
+
+    def lines(about: dict) -> Iterator[dict]:
+        groups = grouped(only(head_dim=128, dtype="bfloat16")(about), shape)
+        for key, aim in aims.items():
+            times = {line["provider"]: line[unit] for line in groups[key]}
+            more = {
+                "aim": aim or "-",
+                "share": 100 * groups[key][0].get("floor_us", math.nan) / times["sinkattn"],
+                "all": times,
+                "x": {name: time / times["sinkattn"] for name, time in times.items()},
+                "off": {name: off(time, aim) for name, time in times.items()},
+            }
+            yield from ({**line, **more} for line in groups[key])
+
+    return lines
 
 
-def decode_table() -> str:
-    """Microseconds of a layer's decode step, a row a shape."""
-    times = decode_times()
-    providers = [name for name in next(iter(times.values())) if name != "floor"]
-    rows = [
-        [f"32/{kv}", str(batch), str(capacity), *(f"{row[name]:.1f}" for name in ("floor", *providers))]
-        for (kv, batch, capacity), row in times.items()
-    ]
-    header = ["heads/kv", "batch", "C", "floor", *providers]
-    return f"\n{table(header, rows)}\n\n{made_on_gpu('decode', 'read_bytes_a_second')}\n"
+def generate(about: dict) -> list[dict]:
+    """What was measured to the end."""
+    groups = grouped(about["lines"], "model batch capacity").values()
+    ended = [row for row in groups if any(line["method"] == "stream" for line in row)]
+    lines = [line for row in ended for line in row if line["method"] in METHODS]
+    return sorted(lines, key=lambda x: (METHODS.index(x["method"]), x["model"], x["batch"], x["capacity"]))
 
 
-def prefill_table() -> str:
-    """Milliseconds of a prompt in one layer, a row a shape."""
-    times = prefill_times()
-    providers = [name for name in next(iter(times.values())) if name != "floor"]
-    rows = [
-        [f"32/{kv}", str(tokens), str(capacity), *(f"{row[name]:.2f}" for name in providers)]
-        for (kv, tokens, capacity), row in times.items()
-    ]
-    header = ["heads/kv", "T", "C", *providers]
-    return f"\n{table(header, rows)}\n\n{made_on_gpu('prefill', 'matmul_tflops')}\n"
+def beside_torch(lines: list[dict], by: str) -> Iterator[dict]:
+    for own, torchs in grouped(lines, by).values():
+        shape = f"{own['out_features']} x {own['in_features']}" if own["in_features"] else ""
+        yield {**own, "torch": torchs["us"], "weight": shape}
 
 
-def off(time: float, aim: float | None) -> str:
-    return "-" if aim is None else "met" if time <= aim else f"{100 * (time / aim - 1):+.0f} %"
+def step(about: dict) -> Iterator[dict]:
+    """The parts of a step, then their sums."""
+    yield from ({**line, "time": f"{line['us']} ({line['floor_us']})"} for line in about["lines"])
+    for (model,), parts in grouped(about["lines"], "model").items():
+        kernels, us, floor = (sum(part[name] for part in parts) for name in ("kernels", "us", "floor_us"))
+        yield {"model": model, "part": "all", "kernels": kernels, "time": f"{us:.0f} ({floor:.0f})"}
 
 
-def decode_aims_table() -> str:
-    rows = []
-    for shape, row in decode_times().items():
-        us, overlapped, aim = row["sinkattn"], row["sinkattn_overlap"], DECODE_AIMS[shape]
-        share = f"{100 * row['floor'] / us:.0f} %"
-        peers = [f"{row[name] / us:.2f}" for name in ("sdpa_cudnn", "flashinfer_none", "flashinfer_rope")]
-        of_both = [x for time in (us, overlapped) for x in (f"{time:.1f}", off(time, aim))]
-        rows.append([f"32/{shape[0]}", *map(str, shape[1:]), str(aim), *of_both, share, *peers])
-    header = [
-        "heads/kv",
-        "batch",
-        "C",
-        "aim",
-        "us",
-        "off it",
-        "overlapped",
-        "off it",
-        "of the floor",
-        "x cuDNN",
-        "x FlashInfer",
-        "x its ROPE_LLAMA",
-    ]
-    return f"\n{table(header, rows)}\n"
-
-
-def prefill_aims_table() -> str:
-    rows = []
-    for shape, row in prefill_times().items():
-        ms, aim = row["sinkattn"], PREFILL_AIMS.get(shape)
-        peers = [f"{row[name] / ms:.2f}" for name in ("flex", "flashinfer_fa3", "sdpa_cudnn")]
-        rows.append([f"32/{shape[0]}", *map(str, shape[1:]), f"{ms:.3f}", str(aim or "-"), off(ms, aim), *peers])
-    header = ["heads/kv", "T", "C", "ms", "aim", "off it", "x Flex", "x FlashInfer FA3", "x cuDNN, dense"]
-    return f"\n{table(header, rows)}\n"
-
-
-def flatness_table() -> str:
-    """One Stream over the length of its text, and whole models after texts of several lengths."""
-    rows = [
-        [f"{int(x['tokens']):,}", x["ms_per_token"], f"{int(x['memory_bytes']):,}"] for x in gpu_csv("flatness.csv")
-    ]
-    about = json.loads((GPU / "flatness.json").read_text())
-    host = {f"{bytes_ / 2**20:.0f} MiB" for bytes_ in about["host_peak_bytes"].values()}
-    times: dict[str, list[str]] = {}
-    for line in gpu_csv("lengths.csv"):
-        times.setdefault(line["tokens"], []).append(f"{float(line['ms_per_token']):.2f} ({line['memory_gb']})")
-    methods = list(dict.fromkeys(line["method"] for line in gpu_csv("lengths.csv")))
-    lengths = table(
-        ["tokens of text", *(f"{m}, ms (GB at most)" for m in methods)], [[n, *x] for n, x in times.items()]
-    )
-    return (
-        f"\n{table(['tokens of one Stream', 'ms a token', 'bytes allocated'], rows)}\n\nThe shipped model; means over "
-        f"{about['span']:,} tokens. The host's peak memory at these points: {' or '.join(sorted(host))}; all logits "
-        f"finite: {'yes' if about['finite'] else 'no'}.\n\n{lengths}\n\n{gpu_csv('lengths.csv')[0]['model']}, batch 1, "
-        "C 1024.\n"
-    )
-
-
-def launch_table() -> str:
-    rows = [[line["op"], line["backend"], line["host_us"]] for line in gpu_csv("launch.csv")]
-    return f"\n{table(['what is called', 'by', 'us'], rows)}\n\n{made_on_gpu('launch')}\n"
-
-
-def linear_table() -> str:
-    """Products of one model, a column a number of rows: sinkattn and torch, microseconds."""
-    times: dict[str, dict] = {}
-    for line in gpu_csv("linear.csv"):
-        if line["model"] == "Llama-3-8B":
-            times.setdefault(line["product"], {})[line["rows"], line["provider"]] = line
-    counts = list(dict.fromkeys(rows for of in times.values() for rows, _ in of))
-    rows = []
-    for product, of in times.items():
-        first = of[counts[0], "sinkattn"]
-        shape = f" {first['out_features']} x {first['in_features']}" if first["in_features"] else ""
-        digits = 1 if shape else 0
-        us = lambda line, column: f"{float(line[column]):.{digits}f}"  # noqa: B023, E731
-        cells = [f"{us(of[n, 'sinkattn'], 'us')} / {us(of[n, 'torch'], 'us')}" for n in counts]
-        rows.append([product + shape, us(first, "floor_us"), *cells])
-    header = ["us, sinkattn / torch", "floor", *(f"rows: {n}" for n in counts)]
-    return f"\n{table(header, rows)}\n\n`python bench/linear.py --output-dir bench/results/h200`\n"
-
-
-def counters_table() -> str:
-    rows = []
-    for line in gpu_csv("counters.csv"):
-        where = f"32/{line['num_kv_heads']}, batch {line['batch']}, T {line['tokens']}, C {line['capacity']}"
-        shares = [f"{line[name]} %" for name in ("dram", "pipeline", "active")]
-        rows.append([where, line["kernel"], line["us"], *shares, line["waves"]])
-    header = ["shape", "kernel", "us", "of the memory's rate", "of the busiest pipeline's", "time at work", "waves"]
-    return f"\n{table(header, rows)}\n\n`python bench/counters.py --output-dir bench/results/h200`.\n"
-
-
-def errors_table() -> str:
+def errors(about: dict) -> Iterator[dict]:
     """The largest over the numbers of heads."""
-    errors: dict[tuple, list] = {}
-    for line in gpu_csv("errors.csv"):
-        pair = float(line["sinkattn"]), float(line["sdpa"])
-        errors.setdefault((line["op"], line["dtype"], line["scale"]), []).append(pair)
-    rows = [
-        [*shape, *(f"{max(column):.1e}" for column in zip(*pairs, strict=True)), f"{max(x / y for x, y in pairs):.2f}"]
-        for shape, pairs in errors.items()
+    for lines in grouped(about["lines"], "op dtype scale").values():
+        most = {name: max(line[name] for line in lines) for name in ("sinkattn", "sdpa")}
+        yield {**lines[0], **most, "ratio": max(line["sinkattn"] / line["sdpa"] for line in lines)}
+
+
+def few_positions(about: dict) -> list[dict]:
+    """Every second one, up to the last."""
+    positions = sorted({line["position"] for line in about["lines"]})[::-2]
+    return [line for line in about["lines"] if line["position"] in positions]
+
+
+def answers(back: str | None = None, at_end: bool = False) -> Callable[[dict], list[dict]]:
+    """Shares by way, lines back and range of positions: of one distance, or at the end of the text."""
+    return lambda about: [
+        line
+        for line in leaves(about["shares"], "way", "back", "span")
+        if back in (None, line["back"]) and (not at_end or line["span"] == end_of(about))
     ]
-    header = ["op", "dtype", "scale", "sinkattn", "SDPA", "ratio, at most"]
-    return f"\n{table(header, rows)}\n\n{made_on_gpu('errors')}\n"
 
 
-def tensor_parallel_table() -> str:
-    about = json.loads((GPU / "tensor_parallel.json").read_text())
-    lines = gpu_csv("tensor_parallel.csv")
-    ms = {(line["gpus"], line["batch"], line["mode"]): f"{float(line['ms']):.1f}" for line in lines}
-    alone, split = "1", str(about["gpus"])
-    rows = [[batch, mode, ms[alone, batch, mode], ms[split, batch, mode]] for gpus, batch, mode in ms if gpus == alone]
-    header = ["rows", "as", "one GPU, ms a step", f"{split} GPUs, ms a step"]
-    return (
-        f"\n{table(header, rows)}\n\n{about['model']}, C {lines[0]['capacity']}, bfloat16; {about['device']}, torch "
-        f"{about['torch']}, transformers {about['transformers']}. Off one GPU's float32 logits, relative to their "
-        f"spread: {about['float32_split']:.1e} in float32 over {split}; in bfloat16 {about['bfloat16_alone']:.1e} on "
-        f"one and {about['bfloat16_split']:.1e} over {split}.\n"
-    )
+def end_of(about: dict) -> str:
+    """The last range of positions."""
+    return list(next(iter(next(iter(about["shares"].values())).values())))[-1]
 
 
-def history_table() -> str:
-    """What each version of decode.cu took, a column a shape: heads of the keys / batch / capacity."""
-    times: dict[str, dict] = {}
-    for line in gpu_csv("decode_history.csv"):
-        shape = f"{line['num_kv_heads']}/{line['batch']}/{line['capacity']}"
-        times.setdefault(line["version"], {})[shape] = line["us"]
-    shapes = list(dict.fromkeys(shape for row in times.values() for shape in row))
-    rows = [[name, *(row.get(shape, "-") for shape in shapes)] for name, row in times.items()]
-    return "\n" + table(["us", *shapes], rows) + "\n"
+def first_line(_: dict) -> Iterator[dict]:
+    """By cache and way."""
+    for folder in ("recall_first", "recall_pinned", "recall_pinned_far"):
+        about = result(f"proof/{folder}/recall")
+        found = {line["way"]: line for line in answers(at_end=True)(about)}
+        yield from ({**about, **found[way]} for way in ("sinks", "window", "dense"))
 
 
-def cpu_rows(is_prefill: bool) -> dict[tuple, dict[str, dict]]:
-    """By shape and provider, from bench/cpu.py's CSV."""
-    rows: dict[tuple, dict[str, dict]] = {}
-    with (ROOT / "bench/results/cpu/attention.csv").open() as file:
-        for line in csv.DictReader(file):
-            names = ("heads", "kv_heads", "head_dim", "capacity", "tokens", "dtype", "threads")
-            if (line["tokens"] != "1") == is_prefill:
-                rows.setdefault(tuple(line[name] for name in names), {})[line["provider"]] = line
-    return rows
+def attention(about: dict) -> Iterator[dict]:
+    for line in about["lines"]:
+        elsewhere = f" / {line['nowhere']:.2f}" if line["nowhere"] > 1e-4 else ""
+        yield {**line, "share": f"{line['first']:.2f}{elsewhere}"}
 
 
-def cpu_machine() -> str:
-    about = json.loads((ROOT / "bench/results/cpu/cpu.json").read_text())
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    peers = "; ".join(
-        f"{name}: " + ", ".join(f"{part} {version}" for part, version in of.items())
-        for name, of in about["peers"].items()
-    )
-    missing = f" Missing: {', '.join(about['missing'])}." if about["missing"] else ""
-    return f"{about['machine']}, {about['instructions']}; {versions}; {peers}.{missing}"
+def dtypes(about: dict) -> Iterator[dict]:
+    """By dtype and fuse the largest error over the capacities, and the loss over all of the texts."""
+    for (dtype, _), lines in grouped(about["lines"], "dtype fuse").items():
+        spans, found = about["loss"].get(dtype, {}).values(), [line["error"] for line in lines]
+        count = sum(span["tokens"] for span in spans)
+        loss = f"{sum(span['loss'] * span['tokens'] for span in spans) / count:.4f}" if count else "-"
+        yield {**lines[0], "error": "refused" if "" in found else f"{max(found):.1e}", "loss": loss}
 
 
-def cpu_decode_table() -> str:
-    """Microseconds of a layer and token."""
-    rows, providers = cpu_rows(is_prefill=False), []
-    for row in rows.values():
-        providers += [name for name in row if name not in providers]
-    lines = []
-    for (heads, kv_heads, head_dim, capacity, _, dtype, threads), row in rows.items():
-        own, cells = row["sinkattn"], [f"{float(row[name]['us']):,.0f}" if name in row else "-" for name in providers]
-        floor, share = float(own["floor_us"]), float(own["of_floor"])
-        shape = [f"{heads}/{kv_heads} x {head_dim}", capacity, dtype, threads]
-        lines.append([*shape, f"{float(own['read_gb_s']):.1f}", f"{floor:,.0f}", *cells, f"{share:.0%}"])
-    header = ["heads/kv x dim", "C", "dtype", "threads", "read GB/s", "floor", *providers, "sinkattn of floor"]
-    return f"\n{table(header, lines)}\n"
+def endless(about: dict) -> Iterator[dict]:
+    for line in leaves(about["ways"], "way"):
+        lost = [at for at in line["lost_at"] if at is not None]
+        after = f", after {min(lost):,} to {max(lost):,} tokens" if lost else ""
+        yield {**about, **line, "lost": f"{len(lost)} of {len(line['lost_at'])} texts{after}"}
 
 
-def cpu_prefill_table() -> str:
-    """Milliseconds of a layer's prompt, and GFLOP/s."""
-    rows, lines = cpu_rows(is_prefill=True), []
-    providers = list(next(iter(rows.values())))
-    for (heads, kv_heads, head_dim, capacity, tokens, dtype, threads), row in rows.items():
-        cells = [f"{1e-3 * float(row[name]['us']):,.1f} ({float(row[name]['gflops']):.0f})" for name in providers]
-        lines.append([f"{heads}/{kv_heads} x {head_dim}", tokens, capacity, dtype, threads, *cells])
-    return f"\n{table(['heads/kv x dim', 'T', 'C', 'dtype', 'threads', *providers], lines)}\n"
+def chat(about: dict) -> Iterator[dict]:
+    for line in leaves(about["ways"], "way"):
+        yield {**about, **line, "lost": "never" if line["lost_at"] is None else f"turn {line['lost_at'] + 1}"}
 
 
-def cpu_linear_table() -> str:
-    """Microseconds."""
-    with (ROOT / "bench/results/cpu/linear.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    rows = []
-    for own, torchs in zip(lines[::2], lines[1::2], strict=True):
-        case = f"{own['out_features']} x {own['in_features']}", own["rows"], own["dtype"], own["threads"]
-        times = (f"{float(line['us']):,.0f}" for line in (own, torchs))
-        rows.append([*case, f"{float(own['floor_us']):,.0f}", *times, f"{float(own['of_floor']):.0%}"])
-    names = ["weight", "rows", "dtype", "threads", "floor", "sinkattn", "torch", "sinkattn of floor"]
-    return f"\n{table(names, rows)}\n"
+# ----------------------------------------------------------------------------------------------------------- sentences
 
 
-def cpu_model_table() -> str:
-    """Tokens a second."""
-    with (ROOT / "bench/results/cpu/model.csv").open() as file:
-        lines = list(csv.DictReader(file))
-    names = ("patched", "transformers", "floor")
-    rows = [[line["dtype"], line["threads"], *(f"{float(line[name]):.2f}" for name in names)] for line in lines]
-    return f"\n{table(['tokens/s', 'threads', *names], rows)}\n"
-
-
-def generate_table() -> str:
-    """Milliseconds a token, a row for each model, batch and capacity that was measured to the end."""
-    methods = ("floor", "stream", "generate", "static_compiled", "dynamic", "recompute")
-    times: dict[tuple, dict] = {}
-    for line in gpu_csv("generate.csv"):
-        times.setdefault(tuple(line[name] for name in ("model", "batch", "capacity")), {})[line["method"]] = line
-    rows = [
-        [*at, *(f"{float(row[m]['ms_per_token']):.2f}" if m in row else "-" for m in methods)]
-        for at, row in sorted(times.items(), key=lambda x: (x[0][0], int(x[0][1]), int(x[0][2])))
-        if "stream" in row
-    ]
-    about = json.loads((GPU / "generate.json").read_text())
-    source = f"`python bench/generate.py --output-dir bench/results/h200`, {about['device']}, torch {about['torch']}, "
-    source += f"transformers {about['transformers']}; reads {about['read_gb_per_s'] / 1e3:.2f} TB/s."
-    return f"\n{table(['model', 'batch', 'C', *methods], rows)}\n\n{source}\n"
-
-
-def step_table() -> str:
-    """Microseconds of a step by part, and what reading takes at least."""
-    lines = gpu_csv("step.csv")
-    models, parts = (list(dict.fromkeys(line[name] for line in lines)) for name in ("model", "part"))
-    at = {(line["model"], line["part"]): line for line in lines}
-    header = ["us (floor)", "kernels", *models]
-    rows = [
-        [part, at[models[0], part]["kernels"], *(f"{at[m, part]['us']} ({at[m, part]['floor_us']})" for m in models)]
-        for part in parts
-    ]
-    sums = [[sum(float(at[m, part][column]) for part in parts) for column in ("us", "floor_us")] for m in models]
-    rows.append(["all", str(sum(int(row[1]) for row in rows)), *(f"{us:.0f} ({floor:.0f})" for us, floor in sums)])
-    return f"\n{table(header, rows)}\n\n`python bench/step.py --output-dir bench/results/h200`\n"
-
-
-def read_json(path: str) -> dict:
-    return json.loads((PROOF / path).read_text())
-
-
-def read_csv(path: str) -> list[dict]:
-    with (PROOF / path).open() as file:
-        return list(csv.DictReader(file))
-
-
-def made_by(about: dict) -> str:
+def source(about: dict) -> str:
     """The command behind a result, and where it ran."""
-    return f"`{about['command']}`, {about['device']}, torch {about['versions']['torch']}"
+    if "command" in about:
+        return f"`{about['command']}`, {about['device']}, torch {about['versions']['torch']}."
+    versions = about.get("versions") or {name: about[name] for name in ("torch", "transformers")}
+    return f"{command(about)[:-1]}, {about['device']}, {', '.join(f'{name} {x}' for name, x in versions.items() if x)}."
 
 
-def loss_table(folder: str) -> str:
-    """Loss by position of the four ways, with the least and most of the texts."""
-    about = read_json(f"{folder}/perplexity.json")
-    spans = list(about["experiments"]["sinks"])
-    rows = []
-    for name, by_range in about["experiments"].items():
-        cells = [
-            f"{entry['loss']:.3f} ({min(entry['loss_by_text']):.2f}-{max(entry['loss_by_text']):.2f})"
-            for entry in by_range.values()
-        ]
-        rows.append([name, *cells])
-    return f"\n{table(['loss at', *spans], rows)}\n\n{about['texts']} texts; {made_by(about)}.\n"
+def command(about: dict) -> str:
+    return f"`python bench/{about['name']}.py --output-dir bench/results/h200`."
 
 
-def within(folder: str) -> str:
+def texts(about: dict) -> str:
+    sizes = f"{about['sink_size']} sinks + window {about['window_size']}"
+    return f"{sizes}; {about['texts']} texts of {about['tokens']:,} tokens, {about['device'].split(',')[0]}."
+
+
+def within(about: dict) -> str:
     """How far the loss of sinks + window is from that of re-computation, at the most."""
-    return at_most(read_json(f"{folder}/perplexity.json")["sinks_over_recompute"])
-
-
-def at_most(ranges: dict) -> str:
-    everywhere = max((entry["all"] for entry in ranges.values()), key=abs)
-    apart = max((ratio for entry in ranges.values() for ratio in entry["by_text"]), key=abs)
+    ranges = about["sinks_over_recompute"].values()
+    everywhere = max((entry["all"] for entry in ranges), key=abs)
+    apart = max((ratio for entry in ranges for ratio in entry["by_text"]), key=abs)
     return f"{100 * everywhere:+.2f} % over all texts, and by {100 * apart:+.2f} % in a single one"
 
 
-def cost_table(folder: str) -> str:
-    """Milliseconds and MiB of a token by position."""
-    ways = read_json(f"{folder}/perplexity.json")["experiments"]
-    spans = list(ways["sinks"])
-    cell = lambda entry: f"{1e3 * entry['seconds']:.1f} ms, {entry['bytes'] / 2**20:.1f} MiB"  # noqa: E731
-    rows = [[name, *(cell(entry) for entry in by_range.values())] for name, by_range in ways.items()]
-    return f"\n{table(['a token at', *spans], rows)}\n"
-
-
-def long_run() -> str:
-    about = read_json("long_run/long_run.json")
+def long_run(about: dict) -> str:
     rows = about["rows"]
     seconds, part = [row[2] for row in rows], max(len(rows) // 4, 1)
     whole, first, last = (1e3 * statistics.median(some) for some in (seconds, seconds[:part], seconds[-part:]))
@@ -390,272 +277,242 @@ def long_run() -> str:
         f"{about['tokens']:,} tokens through {about['sink_size']} sinks + window {about['window_size']} took "
         f"{about['seconds']:.0f} s. A token fed alone takes {whole:.1f} ms in the median of the blocks, {first:.1f} in "
         f"their first quarter and {last:.1f} in the last (p90 {p90:.1f}), with {rows[0][3] / 2**20:.1f} MiB at the "
-        f"beginning and {rows[-1][3] / 2**20:.1f} at the end. {made_by(about)}."
+        f"beginning and {rows[-1][3] / 2**20:.1f} at the end. {source(about)}"
     )
 
 
-def long_run_errors() -> str:
-    about = read_json("long_run/long_run.json")
+def long_run_errors(about: dict) -> str:
     early, late = about["against_float64"]
     spread = max(max(losses) - min(losses) for losses in about["passages"])
-    error = lambda part: f"{part['largest_error']:.1e} of their spread at most ({part['rms_error']:.1e} rms)"  # noqa: E731
+    error = "{largest_error:.1e} of their spread at most ({rms_error:.1e} rms)"
     return (
         f"The text is {len(about['passages'])} passages of {about['rows'][0][0]:,} tokens, over and over: from one "
         f"time to another, the loss of none changes by more than {spread:.1e} nats. The last "
-        f"{late['to'] - late['from']:,} logits are off the float64 definition by {error(late)}, those of tokens "
-        f"{early['from']:,} to {early['to']:,} by {error(early)}."
+        f"{late['to'] - late['from']:,} logits are off the float64 definition by {error.format(**late)}, those of "
+        f"tokens {early['from']:,} to {early['to']:,} by {error.format(**early)}."
     )
 
 
-def ablation(study: str) -> str:
-    """Loss by model and setting of one study."""
-    lines = [line for line in read_csv("ablation/ablation.csv") if line["study"] == study]
-    columns = list(dict.fromkeys(f"{line['sink_size']} + {line['window_size']}" for line in lines))
-    rows: dict[str, list[str]] = {}
-    for line in lines:
-        rows.setdefault(line["model"], []).append(f"{float(line['loss']):.3f}")
-    return f"\n{table(['model', *columns], [[name, *cells] for name, cells in rows.items()])}\n"
+def cpu_machine(about: dict) -> str:
+    versions = {"": about["versions"], **about["peers"]}
+    parts = [", ".join(f"{package} {x}" for package, x in of.items()) for of in versions.values()]
+    named = "; ".join(f"{name}: {part}" if name else part for name, part in zip(versions, parts, strict=True))
+    missing = f" Missing: {', '.join(about['missing'])}." if about["missing"] else ""
+    return f"{about['machine']}, {about['instructions']}; {named}.{missing}"
 
 
-def attention_table() -> str:
-    rows: dict[str, list[str]] = {}
-    lines = read_csv("ablation/attention.csv")
-    for line in lines:
-        nowhere = float(line["nowhere"])
-        cell = f"{float(line['first']):.2f}" + (f" / {nowhere:.2f}" if nowhere > 1e-4 else "")
-        rows.setdefault(line["model"], []).append(cell)
-    layers = [f"layer {i}" for i in range(len(next(iter(rows.values()))))]
-    return f"\n{table(['first token / nowhere', *layers], [[name, *cells] for name, cells in rows.items()])}\n"
-
-
-def percent(entry: dict) -> str:
-    return f"{100 * entry['share']:.1f}"
-
-
-def recall_caption(about: dict) -> str:
-    sizes = f"{about['sink_size']} sinks + window {about['window_size']}"
-    return f"{sizes}; {about['texts']} texts of {about['tokens']:,} tokens, {about['device'].split(',')[0]}."
-
-
-def recall_by_position(folder: str) -> str:
-    about = read_json(f"{folder}/recall.json")
-    by_range = {name: next(iter(backs.values())) for name, backs in about["shares"].items()}
-    header = ["right answers (%) at", *next(iter(by_range.values()))]
-    rows = [[name, *map(percent, entries.values())] for name, entries in by_range.items()]
-    return f"\n{table(header, rows)}\n\n{recall_caption(about)}\n"
-
-
-def recall_by_distance(folder: str) -> str:
-    """At the end of the text."""
-    about = read_json(f"{folder}/recall.json")
-    last = list(next(iter(next(iter(about["shares"].values())).values())))[-1]
-    header = ["right answers (%), lines back", *next(iter(about["shares"].values()))]
-    rows = [[name, *(percent(spans[last]) for spans in backs.values())] for name, backs in about["shares"].items()]
-    return f"\n{table(header, rows)}\n\nAt tokens {last}; {recall_caption(about)}\n"
-
-
-def first_line_table(folders: tuple[str, ...]) -> str:
-    """By cache, at the end of the text."""
-    rows = []
-    for folder in folders:
-        about = read_json(f"{folder}/recall.json")
-        ends = {name: list(backs["first"].items())[-1] for name, backs in about["shares"].items()}
-        last, _ = ends["sinks"]
-        sizes = f"{about['sink_size']} + {about['window_size']}"
-        rows.append([sizes, *(percent(ends[name][1]) for name in ("sinks", "window", "dense"))])
-    header = ["right answers (%), sinks + window", "sinks + window", "window", "dense"]
-    return f"\n{table(header, rows)}\n\nAt tokens {last}; {about['texts']} texts, {about['device'].split(',')[0]}.\n"
-
-
-def both_ways_table() -> str:
-    losses = read_json("both_ways/both_ways.json")["loss"]
-    rows = [[name, *(f"{loss:.3f}" for loss in by_range.values())] for name, by_range in losses.items()]
-    return f"\n{table(['masked tokens at', *next(iter(losses.values()))], rows)}\n"
-
-
-def real(part: str) -> dict:
-    return json.loads((REAL / f"{part}.json").read_text())
-
-
-def real_csv(part: str) -> list[dict]:
-    with (REAL / f"{part}.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def real_loss_table() -> str:
-    """Loss by position of the four ways, with the least and most of the texts."""
-    about = real("loss")
-    rows = [
-        [
-            name,
-            *(f"{x['loss']:.3f} ({min(x['loss_by_text']):.2f}-{max(x['loss_by_text']):.2f})" for x in spans.values()),
-        ]
-        for name, spans in about["loss"].items()
-    ]
-    header = ["loss at", *about["loss"]["sinks"]]
-    return f"\n{table(header, rows)}\n\n{len(about['texts'])} texts of {about['tokens']:,} tokens; {made_by(about)}.\n"
-
-
-def real_within() -> str:
-    return at_most(real("loss")["sinks_over_recompute"])
-
-
-def real_sizes_table(study: str) -> str:
-    found = real("sizes")["loss"][study]
-    row = ["loss", *(f"{entry['loss']:.3f}" for entry in found.values())]
-    return f"\n{table(['sinks + window', *found], [row])}\n"
-
-
-def real_attention() -> str:
-    about = real("attention")
-    return f"{about['mean']:.0%} in the mean of its layers, up to {about['most']:.0%}"
-
-
-def real_recall_table() -> str:
-    """By position, and at the end of the text by distance."""
-    about = real("recall")
-    ways = about["shares"].items()
-    places = {name: by_back["20"] for name, by_back in ways}
-    last = list(places["sinks"])[-1]
-    ends = {name: {back: spans[last] for back, spans in by_back.items()} for name, by_back in ways}
-    backs = list(ends["sinks"])
-    by_place = table(
-        ["right answers (%), 20 lines back, at", *places["sinks"]],
-        [[name, *map(percent, spans.values())] for name, spans in places.items()],
+def flatness(about: dict) -> str:
+    host = " or ".join(sorted({f"{peak / 2**20:.0f} MiB" for peak in about["host_peak_bytes"].values()}))
+    return (
+        f"The shipped model; means over {about['span']:,} tokens. The host's peak memory at these points: {host}; all "
+        f"logits finite: {'yes' if about['finite'] else 'no'}."
     )
-    by_back = table(
-        [f"at {last}, lines back", *backs],
-        [[name, *(percent(by[back]) for back in backs)] for name, by in ends.items() if len(by) == len(backs)],
-    )
-    return f"\n{by_place}\n\n{by_back}\n\n{recall_caption(about)}\n"
 
 
-def real_dtypes_table() -> str:
-    """Errors by dtype, those of a fuse the largest over its capacities, and the loss over all of the texts."""
-    about, rows = real("dtypes"), {}
-    for line in real_csv("dtypes"):
-        row = rows.setdefault(line["dtype"], {"unpatched": line["unpatched_error"]})
-        row.setdefault(line["fuse"], []).append(float(line["error"] or "nan"))
-    fuses = ("none", "attention", "layers")
-    lines = []
-    for dtype, row in rows.items():
-        worst = [f"{max(row[fuse]):.1e}" if all(x == x for x in row[fuse]) else "refused" for fuse in fuses]
-        spans = about["loss"].get(dtype, {}).values()
-        count = sum(x["tokens"] for x in spans)
-        loss = f"{sum(x['loss'] * x['tokens'] for x in spans) / count:.4f}" if count else "-"
-        lines.append([dtype, f"{float(row['unpatched']):.1e}", *worst, loss])
-    header = ["error of the logits", "unpatched", *(f"fuse={fuse}" for fuse in fuses), "loss"]
-    return f"\n{table(header, lines)}\n\n{made_by(about)}.\n"
+# ------------------------------------------------------------------------------------------------------------- figures
 
+LOSS = "loss at | {span}", "{way} | {loss:.3f} ({least:.2f}-{most:.2f})", "way"
+DECODE, PREFILL = "num_kv_heads batch capacity", "num_kv_heads batch tokens capacity"
+BACK = "right answers (%), lines back | {back}", "{way} | {percent:.1f}", "way"
 
-def real_endless_table() -> str:
-    about, rows = real("endless"), []
-    for name, way in about["ways"].items():
-        lost = [x for x in way["lost_at"] if x is not None]
-        where = f"{len(lost)} of {len(way['lost_at'])} texts"
-        where += f", after {min(lost):,} to {max(lost):,} tokens" if lost else ""
-        rows.append([name, f"{way['fluent']:.0%}", where])
-    header = [f"{about['texts']} texts of {about['tokens']:,} tokens", "fluent pieces", "lost their fluency"]
-    return f"\n{table(header, rows)}\n\n{made_by(about)}.\n"
+TABLES = {
+    # The real model: bench/real_model.py.
+    "real loss table": Table(
+        "real/loss", *LOSS, lambda x: leaves(x["loss"], "way", "span"),
+        lambda x: f"{len(x['texts'])} texts of {x['tokens']:,} tokens; {source(x)}",
+        "![Loss by position: dense, window, sinks + window and re-computation]({picture})",
+    ),
+    **{
+        f"real {study} table": Table(
+            "real/sizes", "sinks + window | {size}", "loss | {loss:.3f}", "study",
+            lambda x, study=study: leaves({study: x["loss"][study]}, "study", "size"),
+        )
+        for study in ("sinks", "cache", "newline")
+    },
+    "real recall table": Table(
+        "real/recall", "right answers (%), 20 lines back, at | {span}", "{way} | {percent:.1f}", "way", answers("20"),
+        texts, "![Right answers by position and by distance]({picture})",
+    ),
+    "real distance table": Table("real/recall", *BACK, answers(at_end=True), lambda x: f"At tokens {end_of(x)}."),
+    "real dtypes table": Table(
+        "real/dtypes", "error of the logits | unpatched | fuse={fuse} | loss",
+        "{dtype} | {unpatched_error:.1e} | {error} | {loss}", "dtype", dtypes, source,
+    ),
+    "real endless table": Table(
+        "real/endless", "{texts} texts of {tokens:,} tokens | fluent pieces | lost their fluency",
+        "{way} | {fluent:.0%} | {lost}", "", endless, source,
+        "![Known words, variety and loss of what is written]({picture})",
+    ),
+    "real chat table": Table(
+        "real/chat", "of {turns} answers | fluent | failed as attention_sinks counts | known words | fluency lost at",
+        "{way} | {fluent} | {failed} | {known:.0%} | {lost}", "", chat, source,
+        "![Known words, variety and length of the answers by turn]({picture})",
+    ),
+    "real cost table": Table(
+        "real/cost", "a token behind | {position:,}",
+        "{way} | {ms:.1f} ms, {mib:,.0f} MiB", "way", few_positions, source,
+    ),
+    # The small models: bench/proof.py.
+    **{
+        f"{name}loss table": Table(
+            f"proof/{folder}/perplexity", *LOSS, lambda x: leaves(x["experiments"], "way", "span"),
+            lambda x: f"{x['texts']} texts; {source(x)}",
+        )
+        for name, folder in (("", "perplexity"), ("vanilla ", "perplexity_vanilla"))
+    },
+    "cost table": Table(
+        "proof/perplexity/perplexity", "a token at | {span}", "{way} | {ms:.1f} ms, {mib:.1f} MiB", "way",
+        lambda x: leaves(x["experiments"], "way", "span"),
+    ),
+    **{
+        f"{study} table": Table(
+            "proof/ablation/ablation", "model | {sink_size} + {window_size}", "{model} | {loss:.3f}", "model",
+            only(study=study),
+        )
+        for study in ("sinks", "cache", "newline")
+    },
+    "attention table": Table(
+        "proof/ablation/attention", "first token / nowhere | layer {layer}", "{model} | {share}", "model", attention
+    ),
+    "recall table": Table(
+        "proof/recall/recall", "right answers (%) at | {span}", "{way} | {percent:.1f}", "way", answers(), texts
+    ),
+    **{
+        f"{name} table": Table(
+            f"proof/{folder}/recall", *BACK, answers(at_end=True), lambda x: f"At tokens {end_of(x)}; {texts(x)}"
+        )
+        for name, folder in (("distance", "recall_distance"), ("small window", "recall_small"))
+    },
+    "first line table": Table(
+        "proof/recall_first/recall", "right answers (%) of sinks + window | {way}",
+        "{sink_size} + {window_size} | {percent:.1f}", "sink_size window_size", first_line,
+        lambda x: f"At tokens {end_of(x)}; {x['texts']} texts, {x['device'].split(',')[0]}.",
+    ),
+    "both ways table": Table(
+        "proof/both_ways/both_ways", "masked tokens at | {span}", "{way} | {value:.3f}", "way",
+        lambda x: leaves(x["loss"], "way", "span"),
+    ),
+    # Kernels and whole steps on a GPU.
+    "decode table": Table(
+        "h200/decode", "heads/kv | batch | C | floor | {provider}",
+        "32/{num_kv_heads} | {batch} | {capacity} | {floor_us:.1f} | {us:.1f}", DECODE,
+        kernel("us", DECODE, DECODE_AIMS),
+        lambda x: f"{source(x)[:-1]}; reads {x['read_bytes_a_second'] / 1e12:.2f} TB/s.",
+    ),
+    "decode aims table": Table(
+        "h200/decode", "heads/kv | batch | C | aim | us | off it | overlapped | off it | of the floor | x cuDNN | "
+        "x FlashInfer | x its ROPE_LLAMA",
+        "32/{num_kv_heads} | {batch} | {capacity} | {aim} | {us:.1f} | {off[sinkattn]} | {all[sinkattn_overlap]:.1f} | "
+        "{off[sinkattn_overlap]} | {share:.0f} % | {x[sdpa_cudnn]:.2f} | {x[flashinfer_none]:.2f} | "
+        "{x[flashinfer_rope]:.2f}", DECODE,
+        kernel("us", DECODE, DECODE_AIMS),
+    ),
+    "decode history table": Table(
+        "h200/decode_history", "us | {num_kv_heads}/{batch}/{capacity}", "{version} | {us}", "version"
+    ),
+    "prefill table": Table(
+        "h200/prefill", "heads/kv | T | C | {provider}", "32/{num_kv_heads} | {tokens} | {capacity} | {ms:.2f}",
+        PREFILL, kernel("ms", PREFILL, PREFILL_AIMS),
+        lambda x: f"{source(x)[:-1]}; a large matrix product {x['matmul_tflops']:.0f} TFLOP/s.",
+    ),
+    "prefill aims table": Table(
+        "h200/prefill", "heads/kv | T | C | ms | aim | off it | x Flex | x FlashInfer FA3 | x cuDNN, dense",
+        "32/{num_kv_heads} | {tokens} | {capacity} | {ms:.3f} | {aim} | {off[sinkattn]} | {x[flex]:.2f} | "
+        "{x[flashinfer_fa3]:.2f} | {x[sdpa_cudnn]:.2f}", PREFILL,
+        kernel("ms", PREFILL, PREFILL_AIMS),
+    ),
+    "launch table": Table("h200/launch", "what is called | by | us", "{op} | {backend} | {host_us}", after=source),
+    "errors table": Table(
+        "h200/errors", "op | dtype | scale | sinkattn | SDPA | ratio, at most",
+        "{op} | {dtype} | {scale} | {sinkattn:.1e} | {sdpa:.1e} | {ratio:.2f}", "", errors, source,
+    ),
+    "counters table": Table(
+        "h200/counters",
+        "shape | kernel | us | of the memory's rate | of the busiest pipeline's | time at work | waves",
+        "32/{num_kv_heads}, batch {batch}, T {tokens}, C {capacity} | {kernel} | {us} | {dram} % | {pipeline} % | "
+        "{active} % | {waves:.2f}", after=command,
+    ),
+    "linear table": Table(
+        "h200/linear", "us, sinkattn / torch | floor | rows: {rows}",
+        "{product} {weight} | {floor_us:.1f} | {us:.1f} / {torch:.1f}", "product",
+        lambda x: beside_torch(only(model="Llama-3-8B")(x), "product rows"), command,
+    ),
+    "step table": Table(
+        "h200/step", "us (floor) | kernels | {model}", "{part} | {kernels} | {time}", "part", step, command
+    ),
+    "generate table": Table(
+        "h200/generate", "model | batch | C | {method}", "{model} | {batch} | {capacity} | {ms_per_token:.2f}",
+        "model batch capacity", generate, lambda x: f"{source(x)[:-1]}; reads {x['read_gb_per_s'] / 1e3:.2f} TB/s.",
+    ),
+    "flatness table": Table(
+        "h200/flatness", "tokens of one Stream | ms a token | bytes allocated",
+        "{tokens:,} | {ms_per_token:.5f} | {memory_bytes:,}", after=flatness,
+    ),
+    "lengths table": Table(
+        "h200/lengths", "tokens of text | {method}, ms (GB at most)", "{tokens} | {ms_per_token:.2f} ({memory_gb})",
+        "tokens", after=lambda x: f"{x['lines'][0]['model']}, batch 1, C 1024.",
+    ),
+    "tensor parallel table": Table(
+        "h200/tensor_parallel", "rows | as | ms a step, GPUs: {gpus}", "{batch} | {mode} | {ms:.1f}", "batch mode",
+        after=(
+            "{model}, C 1024, bfloat16; {device}, torch {torch}, transformers {transformers}. Off one GPU's float32 "
+            "logits, relative to their spread: {float32_split:.1e} in float32 over {gpus}; in bfloat16 "
+            "{bfloat16_alone:.1e} on one and {bfloat16_split:.1e} over {gpus}."
+        ).format_map,
+    ),
+    # A CPU: bench/cpu.py.
+    "cpu decode table": Table(
+        "cpu/attention", "heads/kv x dim | C | dtype | threads | read GB/s | floor | {provider} | sinkattn of floor",
+        "{heads}/{kv_heads} x {head_dim} | {capacity} | {dtype} | {threads} | {read_gb_s:.1f} | {floor_us:,.0f} | "
+        "{us:,.0f} | {of_floor:.0%}", "heads kv_heads head_dim capacity dtype threads", only(tokens=1),
+    ),
+    "cpu prefill table": Table(
+        "cpu/attention", "heads/kv x dim | T | C | dtype | threads | {provider}",
+        "{heads}/{kv_heads} x {head_dim} | {tokens} | {capacity} | {dtype} | {threads} | {ms:,.1f} ({gflops:.0f})",
+        "heads kv_heads head_dim capacity tokens dtype threads",
+        lambda x: [{**line, "ms": 1e-3 * line["us"]} for line in x["lines"] if line["tokens"] > 1],
+    ),
+    "cpu linear table": Table(
+        "cpu/linear", "weight | rows | dtype | threads | floor | sinkattn | torch | sinkattn of floor",
+        "{weight} | {rows} | {dtype} | {threads} | {floor_us:,.0f} | {us:,.0f} | {torch:,.0f} | {of_floor:.0%}", "",
+        lambda x: beside_torch(x["lines"], "out_features in_features rows dtype threads"),
+    ),
+    "cpu model table": Table(
+        "cpu/model", "tokens/s | threads | patched | transformers | floor",
+        "{dtype} | {threads} | {patched:.2f} | {transformers:.2f} | {floor:.2f}",
+    ),
+}  # fmt: skip
 
-
-def real_chat_table() -> str:
-    about = real("chat")
-    rows = [
-        [
-            name,
-            str(x["fluent"]),
-            str(x["failed"]),
-            f"{x['known']:.0%}",
-            "never" if x["lost_at"] is None else f"turn {x['lost_at'] + 1}",
-        ]
-        for name, x in about["ways"].items()
-    ]
-    header = [
-        f"of {about['turns']} answers",
-        "fluent",
-        "failed as attention_sinks counts",
-        "known words",
-        "fluency lost at",
-    ]
-    return f"\n{table(header, rows)}\n\n{made_by(about)}.\n"
-
-
-def real_cost_table() -> str:
-    """Milliseconds and MiB of one token, a column a position."""
-    by_way: dict[str, list[str]] = {}
-    lines = real_csv("cost")
-    for line in lines:
-        by_way.setdefault(line["way"], []).append(f"{float(line['ms']):.1f} ms, {int(line['bytes']) / 2**20:,.0f} MiB")
-    where = list(dict.fromkeys(f"{int(line['position']):,}" for line in lines))
-    rows = [[name, *cells[::-2][::-1]] for name, cells in by_way.items()]
-    return f"\n{table(['a token behind', *where[::-2][::-1]], rows)}\n\n{made_by(real('cost'))}.\n"
+SENTENCES = {
+    "real within": ("real/loss", within),
+    "real attention": ("real/attention", "{mean:.0%} in the mean of its layers, up to {most:.0%}".format_map),
+    "within": ("proof/perplexity/perplexity", within),
+    "vanilla within": ("proof/perplexity_vanilla/perplexity", within),
+    "long run": ("proof/long_run/long_run", long_run),
+    "long run errors": ("proof/long_run/long_run", long_run_errors),
+    "cpu machine": ("cpu/cpu", cpu_machine),
+}
 
 
 def figures() -> dict[str, str]:
     """What stands between each marker and the next ``<!-- end -->``: all whose results are there."""
-    first_line = ("recall_first", "recall_pinned", "recall_pinned_far")
-    makers = {
-        "real loss table": (real_loss_table,),
-        "real within": (real_within,),
-        **{f"real {study} table": (real_sizes_table, study) for study in ("sinks", "cache", "newline")},
-        "real attention": (real_attention,),
-        "real recall table": (real_recall_table,),
-        "real dtypes table": (real_dtypes_table,),
-        "real endless table": (real_endless_table,),
-        "real chat table": (real_chat_table,),
-        "real cost table": (real_cost_table,),
-        "loss table": (loss_table, "perplexity"),
-        "within": (within, "perplexity"),
-        "cost table": (cost_table, "perplexity"),
-        "vanilla loss table": (loss_table, "perplexity_vanilla"),
-        "vanilla within": (within, "perplexity_vanilla"),
-        "long run": (long_run,),
-        "long run errors": (long_run_errors,),
-        **{f"{study} table": (ablation, study) for study in ("sinks", "cache", "newline")},
-        "attention table": (attention_table,),
-        "recall table": (recall_by_position, "recall"),
-        "distance table": (recall_by_distance, "recall_distance"),
-        "small window table": (recall_by_distance, "recall_small"),
-        "first line table": (first_line_table, first_line),
-        "both ways table": (both_ways_table,),
-        "decode table": (decode_table,),
-        "decode aims table": (decode_aims_table,),
-        "decode history table": (history_table,),
-        "prefill table": (prefill_table,),
-        "prefill aims table": (prefill_aims_table,),
-        "launch table": (launch_table,),
-        "flatness": (flatness_table,),
-        "generate table": (generate_table,),
-        "step table": (step_table,),
-        "linear table": (linear_table,),
-        "counters table": (counters_table,),
-        "errors table": (errors_table,),
-        "tensor parallel table": (tensor_parallel_table,),
-        "cpu machine": (cpu_machine,),
-        "cpu decode table": (cpu_decode_table,),
-        "cpu prefill table": (cpu_prefill_table,),
-        "cpu linear table": (cpu_linear_table,),
-        "cpu model table": (cpu_model_table,),
-    }
     found = {}
-    for name, (make, *arguments) in makers.items():
+    for name, (file, say) in SENTENCES.items():
         with contextlib.suppress(FileNotFoundError):
-            found[name] = make(*arguments)
+            found[name] = say(result(file))
+    for name, table in TABLES.items():
+        with contextlib.suppress(FileNotFoundError):
+            found[name] = table()
     return found
 
 
 def main() -> None:
     known, behind = figures(), []
-    for path in (
-        ROOT / "README.md",
-        ROOT / "docs/faq.md",
-        ROOT / "docs/kernels.md",
-        ROOT / "docs/cpu.md",
-        ROOT / "docs/step.md",
-    ):
-        before = after = path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        before = path.read_text()
+        after = before
         for name, text in known.items():
+            text = text.replace("](bench/", "](../bench/") if path.parent.name == "docs" else text
             after = re.sub(
                 rf"(<!-- {name} -->).*?(<!-- end -->)", lambda m, t=text: m[1] + t + m[2], after, flags=re.DOTALL
             )

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import re
+import shutil
 import struct
 import sys
 import zlib
@@ -39,7 +41,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def measured(data, tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("real")
+    directory = tmp_path_factory.mktemp("results") / "real"
     run(real_model.main, "--tiny", "--model", "demo", "--data", data, "--output-dir", directory, "--device", "cpu")
     return directory
 
@@ -54,9 +56,28 @@ def test_every_part_writes_its_files(measured, monkeypatch):
         assert len(rows) > 3 and entry["command"].startswith("python bench/") and entry["seconds"] > 0, part
         assert {"device", "versions", "model", "dtype", "sink_size", "window_size"} <= entry.keys()
         assert plt.imread(measured / f"{part}.png").std() > 0.01, part
-    monkeypatch.setattr(readme, "REAL", measured)
-    tables = {name: text for name, text in readme.figures().items() if name.startswith("real ")}
-    assert len(tables) == 11 and all("nan" not in text for text in tables.values())
+    monkeypatch.setattr(readme, "RESULTS", measured.parent)
+    texts = readme.figures()
+    assert sum(name.startswith("real ") for name in readme.TABLES | readme.SENTENCES) == len(texts) == 12
+    assert all("nan" not in text for text in texts.values())
+
+
+def test_the_table_of_losses(measured, monkeypatch):
+    """Cell by cell; without the run on a GPU, that on a CPU is shown."""
+    monkeypatch.setattr(readme, "RESULTS", measured.parent)
+    text, found = readme.TABLES["real loss table"](), about(measured, "loss")["loss"]
+    head, _, *rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    assert head == ["loss at", *found["sinks"]] and [row[0] for row in rows] == list(found)
+    for way, *cells in rows:
+        for cell, entry in zip(cells, found[way].values(), strict=True):
+            loss, least, most = map(float, re.fullmatch(r"(.+) \((.+)-(.+)\)", cell).groups())
+            expected = entry["loss"], min(entry["loss_by_text"]), max(entry["loss_by_text"])
+            assert (loss, least, most) == pytest.approx(expected, abs=0.006)
+    assert "(bench/results/real/loss.png)" in text
+    results = measured.parent / "smaller"
+    shutil.copytree(measured, results / "real" / "cpu")
+    monkeypatch.setattr(readme, "RESULTS", results)
+    assert readme.TABLES["real loss table"]() == text.replace("/real/", "/real/cpu/")
 
 
 def test_losses_are_those_of_the_definition(measured, data):
@@ -112,20 +133,20 @@ def test_a_dtype_that_is_refused_is_told(data, tmp_path, monkeypatch):
         "--data",
         data,
         "--output-dir",
-        tmp_path,
+        tmp_path / "real",
         "--device",
         "cpu",
     )
-    for row in rows_of(tmp_path / "dtypes.csv"):
+    for row in rows_of(tmp_path / "real" / "dtypes.csv"):
         own = float(row["unpatched_error"])
         if row["dtype"] == "bfloat16":
             assert row["refused"] == "no" and row["error"] == "" and 1e-3 < own < 0.1
         else:
             assert not row["refused"] and float(row["error"]) < 1.5 * own
             assert own < (1e-5 if row["dtype"] == "float32" else 1e-2)
-    assert list(about(tmp_path, "dtypes")["loss"]) == ["float32", "float16"]
-    monkeypatch.setattr(readme, "REAL", tmp_path)
-    assert "refused" in readme.real_dtypes_table()
+    assert list(about(tmp_path / "real", "dtypes")["loss"]) == ["float32", "float16"]
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert "refused" in readme.TABLES["real dtypes table"]()
 
 
 def test_a_part_that_fails_costs_no_other(data, tmp_path, monkeypatch):
