@@ -4,6 +4,7 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,26 @@ def _in_a_step(name: str):
         return getattr(Cache, name)(self, *args, **kwargs)
 
     return method
+
+
+class Unfed(NamedTuple):
+    """The last choice of an answer, which is not fed yet.
+
+    ids: (batch, 1). ended: (batch,) bool, rows that it is not of, or None. columns: of the answer, with this one.
+    """
+
+    ids: Tensor
+    ended: Tensor | None
+    columns: int
+
+    def picked(self, index: Tensor) -> "Unfed":
+        ids, ended = (None if x is None else x.index_select(0, index.to(x.device)) for x in self[:2])
+        return Unfed(ids, ended, self.columns)
+
+    def without(self, rows: Tensor) -> "Unfed":
+        """Not of these rows either, index (n,) int64."""
+        ended = torch.zeros_like(self.ids[:, 0], dtype=torch.bool) if self.ended is None else self.ended
+        return self._replace(ended=ended.index_fill(0, rows.to(ended.device), True))
 
 
 class SinkCache(Cache):
@@ -76,7 +97,7 @@ class SinkCache(Cache):
         self._all_known = True  # whether all was fed as ids
         self._goes_on = False  # whether the step under way is but a piece of an input
         self.ended: Tensor | None = None  # (batch,) bool, rows that `generate` feeds nothing any more
-        self.unfed: tuple[Tensor, Tensor | None] | None = None  # what it chose last: ids (batch, 1); rows it is not of
+        self.unfed: Unfed | None = None  # what it chose last
         self.is_searched = False  # whether the rows are the beams of a search
         self.is_torn = False
 
@@ -220,7 +241,7 @@ class SinkCache(Cache):
         """`generate` is over: what it chose last stays unfed, in a tensor of its own. is_search: whether by beams."""
         self.ended, self.is_searched = None, self.is_searched or is_search
         if self.unfed is not None:
-            self.unfed = self.unfed[0].clone(), self.unfed[1]
+            self.unfed = self.unfed._replace(ids=self.unfed.ids.clone())
 
     # What the model's layers call.
 
@@ -268,7 +289,7 @@ class SinkCache(Cache):
         """A cache of its own with a copy of some rows, index (n,) int64."""
         other = object.__new__(type(self))
         vars(other).update(self.__getstate__())
-        other._pick_unfed(index)
+        other.unfed = None if self.unfed is None else self.unfed.picked(index)
         other._use(self.rows.picked(index))
         return other
 
@@ -278,30 +299,20 @@ class SinkCache(Cache):
             for mine, new in zip(self.rows.tensors(), other.rows.tensors(), strict=True):
                 mine.index_copy_(0, index.to(mine.device), new)
             self._all_known, self.seen = self._all_known and other._all_known, max(self.seen, other.seen)
-            if other.unfed is None:
-                self._drop_unfed(index)
+            if other.unfed is None and self.unfed is not None:
+                self.unfed = self.unfed.without(index)
 
     def forget(self, index: Tensor) -> None:
         """Forget the texts of some rows, index (n,) int64, and keep the memory."""
         with self._changing():
             self.rows.forget(index)
-            self._drop_unfed(index)
+            self.unfed = None if self.unfed is None else self.unfed.without(index)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other rows: row i becomes what row ``beam_idx[i]`` was. Any number of them."""
         with self._changing():
             self._use(self.rows.reordered(beam_idx))
-            self._pick_unfed(beam_idx)
-
-    def _pick_unfed(self, index: Tensor) -> None:
-        if self.unfed is not None:
-            self.unfed = tuple(None if x is None else x.index_select(0, index.to(x.device)) for x in self.unfed)
-
-    def _drop_unfed(self, index: Tensor) -> None:
-        if self.unfed is not None:
-            ids, ended = self.unfed
-            ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device) if ended is None else ended
-            self.unfed = ids, ended.index_fill(0, index.to(ids.device), True)
+            self.unfed = None if self.unfed is None else self.unfed.picked(beam_idx)
 
     batch_select_indices = reorder_cache
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationMixin, StoppingCriteriaList
 
-from .cache import SinkCache
+from .cache import SinkCache, Unfed
 from .introspect import CACHE, named
 from .runner import Runner, is_plain
 
@@ -39,12 +39,13 @@ class _Stops(StoppingCriteriaList):
 
     def __init__(self, criteria: StoppingCriteriaList, cache: SinkCache):
         super().__init__(criteria)
-        self.cache, self.done = cache, None
+        self.cache, self.done, self.columns = cache, None, 0
         self.pads = any(hasattr(x, "eos_token_id") for x in criteria)  # as `generate` tells
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
         self.cache.ended = self.done  # before this choice
-        self.cache.unfed = input_ids[:, -1:], self.cache.ended
+        self.columns += 1
+        self.cache.unfed = Unfed(input_ids[:, -1:], self.cache.ended, self.columns)
         done = super().__call__(input_ids, scores, **kwargs)
         if self.pads and len(input_ids) > 1:
             self.done = done if self.done is None else self.done | done
@@ -98,9 +99,10 @@ class Generation:
                 raise ValueError("an empty prompt: give at least one token")
             if holds_text:
                 cache.check(len(given), cache.lengths.device, self.runner.plan)
-            ids = self._padded_left(given, args, kwargs, cache if holds_text else None)
+            pad = self._pad_of(args, kwargs)
+            ids = given if pad is None else self._padded_left(given, pad, kwargs, cache if holds_text else None)
             if holds_text:
-                undo = self._go_on(cache, ids, kwargs)
+                undo = self._go_on(cache, ids, pad, kwargs)
                 changes += undo is not None
             inputs = None if inputs is None else ids
             kwargs |= {} if inputs is not None else {"input_ids": ids}
@@ -122,16 +124,18 @@ class Generation:
                 sequences[:, : given.shape[1]] = given.repeat_interleave(len(sequences) // len(given), dim=0)
         return output
 
-    def _padded_left(self, ids: Tensor, args: tuple, kwargs: dict, cache: SinkCache | None) -> Tensor:
-        """ids, and in kwargs what belongs to them, with what `generate` would take for padding brought to the left.
+    def _pad_of(self, args: tuple, kwargs: dict) -> int | None:
+        """The id that `generate` takes for padding wherever it stands, None if there is none."""
+        config = kwargs.get("generation_config") or (args[0] if args else None)
+        pad, ends = (self._token(name, config, kwargs) for name in ("pad_token_id", "eos_token_id"))
+        return pad[0] if kwargs.get("attention_mask") is None and pad and pad[0] not in ends else None
+
+    def _padded_left(self, ids: Tensor, pad: int, kwargs: dict, cache: SinkCache | None) -> Tensor:
+        """ids, and in kwargs what belongs to them, with padding, ids that are `pad`, brought to the left.
 
         cache: that holds a text, or None. Pad ids in an answer that can be taken back no more are none in its history.
         """
-        config = kwargs.get("generation_config") or (args[0] if args else None)
-        pad, ends = (self._token(name, config, kwargs) for name in ("pad_token_id", "eos_token_id"))
-        if kwargs.get("attention_mask") is not None or not pad or pad[0] in ends:
-            return ids
-        real = ids != pad[0]
+        real = ids != pad
         if real.all():
             return ids
         order = real.int().argsort(dim=1, stable=True)
@@ -151,7 +155,7 @@ class Generation:
             order = real.int().argsort(dim=1, stable=True)
         if not real[:, -1].all():
             raise ValueError(
-                f"input_ids end with the pad token, {pad[0]}, which is padding where no attention_mask says otherwise: "
+                f"input_ids end with the pad token, {pad}, which is padding where no attention_mask says otherwise: "
                 "pad on the left"
             )
         kwargs["attention_mask"] = real.to(ids.dtype)
@@ -166,11 +170,13 @@ class Generation:
         found = next((x for x in told if x is not None), [])
         return torch.as_tensor(found).flatten().tolist()
 
-    def _go_on(self, cache: SinkCache, ids: Tensor, kwargs: dict) -> Callable[[], None] | None:
+    def _go_on(self, cache: SinkCache, ids: Tensor, pad: int | None, kwargs: dict) -> Callable[[], None] | None:
         """Tell `generate` what of ids, (batch, width), is new to a cache that holds a text.
 
         It slices off as many columns as the cache says to have seen, if the mask has as many as ids; columns of rows
-        with less that is new than others are then padding. Returns what undoes the taking back of tokens, if any were.
+        with less that is new than others are then padding. pad: the id that is padding, or None.
+
+        Returns what undoes the taking back of tokens, if any were.
         """
         (batch, width), mask = ids.shape, kwargs.get("attention_mask")
         mask = torch.ones_like(ids) if mask is None else mask
@@ -212,6 +218,8 @@ class Generation:
             raise ValueError(
                 "the rows of this SinkCache are the beams of a search, not the texts that it returned: reset() it"
             )
+        if pad is not None and cache.unfed is not None:
+            self._drop_pads(cache, pad)
         self._feed_last(cache, ids, real, is_told=mask.shape[1] == seen + width + 1)
         columns = torch.arange(cache.seen, device=ids.device)
         before = columns >= (cache.seen - cache.lengths[:, None]).to(ids.device)
@@ -230,16 +238,35 @@ class Generation:
         columns, new = torch.arange(width, device=real.device), torch.tensor(new, device=real.device)
         return torch.where(columns < cache.seen, real, columns >= width - new[:, None])
 
+    def _drop_pads(self, cache: SinkCache, pad: int) -> None:
+        """Take pad ids out of the last answer, as `generate` does if it is given the whole text, if they can be."""
+        unfed, device = cache.unfed, cache.lengths.device
+        fed = cache.rows.last(min(unfed.columns - 1, cache.rows.smallest))
+        is_pad, room = fed == pad, cache.rows.room(True)
+        is_pad &= fed.shape[1] - torch.arange(fed.shape[1], device=device) <= room[:, None]
+        if is_pad.any():
+            behind = is_pad.cumsum(1) > 0  # all from the first of them on is taken back, and fed again without them
+            cache.take_back(behind.sum(1), refeeds=True)
+            if (again := behind & ~is_pad).any():
+                order = again.int().argsort(dim=1, stable=True)
+                self._feed(cache, fed.gather(1, order), again.gather(1, order))
+            cache.unfed = unfed
+        if (is_pad := unfed.ids[:, 0] == pad).any():
+            cache.unfed = unfed.without(is_pad.nonzero()[:, 0])
+
+    def _feed(self, cache: SinkCache, ids: Tensor, mask: Tensor) -> None:
+        self.model(input_ids=ids, attention_mask=mask, **{CACHE: cache}, use_cache=True)
+
     def _feed_last(self, cache: SinkCache, ids: Tensor, real: Tensor, is_told: bool) -> None:
         """Feed the last token of an answer to the rows that have one and whose new ids do not begin with it."""
         if cache.unfed is None:
             return
-        last, ended = (None if x is None else x.to(cache.lengths.device) for x in cache.unfed)
+        last, ended = (None if x is None else x.to(cache.lengths.device) for x in cache.unfed[:2])
         first = ids.gather(1, real.int().argmax(1, keepdim=True)).to(last)
         misses = torch.ones_like(last, dtype=torch.bool) if is_told else first != last
         misses = misses if ended is None else misses & ~ended[:, None]
         if misses.any():
-            self.model(input_ids=last, attention_mask=misses, **{CACHE: cache}, use_cache=True)
+            self._feed(cache, last, misses)
 
     def prepare_inputs(self, input_ids: Tensor, *args, **kwargs) -> dict:
         """`GenerationMixin.prepare_inputs_for_generation`: no positions but the caller's own, sinkattn counts."""

@@ -293,6 +293,15 @@ class Rows:
         """A step that did not count has written where the next tokens will be."""
         torch.maximum(self.peak, self.lengths + tokens, out=self.peak)
 
+    def next_id(self) -> Tensor:
+        """The id that lies in the slot of the next token, (batch,) int64: where tokens were taken back, the first."""
+        return self.ids.gather(1, self._slots(self.lengths[:, None]))[:, 0]
+
+    def last(self, n: int) -> Tensor:
+        """The last n ids of every row, (batch, n) int64, -1 before its first. n: up to `smallest`."""
+        positions = self.lengths[:, None] + torch.arange(-n, 0, device=self.lengths.device)
+        return self.ids.gather(1, self._slots(positions.clamp(min=0))).masked_fill(positions < 0, -1)
+
     def known(self) -> tuple[Tensor, Tensor]:
         """The ids that are held, and their positions, (batch, S + R) int64 each: -1 where there is none."""
         ids, positions = self.ids[:, :-1], held_positions(self.lengths, self.sink_size, self.ring_size)

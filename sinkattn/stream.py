@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +49,7 @@ class Stream:
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._logits: Tensor | None = None  # (batch, vocabulary) of the next token
         self._ended: Tensor | None = None  # (batch,) bool, rows that take no tokens now
-        self._late: list[tuple] = []  # what was fed and not yielded yet: ids, what the host is told of them, when
+        self._late: list[tuple] = []  # what was fed and not yielded yet: ids, what the host is told, when, rows
         self._changes = 0  # of the cache's text, up to which the logits follow it
         self._waiting: set[int] = set()  # rows that were reset and have no text yet
         self._noise: Tensor | None = None  # (batch, vocabulary) float32
@@ -156,6 +156,40 @@ class Stream:
         self._waiting.update(index.tolist())
         self._late, self._changes = [], self._cache.changes
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def rewind(self, n: int | Sequence[int] | Tensor, rows=None) -> None:
+        """Take the last tokens of some rows back, as if they had not been there, and go on from there.
+
+        n: tokens, one number or one for each row. rows: (n,) int64 or a list, each once; None for all.
+        Raises ValueError for rows that are not there, for more tokens than can be taken back (see `SinkCache.crop`) and
+        for all that a row holds, which is what `reset` is for; nothing is changed then.
+        """
+        self._check_whole()
+        index = self._index_of(range(0 if self._ended is None else len(self._ended)) if rows is None else rows)
+        taken = torch.as_tensor(n, device=self._device)
+        if taken.is_floating_point() or taken.dtype == torch.bool or taken.dim() > 1 or bool((taken < 0).any()):
+            raise ValueError(f"n={n}: it needs a number of tokens, or one for each row")
+        if taken.dim() == 1 and len(taken) != len(index):
+            raise ValueError(f"n has {len(taken)} numbers, for {len(index)} rows")
+        cache, counts = self.cache, torch.zeros(len(self._ended), dtype=torch.int64, device=self._device)
+        counts[index] = taken
+        for *_, was_fed in self._late:  # nobody knows of these yet
+            counts += 1 if was_fed is None else was_fed
+        fed = counts > 0
+        if not fed.any():
+            return
+        counts += fed  # the last that stays is fed again, for what follows it
+        if bool((counts > cache.lengths).any()):
+            at = int((counts > cache.lengths).nonzero()[0])
+            raise ValueError(f"row {at} holds {int(cache.lengths[at])} tokens: reset() it, or take back fewer")
+        cache.take_back(counts, columns=1, refeeds=True)
+        ids = cache.rows.next_id()  # what was taken back last lies there still
+        self._ended[index] = False
+        self._late = []
+        self._feed(ids.clamp(min=0), fed)
+        self._changes = self._cache.changes
+
     def generate(
         self,
         max_new_tokens: int | None = None,
@@ -228,8 +262,9 @@ class Stream:
                         if watched and not on_gpu and not host[0]:
                             return
                         self._feed(ids, fed)
-                        self._late, self._changes = [(ids, host if watched else None, chosen)], self._cache.changes
-                ids, told, chosen = self._late[0]
+                        self._late = [(ids, host if watched else None, chosen, fed)]
+                        self._changes = self._cache.changes
+                ids, told, chosen, _ = self._late[0]
                 if on_gpu:
                     ids.record_stream(here)
                     here.wait_event(chosen)

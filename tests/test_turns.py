@@ -320,6 +320,10 @@ def test_pad_ids_in_an_answer(model):
             assert torch.equal(found[:, :-10], whole)
             texts = [row[row > 0] if is_near or tokens == 1 else row for row in whole]
             assert all(follows(texts[row], found[row, -10:]) for row in range(2))
+            if is_near:  # the new ids alone
+                again = copy.deepcopy(cache)
+                found = model.generate(whole[:, -5:], past_key_values=again, **GREEDY)
+                assert all(follows(texts[row], found[row, -10:]) for row in range(2))
 
 
 class Interrupted(transformers.StoppingCriteria):
