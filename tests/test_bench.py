@@ -370,10 +370,7 @@ def test_long_run(tmp_path):
     assert len({row["bytes"] for row in rows}) == 1
     blocks = [[0, 0.0, at / 100, 0] for at in range(20)]
     assert long_run.time_of(blocks) == {"median": 0.095, "p90": 0.17}
-    (tmp_path / "long_run.png").unlink()
-    run(long_run.main, "--plot-only", "--output-dir", tmp_path)
-    assert (tmp_path / "long_run.png").stat().st_size > 10_000
-    assert rows_of(tmp_path / "long_run.csv") == rows
+    assert plt.imread(tmp_path / "long_run.png").std() > 0.01
 
 
 def test_looking_both_ways():
