@@ -348,9 +348,9 @@ def main(
             rows.append(asdict(case) | {"provider": name} | times[name] | {"gflops": gflops})
         own = times["sinkattn"]
         shape = f"{case.heads}/{case.kv_heads}", case.head_dim, case.capacity, case.tokens, case.dtype, case.threads
-        times = (f"{times[name]['us']:.0f}" if name in times else "-" for name in PROVIDERS)
+        shown = (f"{times[name]['us']:.0f}" if name in times else "-" for name in PROVIDERS)
         share = f"{own['of_floor']:.0%}" if case.tokens == 1 else "-"
-        lines.append((*shape, f"{own['read_gb_s']:.1f}", f"{own['floor_us']:.0f}", *times, share))
+        lines.append((*shape, f"{own['read_gb_s']:.1f}", f"{own['floor_us']:.0f}", *shown, share))
         write(output_dir / "attention.csv", rows)
     print_table(("heads", "dim", "C", "T", "dtype", "threads", "GB/s", "floor", *PROVIDERS, "of floor"), lines, title)
     plot(rows, output_dir / "cpu.png")
