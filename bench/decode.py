@@ -24,7 +24,7 @@ from typing import Annotated
 import torch
 import typer
 from common import RESULTS, SINKS, Output, console, finish, print_table, track, write_csv
-from gpu import DTYPES, SDPA, cold, graph_us, installed, new, operands, read_bandwidth, sizes, title, tried, write_about
+from gpu import SDPA, cold, graph_us, installed, new, operands, read_bandwidth, sizes, title, tried, worth, write_about
 from matplotlib.figure import Figure
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -72,27 +72,18 @@ def flashinfer_us(provider, q, pairs, tensor_cores) -> float:
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, capacity = pairs[0][0].shape[1:3]
     pages = capacity // 16
+    like = dict(dtype=torch.int32, device="cuda")
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        torch.zeros(2**28, dtype=torch.uint8, device="cuda"),
-        "HND",
-        use_cuda_graph=True,
-        use_tensor_cores=tensor_cores,
-        paged_kv_indptr_buffer=torch.zeros(batch + 1, dtype=torch.int32, device="cuda"),
-        paged_kv_indices_buffer=torch.zeros(batch * pages, dtype=torch.int32, device="cuda"),
-        paged_kv_last_page_len_buffer=torch.zeros(batch, dtype=torch.int32, device="cuda"),
-    )
+        torch.zeros(2**28, dtype=torch.uint8, device="cuda"), "HND", use_cuda_graph=True, use_tensor_cores=tensor_cores,
+        paged_kv_indptr_buffer=torch.zeros(batch + 1, **like),
+        paged_kv_indices_buffer=torch.zeros(batch * pages, **like),
+        paged_kv_last_page_len_buffer=torch.zeros(batch, **like),
+    )  # fmt: skip
     wrapper.plan(
-        torch.arange(batch + 1, dtype=torch.int32, device="cuda") * pages,
-        torch.arange(batch * pages, dtype=torch.int32, device="cuda"),
-        torch.full((batch,), 16, dtype=torch.int32, device="cuda"),
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        16,
+        torch.arange(batch + 1, **like) * pages, torch.arange(batch * pages, **like), torch.full((batch,), 16, **like),
+        num_heads, num_kv_heads, head_dim, 16, q_data_type=q.dtype, kv_data_type=q.dtype,
         pos_encoding_mode="ROPE_LLAMA" if provider == "flashinfer_rope" else "NONE",
-        q_data_type=q.dtype,
-        kv_data_type=q.dtype,
-    )
+    )  # fmt: skip
     paged = [tuple(x.view(batch * pages, num_kv_heads, 16, head_dim) for x in pair) for pair in pairs]
     rows = q[:, :, 0]
     return graph_us([lambda pair=pair: wrapper.run(rows, pair) for pair in paged])
@@ -147,10 +138,8 @@ def main(
             continue
         times, floor, common = {}, size / bandwidth * 1e6, (dtype, head_dim) == ("bfloat16", 128)
         shape = (32, num_kv_heads, head_dim, batch, capacity)
-        for provider in providers:
-            if (provider == "flex" and case not in in_tables) or (provider.startswith("flashinfer") and not common):
-                continue  # both compile for a while
-            us = tried(case, measure, provider, *shape, DTYPES[dtype])
+        for provider in worth(providers, case in in_tables, common):
+            us = tried(case, measure, provider, *shape, getattr(torch, dtype))
             if us is not None:
                 times[provider] = f"{us:.2f}"
                 rows.append((*shape, dtype, provider, times[provider], f"{floor:.2f}"))

@@ -141,12 +141,8 @@ def measure(model, method: str, ids: torch.Tensor, capacity: int, tokens: int, w
         times = run(model, ids, tokens, **how)
     steps = sorted((b - a) * 1e3 for a, b in zip(times[2:], times[3:], strict=False))
     memory = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
-    return dict(
-        ms_per_token=round(median(steps), 4),
-        p99_ms=round(steps[int(len(steps) * 0.99)], 4),
-        memory_gb=round(memory / 1e9, 3),
-        first_token_s=round(first, 3),
-    )
+    ms = dict(ms_per_token=round(median(steps), 4), p99_ms=round(steps[int(len(steps) * 0.99)], 4))
+    return dict(ms, memory_gb=round(memory / 1e9, 3), first_token_s=round(first, 3))
 
 
 def floor_ms(model, batch: int, capacity: int, bandwidth: float) -> float:
@@ -279,12 +275,8 @@ def main(
     """Time whole steps; print tables, write CSV and plots."""
     if models != "none":
         bandwidth = read_bandwidth() if DEVICE.type == "cuda" else 1e10
-        about = dict(
-            device=device_name(DEVICE),
-            torch=torch.__version__,
-            transformers=transformers.__version__,
-            read_gb_per_s=round(bandwidth / 1e9, 1),
-        )
+        versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+        about = dict(device=device_name(DEVICE), **versions, read_gb_per_s=round(bandwidth / 1e9, 1))
         write_json(output_dir / "generate.json", about)
         print_table(COLUMNS, steps(models.split(","), output_dir, tokens, bandwidth), "one decode step")
     if texts:

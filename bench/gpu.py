@@ -85,6 +85,12 @@ def installed(providers: tuple[str, ...]) -> list[str]:
     return list(providers)
 
 
+def worth(providers: list[str], in_tables: bool, common: bool) -> list[str]:
+    """The providers of a case; FlexAttention compiles for a while, and so does FlashInfer for a dtype and head_dim."""
+    left_out = (() if in_tables else ("flex",)) + (() if common else ("flashinfer",))
+    return [name for name in providers if not name.startswith(left_out)]
+
+
 def tried(case: tuple, measure: Callable[..., float], provider: str, *arguments) -> float | None:
     """What `measure` measures; None, and why on the terminal, where the provider cannot do it."""
     try:

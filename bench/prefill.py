@@ -21,7 +21,7 @@ import torch
 import triton
 import typer
 from common import RESULTS, SINKS, Output, finish, print_table, write_csv
-from gpu import DTYPES, SDPA, installed, operands, sizes, title, tried, write_about
+from gpu import SDPA, installed, operands, sizes, title, tried, worth, write_about
 from matplotlib.figure import Figure
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -134,20 +134,15 @@ def main(
     rows, lines, in_tables = [], [], cases(tables_only=True)
     for case in cases(tables_only):
         dtype, head_dim, num_kv_heads, batch, tokens, capacity = case
-        shape, shown = (32, num_kv_heads, head_dim, batch, tokens, capacity), []
-        for provider in providers:
-            if (provider == "flex" and case not in in_tables) or (
-                provider.startswith("flashinfer") and (dtype, head_dim, batch) != ("bfloat16", 128, 1)
-            ):
-                shown.append("")  # both compile for a while, and FlashInfer's call takes one row
-                continue
-            ms = tried(case, measure, provider, *shape, DTYPES[dtype])
-            if ms is None:
-                shown.append("-")
-                continue
-            tflops = 4 * head_dim * 32 * batch * pairs_seen(provider, tokens, capacity) / ms * 1e-9
-            shown.append(f"{ms:.3f} ({tflops:.0f})")
-            rows.append((*shape, dtype, provider, f"{ms:.4f}", f"{tflops:.1f}"))
+        shape, times = (32, num_kv_heads, head_dim, batch, tokens, capacity), {}
+        common = (dtype, head_dim, batch) == ("bfloat16", 128, 1)  # FlashInfer's call takes one row
+        for provider in worth(providers, case in in_tables, common):
+            ms = tried(case, measure, provider, *shape, getattr(torch, dtype))
+            if ms is not None:
+                tflops = 4 * head_dim * 32 * batch * pairs_seen(provider, tokens, capacity) / ms * 1e-9
+                times[provider] = f"{ms:.3f} ({tflops:.0f})"
+                rows.append((*shape, dtype, provider, f"{ms:.4f}", f"{tflops:.1f}"))
+        shown = (times.get(provider, "-") for provider in providers)
         lines.append((f"32/{num_kv_heads}", head_dim, dtype, batch, tokens, capacity, *shown))
         torch.cuda.empty_cache()
         write_csv(output_dir / "prefill.csv", COLUMNS, rows)

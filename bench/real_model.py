@@ -184,6 +184,14 @@ def line(axes: Axes, where: list[float], values: Tensor, name: str, **style) -> 
     axes.fill_between(where, values.min(0).values, values.max(0).values, color=COLOURS[name], alpha=0.12, linewidth=0)
 
 
+def three_panels(figure: Figure, rows: list[tuple], labels: dict[str, int]) -> Iterator[tuple[Axes, str, Tensor]]:
+    """Axes, way and its values (n,), for every panel and way. labels: to columns of rows, which begin with the way."""
+    for axes, (label, column) in zip(figure.subplots(3, 1, sharex=True), labels.items(), strict=True):
+        for name in dict.fromkeys(row[0] for row in rows):
+            yield axes, name, torch.tensor([float(row[column]) for row in rows if row[0] == name])
+        finish(axes, ylabel=label, ylim=(0, None))
+
+
 def cost(bench: Bench) -> Result:
     single, rows = bench.size(32, 2), []
     positions = [bench.capacity // 4 * 2**i for i in range(20)]
@@ -428,13 +436,9 @@ def endless(bench: Bench) -> Result:
         excerpts[name] = {str(i * length): said[i] for i in sorted({0, last, len(said) - 1})}
 
     def draw(figure: Figure) -> None:
-        for axes, column, label in zip(
-            figure.subplots(3, 1, sharex=True), (3, 4, 5), ("known words", "variety", "loss alone"), strict=True
-        ):
-            for name in about:
-                part = torch.tensor([float(row[column]) for row in rows if row[0] == name]).view(texts, -1)
-                line(axes, [(i + 0.5) * length for i in range(part.shape[1])], part, name)
-            finish(axes, ylabel=label, ylim=(0, None))
+        for axes, name, part in three_panels(figure, rows, {"known words": 3, "variety": 4, "loss alone": 5}):
+            part = part.view(texts, -1)
+            line(axes, [(i + 0.5) * length for i in range(part.shape[1])], part, name)
         axes.set_xlabel("tokens written")
 
     columns = ("way", "text", "begin", "known", "variety", "loss", "fluent")
@@ -466,12 +470,8 @@ def chat(bench: Bench) -> Result:
         excerpts[name] = {f"{turn}: {questions[turn]}": answers[turn][2] for turn in turns}
 
     def draw(figure: Figure) -> None:
-        for axes, column, label in zip(
-            figure.subplots(3, 1, sharex=True), (4, 5, 3), ("known words", "variety", "tokens"), strict=True
-        ):
-            for name in about:
-                axes.plot([float(row[column]) for row in rows if row[0] == name], ".-", color=COLOURS[name], label=name)
-            finish(axes, ylabel=label, ylim=(0, None))
+        for axes, name, part in three_panels(figure, rows, {"known words": 4, "variety": 5, "tokens": 3}):
+            axes.plot(part, ".-", color=COLOURS[name], label=name)
         axes.set_xlabel("turn")
 
     columns = ("way", "turn", "seen", "tokens", "known", "variety", "loss", "fluent", "failed")

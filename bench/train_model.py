@@ -139,11 +139,9 @@ def train_tokenizer(texts: list[str], sample_chars: int = 20_000_000) -> Tokeniz
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
     total, sample = 0, []
     for text in texts:
         if (total := total + len(text)) > sample_chars:
@@ -272,14 +270,10 @@ def train(
             break
     seconds = time.perf_counter() - clock
     return {
-        "steps": last,
-        "planned_steps": steps,
-        "tokens": last * batch_size * CONTEXT,
-        "compiled": device.type == "cuda",
-        "compile_seconds": round(compile_seconds, 1),
-        "milliseconds_per_step": round(1000 * seconds / last, 2),
-        "loss": curve,
-    }
+        "steps": last, "planned_steps": steps, "tokens": last * batch_size * CONTEXT,
+        "compiled": device.type == "cuda", "compile_seconds": round(compile_seconds, 1),
+        "milliseconds_per_step": round(1000 * seconds / last, 2), "loss": curve,
+    }  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -366,14 +360,9 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, sinks: str, directory: P
     tokenizer.post_processor = front
     model.to(torch.bfloat16).save_pretrained(directory)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
-        model_max_length=10**9,  # the point is to go past the context
-    )
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", split_special_tokens=True,
+        clean_up_tokenization_spaces=False, model_max_length=10**9,  # the point is to go past the context
+    )  # fmt: skip
     wrapped.save_pretrained(directory)
     path = directory / "tokenizer.json"  # written indented; half the size without
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")), ensure_ascii=False, separators=(",", ":")), "utf-8")
