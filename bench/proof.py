@@ -139,8 +139,7 @@ def start(name: str, part: Part, out: Path, gpus: int) -> None:
     threads = max(os.cpu_count() - 4, 1) if name == "corpus" else 2
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1",
                    "TORCHINDUCTOR_COMPILE_THREADS": "3"}  # fmt: skip
-    paths = (str(HERE.parent), os.environ.get("PYTHONPATH"))
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
     if gpus > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str(part.gpu)
     part.arguments, part.begin = tuple(command), time.perf_counter()

@@ -369,12 +369,10 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, sinks: str, directory: P
 
 
 def check_size(directory: Path) -> None:
-    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
-    rows = [(name, f"{size:,}") for name, size in (*sizes.items(), ("total", sum(sizes.values())))]
-    print_table(("file", "bytes"), rows, str(directory))
-    if sum(sizes.values()) > SIZE_LIMIT:
-        console.print(f"[bold red]too large: the limit is {SIZE_LIMIT:,} bytes")
-        raise typer.Exit(1)
+    size = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+    console.print(f"{directory}: {size:,} bytes")
+    if size > SIZE_LIMIT:
+        raise SystemExit(f"too large: the limit is {SIZE_LIMIT:,} bytes")
 
 
 def main(
