@@ -15,26 +15,21 @@ nowhere (mean over queries in the second half of the trained length); attention.
 tokens. The maps are made for Llamas, by plain PyTorch.
 """
 
-import csv
-import json
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from experiments import Reader, losses, open_model, plain_forward, record, side_by_side, text_blocks, token_ids
+from common import RESULTS, Device, Output, TextFile, print_table, record, track, write_csv, write_json
+from experiments import Reader, losses, open_model, plain_forward, side_by_side, text_blocks, token_ids
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
 SINKS = (0, 1, 2, 4, 8)
 COLUMNS = ("model", "study", "sink_size", "window_size", "loss", "least", "most")
 MAP = 32  # tokens of the texts in the attention maps
-console = Console()
 
 
 def settings(capacity: int, sizes: list[int]) -> list[tuple[str, int, int]]:
@@ -42,6 +37,20 @@ def settings(capacity: int, sizes: list[int]) -> list[tuple[str, int, int]]:
     found = [("sinks", sinks, capacity - sinks) for sinks in SINKS]
     found += [("cache", 4, size - 4) for size in sizes]
     return found + [("newline", 0, capacity), ("newline", 4, capacity - 4)]
+
+
+def without_start(tokenizer, ids: Tensor) -> Tensor:
+    """ids (texts, T) with line ends in place of the first 4 tokens."""
+    newline = tokenizer("\n", add_special_tokens=False).input_ids[-1]
+    return torch.cat((torch.full_like(ids[:, :4], newline), ids[:, 4:]), dim=1)
+
+
+def pieces_of(ids: Tensor, length: int, count: int, front: int) -> Tensor:
+    """About `count` pieces of `length` tokens from each text (texts, T), all with the first text's `front` tokens."""
+    starts = range(0, ids.shape[1] - length, max((ids.shape[1] - length) // count, 1))
+    pieces = torch.cat([ids[:, start : start + length] for start in starts])
+    pieces[:, :front] = ids[:1, :front]
+    return pieces
 
 
 def second_half(model, ids: Tensor, sink_size: int, window_size: int) -> Tensor:
@@ -72,7 +81,7 @@ def attention(model: LlamaForCausalLM, ids: Tensor) -> tuple[Tensor, Tensor, Ten
 
 def draw_maps(maps: dict[str, Tensor], path: Path) -> None:
     layers = len(next(iter(maps.values())))
-    figure = Figure(figsize=(1.5 * layers + 1, 1.6 * len(maps) + 0.6), layout="constrained")
+    figure = Figure(figsize=(1.5 * layers + 1, 1.6 * len(maps) + 0.6))
     grid = figure.subplots(len(maps), layers, squeeze=False)
     for row, (name, of_layers) in zip(grid, maps.items(), strict=True):
         for layer, (axes, share) in enumerate(zip(row, of_layers, strict=True)):
@@ -83,22 +92,21 @@ def draw_maps(maps: dict[str, Tensor], path: Path) -> None:
         row[0].set_ylabel(name)
     figure.colorbar(image, ax=grid, label="share of attention", fraction=0.02)
     figure.supxlabel(f"keys across, queries down, of texts of {MAP} tokens; mean over heads and texts", fontsize=9)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
 
 
 def main(
     model: Annotated[list[str], typer.Option(help="Hub names or local paths, one or several.")] = ("demo",),
-    output_dir: Annotated[Path, typer.Option(help="Where the results go.")] = Path("bench/results/ablation"),
-    text: Annotated[Path | None, typer.Option(help="A file; without it the demo's held-out modules.")] = None,
+    output_dir: Output = RESULTS / "ablation",
+    text: TextFile = None,
     tokens: Annotated[int, typer.Option(help="Length of a text.")] = 8192,
     texts: Annotated[int, typer.Option(help="How many, side by side.")] = 8,
     capacity: Annotated[int | None, typer.Option(help="Sinks and window; the trained length by default.")] = None,
     sizes: Annotated[str, typer.Option(help="Capacities of the cache study.")] = "64,128,256,384,512,768,1024,2048",
-    device: Annotated[str | None, typer.Option(help="The GPU if there is one.")] = None,
+    device: Device = None,
     dtype: str = "float32",
 ) -> None:
     """Run every study on every model."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     rows, maps, shares, about = [], {}, [], {}
     for name in model:
         label = Path(name).name
@@ -106,37 +114,27 @@ def main(
         about = record(str(network.device))
         size = capacity or network.config.max_position_embeddings
         ids = side_by_side(tokenizer, token_ids(tokenizer, text_blocks(text)), texts, tokens + 1).to(network.device)
-        newline = tokenizer("\n", add_special_tokens=False).input_ids[-1]
-        changed = torch.cat((torch.full_like(ids[:, :4], newline), ids[:, 4:]), dim=1)
-        for study, sink_size, window_size in track(settings(size, [int(x) for x in sizes.split(",")]), label):
+        changed = without_start(tokenizer, ids)
+        cases = settings(size, [int(x) for x in sizes.split(",")])
+        for study, sink_size, window_size in track(cases, label):
             loss = second_half(network, changed if study == "newline" else ids, sink_size, window_size)
             numbers = (f"{x.item():.4f}" for x in (loss.mean(), loss.min(), loss.max()))
             rows.append((label, study, sink_size, window_size, *numbers))
         if isinstance(network, LlamaForCausalLM):
-            length = min(size, tokens)
-            starts = range(front, tokens - length, max((tokens - length) // 8, 1))
-            pieces = torch.cat([ids[:, start : start + length - front] for start in starts])
-            pieces = torch.cat((ids[:1, :front].expand(len(pieces), -1), pieces), dim=1)[:64]
-            maps[label], first, nowhere = attention(network, pieces)
+            maps[label], first, nowhere = attention(network, pieces_of(ids[:, :-1], min(size, tokens), 8, front)[:64])
             shares += [(label, i, f"{a:.4f}", f"{b:.4f}") for i, (a, b) in enumerate(zip(first, nowhere, strict=True))]
-    for file_name, columns, lines in (
-        ("ablation.csv", COLUMNS, rows),
-        ("attention.csv", ("model", "layer", "first", "nowhere"), shares),
-    ):
-        with (output_dir / file_name).open("w", newline="") as file:
-            csv.writer(file).writerows([columns, *lines])
+    write_csv(output_dir / "ablation.csv", COLUMNS, rows)
+    write_csv(output_dir / "attention.csv", ("model", "layer", "first", "nowhere"), shares)
     if maps:
         draw_maps(maps, output_dir / "attention.png")
-    about |= {"models": list(model), "tokens": tokens, "texts": texts}
-    (output_dir / "ablation.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_json(output_dir / "ablation.json", about | {"models": list(model), "tokens": tokens, "texts": texts})
     for study in dict.fromkeys(row[1] for row in rows):
-        part = [row for row in rows if row[1] == study]
-        columns = dict.fromkeys(f"{row[2]} + {row[3]}" for row in part)
-        table = Table("model", *columns, title=f"{study}: loss in the second half of {tokens} tokens, {texts} texts")
-        for label in dict.fromkeys(row[0] for row in part):
-            found = {f"{row[2]} + {row[3]}": row[4] for row in part if row[0] == label}
-            table.add_row(label, *(found.get(column, "") for column in columns))
-        console.print(table)
+        found: dict[str, dict] = {}
+        for label, name, sink_size, window_size, loss, *_ in rows:
+            if name == study:
+                found.setdefault(label, {"model": label})[f"{sink_size} + {window_size}"] = loss
+        columns = dict.fromkeys(column for row in found.values() for column in row)
+        print_table(columns, found.values(), f"{study}: loss in the second half of {tokens} tokens, {texts} texts")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ the text. Writes both_ways.json: the loss of the masked tokens by position. Ever
 decoders, and refuses such a model.
 """
 
-import json
 import random
 import time
 from collections.abc import Iterator
@@ -22,16 +21,14 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from experiments import default_device, ranges, record, rotate
-from rich.console import Console
-from rich.table import Table
+from common import RESULTS, Output, default_device, print_table, record, write_json
+from experiments import ranges, rotate, through_layers
 from torch import Tensor
 from train_model import BOS, CONTEXT, EOS, PAD, batches, build_model, prepared, stdlib, train
 from transformers import AttentionInterface, LlamaForCausalLM
 
 MASKED = 0.15  # share of the tokens
 WAYS = {"full": None, "window": 0, "global": 4}  # global tokens
-console = Console()
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, **_) -> tuple[Tensor, None]:
@@ -63,17 +60,11 @@ def loss_of(model: LlamaForCausalLM, data: Tensor) -> Tensor:
 @torch.no_grad()
 def logits_of(model: LlamaForCausalLM, ids: Tensor, sink_size: int | None, chunk: int = 512) -> Tensor:
     """(B, T) ids -> (B, T, vocabulary). sink_size: global tokens in front, None for full attention."""
-    theta, last = model.config.rope_parameters["rope_theta"], CONTEXT - 1
+    theta = model.config.rope_parameters["rope_theta"]
     position = torch.arange(ids.shape[1], device=ids.device)
-    near = position.clamp(max=last)
-    hidden = model.model.embed_tokens(ids)
-    for layer in model.model.layers:
-        module, states = layer.self_attn, layer.input_layernorm(hidden)
-        q, k, v = (
-            projection(states).unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
-            for projection in (module.q_proj, module.k_proj, module.v_proj)
-        )
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    near = position.clamp(max=CONTEXT - 1)
+
+    def attend(_, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (q_text, q_near), (k_text, k_near) = ((rotate(x, position, theta), rotate(x, near, theta)) for x in (q, k))
         outputs = []
         for rows in position.split(chunk):
@@ -84,14 +75,14 @@ def logits_of(model: LlamaForCausalLM, ids: Tensor, sink_size: int | None, chunk
                 is_global = (t < sink_size) | (j < sink_size)
                 visible = is_global | ((t - j).abs() <= (CONTEXT - sink_size) // 2)
                 scores = torch.where(is_global, of_global, scores).masked_fill(~visible, -torch.inf)
-            outputs.append((scores * module.head_dim**-0.5).softmax(-1) @ v)
-        hidden = hidden + module.o_proj(torch.cat(outputs, 2).transpose(1, 2).flatten(2))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return model.lm_head(model.model.norm(hidden))
+            outputs.append((scores * q.shape[-1] ** -0.5).softmax(-1) @ v)
+        return torch.cat(outputs, 2)
+
+    return model.lm_head(through_layers(model, ids, attend))
 
 
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Where the results go.")] = Path("bench/results/both_ways"),
+    output_dir: Output = RESULTS / "both_ways",
     corpus: Annotated[Path | None, typer.Option(help="As in train_model.py.")] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 5000,
     minutes: Annotated[float, typer.Option(help="Training ends, annealed, after this long at the latest.")] = 30.0,
@@ -99,14 +90,13 @@ def main(
     max_files: Annotated[int | None, typer.Option(help="Train on so many files at most.")] = None,
     tokens: Annotated[int, typer.Option(help="Length of a held-out text.")] = 4096,
     texts: Annotated[int, typer.Option(help="How many.")] = 8,
-    seed: int = 0,
 ) -> None:
     """Train, and read long texts in every way."""
     device = default_device()
-    random.seed(seed)
-    torch.manual_seed(seed)
+    random.seed(0)
+    torch.manual_seed(0)
     begin = time.perf_counter()
-    tokenizer, stream, about = prepared(corpus, max_files, seed, lambda name: None)
+    tokenizer, stream, about = prepared(corpus, max_files, 0, lambda name: None)
     AttentionInterface.register("both_ways", attention)
     model = build_model("token").to(device)
     model.set_attn_implementation("both_ways")
@@ -128,16 +118,13 @@ def main(
         ]
         loss, counted = torch.stack(found), targets >= 0
         losses[name] = {f"{a}-{b}": (loss[:, a:b].sum() / counted[:, a:b].sum()).item() for a, b in spans}
-    output_dir.mkdir(parents=True, exist_ok=True)
     entry = {
         **record(device), "training": training, "texts": texts, "tokens": tokens, "loss": losses,
         "seconds": round(time.perf_counter() - begin, 1),
     }  # fmt: skip
-    (output_dir / "both_ways.json").write_text(json.dumps(entry, indent=1) + "\n")
-    table = Table("masked tokens at", *(f"{a}-{b}" for a, b in spans), title="mean loss on held-out texts")
-    for name, by_range in losses.items():
-        table.add_row(name, *(f"{loss:.3f}" for loss in by_range.values()))
-    console.print(table)
+    write_json(output_dir / "both_ways.json", entry)
+    rows = [(name, *(f"{loss:.3f}" for loss in by_range.values())) for name, by_range in losses.items()]
+    print_table(("masked tokens at", *(f"{a}-{b}" for a, b in spans)), rows, "mean loss on held-out texts")
 
 
 if __name__ == "__main__":

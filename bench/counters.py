@@ -7,18 +7,18 @@ much of the time a multiprocessor has work in the mean.
 """
 
 import csv
+import functools
 import io
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from decode import SINKS, console
-from rich.table import Table
+from common import RESULTS, Output, print_table, write_csv
+from gpu import new, operands, sizes, title
 
 from sinkattn import ops
 
@@ -39,12 +39,11 @@ def run(cases) -> None:
     """Every case, between the marks that ncu waits for."""
     calls = []
     for op, num_kv_heads, batch, tokens, capacity in cases:
-        new = lambda heads, n, rows=batch: torch.randn(rows, heads, n, 128, device="cuda", dtype=torch.bfloat16)  # noqa: E731
-        tensors = new(32, tokens), *(new(num_kv_heads, n) for n in (tokens, tokens, capacity, capacity))
+        *qkv, rotation = operands(32, num_kv_heads, batch, tokens)
+        caches = (new(batch, num_kv_heads, capacity, 128) for _ in range(2))
         lengths = torch.full((batch,), 3 * capacity if op == "decode" else 0, device="cuda")
-        rotation = torch.randn(batch, tokens, 2, 2, 64, device="cuda")
-        sizes = dict(sink_size=SINKS, window_size=capacity - SINKS, scale=128**-0.5, backend="cuda")
-        calls.append(lambda op=op, t=tensors, a=(lengths, None, rotation), s=sizes: getattr(ops, op)(*t, *a, **s))
+        arguments = *qkv, *caches, lengths, None, rotation
+        calls.append(functools.partial(getattr(ops, op), *arguments, **sizes(capacity), backend="cuda"))
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -70,16 +69,12 @@ def rows_of(report: str) -> list[tuple]:
         active = 100 * number("SM Active Cycles") / number("Elapsed Cycles")
         shares = number("DRAM Throughput"), number("Compute (SM) Throughput")
         us, waves = number("Duration") / 1e3, number("Waves Per SM")
-        rows.append(
-            (*case, kernel["name"], f"{us:.1f}", *(f"{x:.0f}" for x in shares), f"{waves:.2f}", f"{active:.0f}")
-        )
+        shown = (f"{us:.1f}", *(f"{x:.0f}" for x in shares), f"{waves:.2f}", f"{active:.0f}")
+        rows.append((*case, kernel["name"], *shown))
     return rows
 
 
-def main(
-    output_dir: Annotated[Path, typer.Option(help="Where counters.csv goes.")] = Path("bench/results"),
-    inside: Annotated[bool, typer.Option(hidden=True)] = False,
-) -> None:
+def main(output_dir: Output = RESULTS, inside: Annotated[bool, typer.Option(hidden=True)] = False) -> None:
     """Count; print the table, write counters.csv."""
     if inside:
         return run(CASES)
@@ -90,15 +85,9 @@ def main(
     done = subprocess.run([*command, sys.executable, __file__, "--inside"], capture_output=True, text=True)
     if done.returncode or '"ID"' not in done.stdout:
         raise SystemExit(f"ncu counted nothing:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    rows, table = rows_of(done.stdout), Table(*COLUMNS, title=torch.cuda.get_device_name())
-    for row in rows:
-        table.add_row(*map(str, row))
-    console.print(table)
-    with (output_dir / "counters.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
+    rows = rows_of(done.stdout)
+    print_table(COLUMNS, rows, title())
+    write_csv(output_dir / "counters.csv", COLUMNS, rows)
 
 
 if __name__ == "__main__":

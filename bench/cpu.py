@@ -28,7 +28,6 @@ of 1024 tokens, with the same weights; the floor is the bytes of weights and cac
 """
 
 import copy
-import csv
 import functools
 import json
 import os
@@ -42,12 +41,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.pyplot as plt
 import torch
 import transformers
 import typer
-from rich.console import Console
-from rich.table import Table
+from common import RESULTS, SINKS, Output, console, finish, print_table, write_csv, write_json
+from matplotlib.figure import Figure
 from torch.nn.functional import linear, scaled_dot_product_attention
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -56,12 +54,10 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 import sinkattn
 from sinkattn import SinkCache, ops, patch
 
-SINKS = 4
 PROVIDERS = ("sinkattn", "sinkattn_op", "sdpa", "eager", "sdpa_alone", "attention_sinks", "llama.cpp")
 PEERS = PROVIDERS[5:]  # of cpu_peer.py
 COLD = 256 * 2**20  # bytes read before any of them is read again
 PATIENCE = 1.5  # seconds for a provider and case, after which two rounds have to do
-console = Console(width=150)
 
 
 @dataclass(frozen=True)
@@ -301,33 +297,29 @@ def plot(rows: list[dict], path: Path) -> None:
     rows = [row for row in rows if row["tokens"] == 1 and row["threads"] == max(row["threads"] for row in rows)]
     panels = list(dict.fromkeys((row["heads"], row["kv_heads"], row["capacity"], row["dtype"]) for row in rows))
     lines = -(-len(panels) // 3)  # of a panel a dtype
-    figure, axes = plt.subplots(lines, 3, figsize=(10, 2.6 * lines + 1), squeeze=False, sharex=True)
+    figure = Figure(figsize=(10, 2.6 * lines + 1))
+    axes = figure.subplots(lines, 3, squeeze=False, sharex=True)
     for axis, panel in zip(axes.flat, panels, strict=False):
         some = [r for r in rows if (r["heads"], r["kv_heads"], r["capacity"], r["dtype"]) == panel]
         axis.bar([r["provider"] for r in some], [r["us"] for r in some], color=["C1"] * 2 + ["C0"] * (len(some) - 2))
         axis.axhline(some[0]["floor_us"], color="black", linestyle="--", linewidth=1)
-        axis.set(title=f"{panel[0]}/{panel[1]} heads, C {panel[2]}, {panel[3]}", yscale="log")
+        finish(axis, "y", title=f"{panel[0]}/{panel[1]} heads, C {panel[2]}, {panel[3]}", yscale="log")
         axis.title.set_size(9)
     for axis in axes[-1]:
         axis.tick_params(axis="x", rotation=90)
     figure.supylabel("us a layer and token (dashed: floor)", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.savefig(path)
 
 
-def write(rows: list[dict], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({k: f"{x:.4g}" if isinstance(x, float) else x for k, x in row.items()} for row in rows)
+def write(path: Path, rows: list[dict]) -> None:
+    """With four digits."""
+    short = ({key: f"{x:.4g}" if isinstance(x, float) else x for key, x in row.items()} for row in rows)
+    write_csv(path, list(rows[0]), short)
 
 
 @torch.no_grad()
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Where the CSV files, cpu.json and cpu.png go.")] = Path(
-        "bench/results/cpu"
-    ),
+    output_dir: Output = RESULTS / "cpu",
     attention_sinks_python: Annotated[str, typer.Option(help="Python that has attention_sinks 0.4.0.")] = "",
     llama_cpp_python: Annotated[str, typer.Option(help="Python that has llama-cpp-python.")] = "",
     tiny: Annotated[bool, typer.Option(help="Sizes that show that it runs, and nothing else.")] = False,
@@ -338,7 +330,6 @@ def main(
     missing = [name for name in pythons if name not in peers]
     if missing:
         console.print(f"[yellow]missing peers:[/yellow] {', '.join(missing)}; options name interpreters that have them")
-    output_dir.mkdir(parents=True, exist_ok=True)
     versions = {"sinkattn": sinkattn.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     about = {
         "machine": machine(),
@@ -347,58 +338,52 @@ def main(
         "peers": {name: peer.versions for name, peer in peers.items()},
         "missing": missing,
     }
-    (output_dir / "cpu.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_json(output_dir / "cpu.json", about)
     title = f"us; {about['machine']}, {about['instructions']}, torch {torch.__version__}"
-    table = Table("heads", "dim", "C", "T", "dtype", "threads", "GB/s", "floor", *PROVIDERS, "of floor", title=title)
-    reader, rows = Reader(2**20 if tiny else COLD), []
+    reader, rows, lines = Reader(2**20 if tiny else COLD), [], []
     for case in cases(tiny):
         times = measure(case, peers, reader)
         for name in (name for name in PROVIDERS if name in times):
             gflops = 1e-3 * case.flops(name) / times[name]["us"] if case.tokens > 1 else ""
             rows.append(asdict(case) | {"provider": name} | times[name] | {"gflops": gflops})
         own = times["sinkattn"]
-        table.add_row(
-            f"{case.heads}/{case.kv_heads}", *map(str, (case.head_dim, case.capacity, case.tokens, case.dtype)),
-            str(case.threads), f"{own['read_gb_s']:.1f}", f"{own['floor_us']:.0f}",
-            *(f"{times[name]['us']:.0f}" if name in times else "-" for name in PROVIDERS),
-            f"{own['of_floor']:.0%}" if case.tokens == 1 else "-",
-        )  # fmt: skip
-        write(rows, output_dir / "attention.csv")
-    console.print(table)
+        shape = f"{case.heads}/{case.kv_heads}", case.head_dim, case.capacity, case.tokens, case.dtype, case.threads
+        shown = (f"{times[name]['us']:.0f}" if name in times else "-" for name in PROVIDERS)
+        share = f"{own['of_floor']:.0%}" if case.tokens == 1 else "-"
+        lines.append((*shape, f"{own['read_gb_s']:.1f}", f"{own['floor_us']:.0f}", *shown, share))
+        write(output_dir / "attention.csv", rows)
+    print_table(("heads", "dim", "C", "T", "dtype", "threads", "GB/s", "floor", *PROVIDERS, "of floor"), lines, title)
     plot(rows, output_dir / "cpu.png")
 
-    table, rows = Table("weight", "rows", "dtype", "us", "torch us", "of floor", title="products of few rows"), []
+    rows, lines = [], []
     for shape in ((64, 48),) if tiny else ((4096, 4096), (9728, 896)):
         for dtype in ("float32", "bfloat16", "float16"):
             for count in (1, 4, 8):
                 own, torchs = linear_rows(*shape, count, dtype, 1 if tiny else 2, reader, 2 if tiny else 7)
                 rows += own, torchs
                 numbers = f"{own['us']:.0f}", f"{torchs['us']:.0f}", f"{own['of_floor']:.0%}"
-                table.add_row(f"{shape[0]} x {shape[1]}", str(count), dtype, *numbers)
-        write(rows, output_dir / "linear.csv")
-    console.print(table)
+                lines.append((f"{shape[0]} x {shape[1]}", count, dtype, *numbers))
+        write(output_dir / "linear.csv", rows)
+    print_table(("weight", "rows", "dtype", "us", "torch us", "of floor"), lines, "products of few rows")
 
     shape = dict(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
         vocab_size=151936, tie_word_embeddings=True, max_position_embeddings=32768,
     )  # fmt: skip
-    threads, capacity, rounds, rows = (1, 2), 1024, 20, []
+    threads, capacity, rounds, rows, lines = (1, 2), 1024, 20, [], []
     if tiny:
         shape |= dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, vocab_size=97)
         shape |= dict(num_attention_heads=2, num_key_value_heads=1)
         threads, capacity, rounds = (1,), 32, 2
-    table = Table("dtype", "threads", "patched tokens/s", "transformers tokens/s", "floor tokens/s", title="model")
     for dtype in ("float32", "bfloat16", "float16"):
-        for count, (patched, plain, floor) in model_seconds(dtype, threads, capacity, rounds, reader, shape).items():
-            rows.append(
-                dict(
-                    dtype=dtype, threads=count, capacity=capacity, patched=1 / patched, transformers=1 / plain,
-                    floor=1 / floor,
-                )
-            )  # fmt: skip
-            table.add_row(dtype, str(count), *(f"{1 / x:.2f}" for x in (patched, plain, floor)))
-            write(rows, output_dir / "model.csv")
-    console.print(table)
+        for count, seconds in model_seconds(dtype, threads, capacity, rounds, reader, shape).items():
+            speeds = [1 / x for x in seconds]
+            names = ("patched", "transformers", "floor")
+            rows.append(dict(dtype=dtype, threads=count, capacity=capacity, **dict(zip(names, speeds, strict=True))))
+            lines.append((dtype, count, *(f"{x:.2f}" for x in speeds)))
+            write(output_dir / "model.csv", rows)
+    columns = ("dtype", "threads", "patched tokens/s", "transformers tokens/s", "floor tokens/s")
+    print_table(columns, lines, "model")
 
 
 if __name__ == "__main__":

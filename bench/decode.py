@@ -17,99 +17,43 @@ Without --tables-only there are more batch sizes, capacities, head dims and floa
 decode.json says where it ran.
 """
 
-import csv
-import importlib.metadata
 import itertools
-import json
-import time
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.pyplot as plt
 import torch
-import triton
-import triton.language as tl
 import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from common import RESULTS, SINKS, Output, console, finish, print_table, track, write_csv
+from gpu import SDPA, cold, graph_us, installed, new, operands, read_bandwidth, sizes, title, tried, worth, write_about
+from matplotlib.figure import Figure
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from sinkattn import ops
 
-SINKS = 4
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 PROVIDERS = ("sinkattn", "sinkattn_overlap", "sdpa_cudnn", "sdpa_flash", "flex", "flashinfer_none", "flashinfer_rope")
 LARGEST = 9e9  # bytes of one layer's cache; larger ones are left out
 COLUMNS = ("num_heads", "num_kv_heads", "head_dim", "batch", "capacity", "dtype", "provider", "us", "floor_us")
-console = Console(width=160)
-
-
-def graph_us(calls: list, replays: int = 20) -> float:
-    """Microseconds of one call: median over replays of a graph that makes each of the calls once."""
-    for call in calls:  # all, as what a cache needs is made at its first call
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times, warm = [], time.perf_counter() + 0.05
-    while time.perf_counter() < warm:
-        graph.replay()
-        torch.cuda.synchronize()
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / len(calls))
-    return sorted(times)[len(times) // 2]
-
-
-@triton.jit
-def _read_kernel(x, out, BLOCK: tl.constexpr):
-    first = tl.program_id(0).to(tl.int64) * (8 * BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.static_range(8):
-        total += tl.load(x + first + i * BLOCK + tl.arange(0, BLOCK))
-    tl.store(out + tl.program_id(0), tl.sum(total))
-
-
-def read_bandwidth() -> float:
-    """Bytes a second that a kernel reads which does nothing else."""
-    x = torch.randn(2**30, device="cuda")
-    out = x.new_empty(2**30 // 8192)
-    return x.nbytes / (graph_us([lambda: _read_kernel[(len(out),)](x, out, BLOCK=1024, num_warps=4)] * 2) * 1e-6)
 
 
 def caches(batch, heads, capacity, head_dim, dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Enough (k, v), each (batch, heads, capacity, head_dim), to exceed the L2 four times over, in turn; at least 8."""
-    size = 2 * batch * heads * capacity * head_dim * dtype.itemsize
-    wanted = 4 * torch.cuda.get_device_properties(0).L2_cache_size
-    shape = (batch, heads, capacity, head_dim)
-    count = max(2, -(-wanted // size))
-    pairs = [tuple(torch.randn(shape, device="cuda", dtype=dtype) for _ in range(2)) for _ in range(count)]
+    count = max(2, cold(2 * batch * heads * capacity * head_dim * dtype.itemsize))
+    pairs = [tuple(new(batch, heads, capacity, head_dim, dtype=dtype) for _ in range(2)) for _ in range(count)]
     return [pairs[i % count] for i in range(max(8, count))]
 
 
 def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype, op=ops.decode) -> float:
     """Microseconds of one layer's step; raises what the provider raises where it cannot. op: sinkattn's, for tuning."""
-    q = torch.randn(batch, num_heads, 1, head_dim, device="cuda", dtype=dtype)
+    q, k, v, rotation = operands(num_heads, num_kv_heads, batch, 1, head_dim, dtype)
     pairs = caches(batch, num_kv_heads, capacity, head_dim, dtype)
     if provider.startswith("sinkattn"):
-        overlap = provider == "sinkattn_overlap"
-        k, v = (torch.randn(batch, num_kv_heads, 1, head_dim, device="cuda", dtype=dtype) for _ in range(2))
         lengths = torch.randint(capacity, 10 * capacity, (batch,), device="cuda")
-        rotation = torch.randn(batch, 1, 2, 2, head_dim // 2, device="cuda")
-        sizes = dict(sink_size=SINKS, window_size=capacity - SINKS, scale=head_dim**-0.5, overlap=overlap)
-        calls = [lambda kv=kv: op(q, k, v, *kv, lengths, None, rotation, None, None, **sizes) for kv in pairs]
+        more = sizes(capacity, head_dim) | {"overlap": provider == "sinkattn_overlap"}
+        calls = [lambda kv=kv: op(q, k, v, *kv, lengths, None, rotation, None, None, **more) for kv in pairs]
         return graph_us(calls)
-    if provider.startswith("sdpa"):
-        backend = SDPBackend.CUDNN_ATTENTION if provider == "sdpa_cudnn" else SDPBackend.FLASH_ATTENTION
-        with sdpa_kernel(backend):
+    if provider in SDPA:
+        with sdpa_kernel(SDPA[provider]):
             return graph_us([lambda kv=kv: scaled_dot_product_attention(q, *kv, enable_gqa=True) for kv in pairs])
     if provider == "flex":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -128,27 +72,18 @@ def flashinfer_us(provider, q, pairs, tensor_cores) -> float:
     batch, num_heads, _, head_dim = q.shape
     num_kv_heads, capacity = pairs[0][0].shape[1:3]
     pages = capacity // 16
+    like = dict(dtype=torch.int32, device="cuda")
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        torch.zeros(2**28, dtype=torch.uint8, device="cuda"),
-        "HND",
-        use_cuda_graph=True,
-        use_tensor_cores=tensor_cores,
-        paged_kv_indptr_buffer=torch.zeros(batch + 1, dtype=torch.int32, device="cuda"),
-        paged_kv_indices_buffer=torch.zeros(batch * pages, dtype=torch.int32, device="cuda"),
-        paged_kv_last_page_len_buffer=torch.zeros(batch, dtype=torch.int32, device="cuda"),
-    )
+        torch.zeros(2**28, dtype=torch.uint8, device="cuda"), "HND", use_cuda_graph=True, use_tensor_cores=tensor_cores,
+        paged_kv_indptr_buffer=torch.zeros(batch + 1, **like),
+        paged_kv_indices_buffer=torch.zeros(batch * pages, **like),
+        paged_kv_last_page_len_buffer=torch.zeros(batch, **like),
+    )  # fmt: skip
     wrapper.plan(
-        torch.arange(batch + 1, dtype=torch.int32, device="cuda") * pages,
-        torch.arange(batch * pages, dtype=torch.int32, device="cuda"),
-        torch.full((batch,), 16, dtype=torch.int32, device="cuda"),
-        num_heads,
-        num_kv_heads,
-        head_dim,
-        16,
+        torch.arange(batch + 1, **like) * pages, torch.arange(batch * pages, **like), torch.full((batch,), 16, **like),
+        num_heads, num_kv_heads, head_dim, 16, q_data_type=q.dtype, kv_data_type=q.dtype,
         pos_encoding_mode="ROPE_LLAMA" if provider == "flashinfer_rope" else "NONE",
-        q_data_type=q.dtype,
-        kv_data_type=q.dtype,
-    )
+    )  # fmt: skip
     paged = [tuple(x.view(batch * pages, num_kv_heads, 16, head_dim) for x in pair) for pair in pairs]
     rows = q[:, :, 0]
     return graph_us([lambda pair=pair: wrapper.run(rows, pair) for pair in paged])
@@ -166,94 +101,55 @@ def cases(tables_only: bool) -> list[tuple[str, int, int, int, int]]:
     return rows
 
 
-def write_about(path: Path, **more) -> None:
-    """Where a bench ran, and what else its figures depend on."""
-    versions = {}
-    for name in ("torch", "triton", "flashinfer-python"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = None
-    about = {"device": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "versions": versions, **more}
-    path.write_text(json.dumps(about, indent=1) + "\n")
-
-
 def plot(rows: list[tuple], path: Path) -> None:
     """Share of the floor over the batch, a line per peer, a panel a shape; heads of 128 in bfloat16."""
     shown = [row for row in rows if (row[2], row[5]) == (128, "bfloat16")]
     capacities = sorted({row[4] for row in shown})
-    figure, axes = plt.subplots(
-        2, len(capacities), figsize=(3.2 * len(capacities), 6), sharex=True, sharey=True, squeeze=False
-    )
+    figure = Figure(figsize=(3.2 * len(capacities), 6))
+    axes = figure.subplots(2, len(capacities), sharex=True, sharey=True, squeeze=False)
     for (i, num_kv_heads), (j, capacity) in itertools.product(enumerate((32, 8)), enumerate(capacities)):
         axis = axes[i][j]
         for provider in PROVIDERS:
             of = [row for row in shown if (row[1], row[4], row[6]) == (num_kv_heads, capacity, provider)]
-            points = sorted((row[3], row[8] / row[7]) for row in of)
+            points = sorted((row[3], float(row[8]) / float(row[7])) for row in of)
             style = {"linewidth": 2.5, "zorder": 3} if provider.startswith("sinkattn") else {"alpha": 0.8}
             axis.plot(*(zip(*points, strict=True) if points else ([], [])), marker="o", ms=3, label=provider, **style)
-        axis.set(xscale="log", title=f"32/{num_kv_heads} heads, C {capacity}", ylim=(0, 1.05))
+        finish(axis, xscale="log", title=f"32/{num_kv_heads} heads, C {capacity}", ylim=(0, 1.05))
         axis.set_xticks((1, 8, 64, 256), ("1", "8", "64", "256"), minor=False)
         axis.tick_params(which="minor", bottom=False, labelbottom=False)
-        axis.grid(alpha=0.3)
     figure.supxlabel("batch", fontsize=10)
     figure.supylabel("share of the floor reached", fontsize=10)
-    axes[0][-1].legend(fontsize=8, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
-def write(rows: list[tuple], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows((*row[:-2], f"{row[-2]:.2f}", f"{row[-1]:.2f}") for row in rows)
+    axes[0][-1].legend(loc="lower right")
+    figure.savefig(path)
 
 
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Where decode.csv and decode.png go.")] = Path("bench/results"),
+    output_dir: Output = RESULTS,
     tables_only: Annotated[bool, typer.Option(help="Batch 1, 8, 64, C 1024, 4096, bfloat16, heads of 128.")] = False,
 ) -> None:
     """Time sinkattn's decode beside its peers; print the table, write decode.csv, plot it."""
-    providers = list(PROVIDERS)
-    try:
-        import flashinfer  # noqa: F401
-    except ImportError as error:
-        providers = [name for name in providers if not name.startswith("flashinfer")]
-        console.print(f"[yellow]missing peers:[/yellow] flashinfer_none, flashinfer_rope ({error})")
-    bandwidth = read_bandwidth()
-    versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    title = f"us a layer and step; {torch.cuda.get_device_name()}, {versions}, reads {bandwidth / 1e12:.2f} TB/s"
-    table = Table("heads/kv", "dim", "dtype", "batch", "C", "floor", *providers, "share of floor", title=title)
-    rows = []
-    output_dir.mkdir(parents=True, exist_ok=True)
-    in_tables = cases(tables_only=True)
-    for case in track(cases(tables_only), "measuring", console=console):
+    providers, bandwidth = installed(PROVIDERS), read_bandwidth()
+    rows, lines, in_tables = [], [], cases(tables_only=True)
+    for case in track(cases(tables_only), "measuring"):
         dtype, head_dim, num_kv_heads, batch, capacity = case
         size = 4 * batch * num_kv_heads * capacity * head_dim
         if size > LARGEST:
             console.print(f"[yellow]left out:[/yellow] {case}, a cache of {size / 1e9:.0f} GB")
             continue
-        times, common = {}, (dtype, head_dim) == ("bfloat16", 128)
-        for provider in providers:
-            if (provider == "flex" and case not in in_tables) or (provider.startswith("flashinfer") and not common):
-                continue  # both compile for a while
-            try:
-                times[provider] = measure(provider, 32, num_kv_heads, head_dim, batch, capacity, DTYPES[dtype])
-            except (RuntimeError, OSError, ValueError) as error:
-                console.print(f"[yellow]{provider} cannot do[/yellow] {case}: {str(error)[:120]}")
-                continue
-            key = (32, num_kv_heads, head_dim, batch, capacity, dtype, provider)
-            rows.append((*key, times[provider], size / bandwidth * 1e6))
-        floor = size / bandwidth * 1e6
-        cells = [f"{times[provider]:.1f}" if provider in times else "-" for provider in providers]
-        share = f"{floor / times['sinkattn']:.0%}"
-        table.add_row(
-            f"32/{num_kv_heads}", str(head_dim), dtype, str(batch), str(capacity), f"{floor:.1f}", *cells, share
-        )
+        times, floor, common = {}, size / bandwidth * 1e6, (dtype, head_dim) == ("bfloat16", 128)
+        shape = (32, num_kv_heads, head_dim, batch, capacity)
+        for provider in worth(providers, case in in_tables, common):
+            us = tried(case, measure, provider, *shape, getattr(torch, dtype))
+            if us is not None:
+                times[provider] = f"{us:.2f}"
+                rows.append((*shape, dtype, provider, times[provider], f"{floor:.2f}"))
+        share = f"{floor / float(times['sinkattn']):.0%}"
+        shown = (times.get(provider, "-") for provider in providers)
+        lines.append((f"32/{num_kv_heads}", head_dim, dtype, batch, capacity, f"{floor:.1f}", *shown, share))
         torch.cuda.empty_cache()
-        write(rows, output_dir / "decode.csv")
-    console.print(table)
+        write_csv(output_dir / "decode.csv", COLUMNS, rows)
+    columns = ("heads/kv", "dim", "dtype", "batch", "C", "floor", *providers, "share of floor")
+    print_table(columns, lines, f"us a layer and step; {title()}, reads {bandwidth / 1e12:.2f} TB/s")
     write_about(output_dir / "decode.json", read_bytes_a_second=bandwidth)
     plot(rows, output_dir / "decode.png")
 

@@ -1,4 +1,4 @@
-"""What the experiments share: models and texts, four ways of reading a text, CSVs that resume, and a plain definition.
+"""What the experiments share: models and texts, four ways of reading a text, and a plain definition.
 
 dense       the unpatched model and its whole cache
 window      the last C tokens, no sinks: patch(model, 0, C)
@@ -7,12 +7,7 @@ recompute   for every token the unpatched model anew, over what the tokenizer pu
             C in all: what the paper calls sliding window with re-computation
 """
 
-import json
 import math
-import platform
-import shlex
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,16 +15,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 import typer
+from common import default_device
 from torch import Tensor, nn
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from sinkattn import SinkCache, demo, patch
@@ -85,10 +73,6 @@ def causal_attention(module, query, key, value, attention_mask, scaling=None, s_
     return output.transpose(1, 2).contiguous(), None
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def open_model(
     name: str, device: str | None, dtype: str, **kwargs
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
@@ -101,13 +85,13 @@ def open_model(
     transformers.logging.set_verbosity_error()  # it would warn that the text gets longer than the context
     transformers.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(**kwargs)
-    kind = SinkLlama if config.architectures == ["SinkLlama"] else AutoModelForCausalLM
+    kind = SinkLlama if config.architectures == ["SinkLlama"] else transformers.AutoModelForCausalLM
     if kind is SinkLlama:
-        AttentionInterface.register("causal_sdpa", causal_attention)
+        transformers.AttentionInterface.register("causal_sdpa", causal_attention)
         kwargs = {**kwargs, "attn_implementation": "causal_sdpa"}
     model = kind.from_pretrained(dtype=dtype, **kwargs).to(device or default_device()).eval()
     kwargs.pop("attn_implementation", None)
-    tokenizer = AutoTokenizer.from_pretrained(**kwargs)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(**kwargs)
     return model, tokenizer, len(tokenizer("").input_ids)
 
 
@@ -158,6 +142,19 @@ def side_by_side(tokenizer: PreTrainedTokenizerBase, ids: Iterator[int], texts: 
     return torch.tensor([take(ids, tokens, start) for _ in range(texts)])
 
 
+class Text:
+    """One text, piece by piece. last: the id that is fed next, for the one before it foretells it."""
+
+    def __init__(self, ids: Iterator[int], device: torch.device):
+        self.ids, self.device, self.last = ids, device, take(ids, 1)
+
+    def next(self, count: int) -> tuple[Tensor, list[int]]:
+        """(1, count) int64 ids to feed, and the `count` ids each of which follows one of them."""
+        following = take(self.ids, count)
+        fed, self.last = [*self.last, *following[:-1]], following[-1:]
+        return torch.tensor([fed], device=self.device), following
+
+
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
@@ -201,6 +198,13 @@ class Reader:
         layers = () if self.cache is None else self.cache.layers
         return sum(x.nbytes for layer in layers if layer.is_initialized for x in (layer.keys, layer.values))
 
+    @property
+    def peak(self) -> int:
+        """Bytes at the most since `forget_peak`, on a GPU; those of weights and cache on a CPU."""
+        if self.model.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.model.device)
+        return sum(x.nbytes for x in self.model.parameters()) + self.nbytes
+
     @torch.no_grad()
     def feed(self, ids: Tensor, columns: Tensor | None = None) -> Tensor:
         """Read on. ids: (rows, n) int64; columns: which of the n logits are asked for, all by default.
@@ -233,6 +237,14 @@ class Reader:
         return torch.cat(pieces, dim=1)
 
 
+def ranges(tokens: int, first: int) -> list[tuple[int, int]]:
+    """Position ranges that double: [0, first), [first, 2 first), ... up to `tokens`."""
+    borders = [0, min(first, tokens)]
+    while borders[-1] < tokens:
+        borders.append(min(2 * borders[-1], tokens))
+    return list(zip(borders, borders[1:], strict=False))
+
+
 def losses(reader: Reader, ids: Tensor, chunk: int = 512, wanted: Tensor | None = None) -> Tensor:
     """Loss of every token after the first, or of those in the columns `wanted` alone.
 
@@ -248,66 +260,6 @@ def losses(reader: Reader, ids: Tensor, chunk: int = 512, wanted: Tensor | None 
     return torch.cat(found, dim=1)
 
 
-# ------------------------------------------------------------------------------------------------------------- files
-
-
-def ranges(tokens: int, first: int) -> list[tuple[int, int]]:
-    """Position ranges that double: [0, first), [first, 2 first), ... up to `tokens`."""
-    borders = [0, min(first, tokens)]
-    while borders[-1] < tokens:
-        borders.append(min(2 * borders[-1], tokens))
-    return list(zip(borders, borders[1:], strict=False))
-
-
-def record(device: str) -> dict:
-    """The command that runs, and what it runs on."""
-    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    path = Path(sys.argv[0])
-    return {
-        "command": " ".join(["python", f"bench/{path.name}", *map(shlex.quote, sys.argv[1:])]),
-        "device": name,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def now(device: torch.device) -> float:
-    """Seconds, once the device has done all it was told."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def resume(path: Path, columns: tuple[str, ...], settings: dict, overwrite: bool) -> list[str] | None:
-    """Make `path` ready for more rows; what it holds stays, but for a line that a killed run left half-written.
-
-    settings: what the rows depend on; they are kept beside the CSV. Returns the last row, None if there is none. Raises
-    typer.BadParameter for a CSV of other settings.
-    """
-    beside = path.with_suffix(".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if overwrite or not path.exists() or not beside.exists():
-        beside.write_text(json.dumps(settings, indent=1) + "\n")
-        path.write_text(",".join(columns) + "\n")
-        return None
-    before = json.loads(beside.read_text())
-    if before != settings:
-        keys = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
-        differ = [f"{key} {before.get(key)} then, {settings.get(key)} now" for key in keys]
-        raise typer.BadParameter(
-            f"{path} was made with other settings ({'; '.join(differ)}): choose another --output-dir, or --overwrite"
-        )
-    whole = path.read_bytes()
-    whole = whole[: whole.rfind(b"\n") + 1]
-    with path.open("r+b") as file:
-        file.truncate(len(whole))
-    lines = whole.decode().split("\n")
-    return lines[-2].split(",") if len(lines) > 2 else None
-
-
 # -------------------------------------------------------------------------------------------------- the definition
 
 
@@ -321,6 +273,27 @@ def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+def through_layers(
+    model: LlamaForCausalLM, ids: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The last hidden states of a Llama, normalised: (B, T, hidden). Plain PyTorch on its weights, nothing of sinkattn.
+
+    ids: (B, T) int64. attend: called with a layer's index and its q, k, v, each (B, heads, T, head_dim), not rotated, a
+    key for every query head; returns what they attend to, of the same shape.
+    """
+    hidden = model.model.embed_tokens(ids)
+    for index, layer in enumerate(model.model.layers):
+        attention, states = layer.self_attn, layer.input_layernorm(hidden)
+        q, k, v = (
+            projection(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        hidden = hidden + attention.o_proj(attend(index, q, k, v).transpose(1, 2).flatten(2))
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return model.model.norm(hidden)
+
+
 @torch.no_grad()
 def plain_forward(
     model: LlamaForCausalLM,
@@ -331,7 +304,7 @@ def plain_forward(
     watch: Callable[[int, int, Tensor, Tensor], None] | None = None,
     chunk: int = 256,
 ) -> Tensor:
-    """Sinks + window by their definition, for a Llama: plain PyTorch on the model's weights, nothing of sinkattn.
+    """`through_layers` with sinks + window by their definition.
 
     The query at t sees j < S at distance min(t, S + W - 1) - j and t - W < j <= t at distance t - j.
 
@@ -345,15 +318,10 @@ def plain_forward(
     theta = model.config.rope_parameters["rope_theta"]
     columns = torch.arange(ids.shape[1], device=ids.device)
     positions = columns if positions is None else positions
-    hidden = model.model.embed_tokens(ids)
-    for index, layer in enumerate(model.model.layers):
-        attention, states = layer.self_attn, layer.input_layernorm(hidden)
-        q, k, v = (
-            projection(states).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (rotate(k, positions, theta), v))
-        q_window = rotate(q, positions, theta)
+
+    def attend(index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        attention = model.model.layers[index].self_attn
+        q_window, k = rotate(q, positions, theta), rotate(k, positions, theta)
         q_sink = rotate(q, positions.clamp(max=sink_size + window_size - 1), theta)
         outputs = []
         for start in range(0, ids.shape[1], chunk):
@@ -371,6 +339,6 @@ def plain_forward(
             if watch is not None:
                 watch(index, start, share, seen)
             outputs.append(share @ v[:, :, seen])
-        hidden = hidden + attention.o_proj(torch.cat(outputs, 2).transpose(1, 2).flatten(2))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return model.model.norm(hidden)
+        return torch.cat(outputs, 2)
+
+    return through_layers(model, ids, attend)

@@ -19,53 +19,54 @@ length of the text), --flatness flatness.csv, flatness.json: so many tokens thro
 with the package; ms_per_token is the mean over 10,000 tokens from there on (for the last row: up to there).
 """
 
-import csv
-import gc
-import json
+import contextlib
 import resource
 import time
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.pyplot as plt
 import torch
 import transformers
 import typer
-from decode import console, read_bandwidth
-from rich.progress import Progress, track
-from rich.table import Table
+from common import (
+    RESULTS,
+    SINKS,
+    Output,
+    default_device,
+    device_name,
+    finish,
+    free,
+    median,
+    now,
+    print_table,
+    progress,
+    track,
+    write_csv,
+    write_json,
+)
+from gpu import read_bandwidth
+from matplotlib.figure import Figure
 
 import sinkattn
 from sinkattn.demo import MODEL
 
 LLAMA = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
 QWEN = dict(vocab_size=151936, head_dim=128, num_key_value_heads=8, rope_parameters={"rope_theta": 1e6})
+TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SMALL = dict(QWEN, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, tie_word_embeddings=True)
+LARGE = dict(QWEN, hidden_size=5120, num_hidden_layers=40, num_attention_heads=40)
 SHAPES = {
     "llama-2-7b": ("Llama", dict(LLAMA, vocab_size=32000, intermediate_size=11008)),
     "llama-3-8b": ("Llama", dict(LLAMA, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)),
-    "qwen3-0.6b": (
-        "Qwen3",
-        dict(
-            QWEN, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-            tie_word_embeddings=True,
-        ),
-    ),
-    "qwen3-14b": (
-        "Qwen3",
-        dict(QWEN, hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40),
-    ),
-    "tiny": (
-        "Llama",
-        dict(
-            hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=128,
-        ),
-    ),
-}  # fmt: skip
+    "qwen3-0.6b": ("Qwen3", dict(SMALL, intermediate_size=3072)),
+    "qwen3-14b": ("Qwen3", dict(LARGE, intermediate_size=17408)),
+    "tiny": ("Llama", dict(TINY, intermediate_size=96, vocab_size=128)),
+}
 METHODS = ("dynamic", "static_compiled", "recompute", "generate", "stream")
 COLUMNS = ("model", "batch", "capacity", "method", "ms_per_token", "p99_ms", "memory_gb", "first_token_s")
-SINKS = 4
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTHS = ("model", "method", "tokens", "ms_per_token", "memory_gb")  # columns of lengths.csv
+FLATNESS = ("tokens", "ms_per_token", "memory_bytes")
+DEVICE = torch.device(default_device())
 
 
 def rows_of(model: str) -> list[tuple[int, int]]:
@@ -87,18 +88,6 @@ def make(name: str) -> transformers.PreTrainedModel:
     return model.eval()
 
 
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def clear() -> None:
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
 class _Clock(transformers.LogitsProcessor):
     """Notes when `generate` chooses a token."""
 
@@ -116,7 +105,7 @@ def generate_times(model, ids, tokens: int, **how) -> list[float]:
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens,
         logits_processor=transformers.LogitsProcessorList([clock]), **how,
     )  # fmt: skip
-    synchronize()
+    now(DEVICE)
     return clock.times
 
 
@@ -126,8 +115,7 @@ def recompute_times(model, ids, tokens: int) -> list[float]:
     for _ in range(tokens):
         logits = model(ids[:, -capacity:], use_cache=False, logits_to_keep=1).logits
         ids = torch.cat((ids, logits[:, -1].argmax(-1, keepdim=True)), dim=1)
-        synchronize()
-        times.append(time.perf_counter())
+        times.append(now(DEVICE))
     return times
 
 
@@ -140,31 +128,21 @@ def stream_times(model, ids, tokens: int) -> list[float]:
     return times
 
 
-def measure(model, method: str, batch: int, capacity: int, tokens: int) -> dict:
-    """One row of generate.csv, less its first columns."""
-    clear()
-    ids = torch.randint(3, 100, (batch, capacity), device=DEVICE)
+def measure(model, method: str, ids: torch.Tensor, capacity: int, tokens: int, warm: int) -> dict:
+    """Of `tokens` tokens behind ids (batch, n), a row of generate.csv; a few behind ids[:, :warm] come first."""
+    free(DEVICE)
     run = {"recompute": recompute_times, "stream": stream_times}.get(method, generate_times)
     how = {"cache_implementation": "static"} if method == "static_compiled" else {}
-    synchronize()
-    start = time.perf_counter()
+    start = now(DEVICE)
     patched = method in ("generate", "stream")
-    handle = sinkattn.patch(model, SINKS, capacity - SINKS) if patched else None
-    try:
+    with sinkattn.patch(model, SINKS, capacity - SINKS) if patched else contextlib.nullcontext():
         # a static cache is as long as text and tokens together: another number of tokens would be compiled anew
-        first = run(model, ids, tokens if method == "static_compiled" else 4, **how)[2] - start
+        first = run(model, ids[:, :warm], tokens if method == "static_compiled" else 4, **how)[2] - start
         times = run(model, ids, tokens, **how)
-    finally:
-        if handle is not None:
-            handle.remove()
     steps = sorted((b - a) * 1e3 for a, b in zip(times[2:], times[3:], strict=False))
-    memory = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else 0
-    return dict(
-        ms_per_token=round(steps[len(steps) // 2], 4),
-        p99_ms=round(steps[int(len(steps) * 0.99)], 4),
-        memory_gb=round(memory / 1e9, 3),
-        first_token_s=round(first, 3),
-    )
+    memory = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 0
+    ms = dict(ms_per_token=round(median(steps), 4), p99_ms=round(steps[int(len(steps) * 0.99)], 4))
+    return dict(ms, memory_gb=round(memory / 1e9, 3), first_token_s=round(first, 3))
 
 
 def floor_ms(model, batch: int, capacity: int, bandwidth: float) -> float:
@@ -185,81 +163,57 @@ def methods_of(model: str, batch: int, capacity: int) -> list[str]:
     return [method for method in METHODS if method not in left_out]
 
 
-def write(path: Path, rows: list[dict], columns=None) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns or list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def steps(models: list[str], output_dir: Path, tokens: int, bandwidth: float) -> list[dict]:
     rows = []
     for name in models:
         model = make(name)
-        for batch, capacity in track(rows_of(name), description=name, console=console):
+        for batch, capacity in track(rows_of(name), name):
             about = dict(model=name, batch=batch, capacity=capacity)
             floor = float(f"{floor_ms(model, batch, capacity, bandwidth):.4g}")  # of a tiny model it is nanoseconds
             rows.append(dict(about, method="floor", ms_per_token=floor))
             for method in methods_of(name, batch, capacity):
                 few = {"recompute": 8, "dynamic": max(5, tokens // 3)}.get(method, tokens)
                 few = few if batch <= 8 else min(few, 24)
-                rows.append(dict(about, method=method, **measure(model, method, batch, capacity, few)))
+                ids = torch.randint(3, 100, (batch, capacity), device=DEVICE)
+                rows.append(dict(about, method=method, **measure(model, method, ids, capacity, few, capacity)))
                 if method == "static_compiled":
                     torch.compiler.reset()
-                write(output_dir / "generate.csv", rows, COLUMNS)
+                write_csv(output_dir / "generate.csv", COLUMNS, rows)
         plot_figure10(rows, output_dir / "figure10.png")
         del model
-        clear()
+        free(DEVICE)
     return rows
-
-
-def show(rows: list[dict]) -> None:
-    table = Table(*COLUMNS, title="one decode step")
-    for row in rows:
-        table.add_row(*(str(row.get(name, "")) for name in COLUMNS))
-    console.print(table)
 
 
 def plot_figure10(rows: list[dict], path: Path) -> None:
     model = rows[0]["model"]
     chosen = sorted({row["capacity"] for row in rows if row["model"] == model and row["batch"] == 1})
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
     for method in ("recompute", "dynamic", "generate", "stream", "floor"):
-        at = {r["capacity"]: r for r in rows if (r["model"], r["batch"], r["method"]) == (model, 1, method)}
-        line = [at[c]["ms_per_token"] for c in chosen if c in at]
-        axes.plot(
-            [c for c in chosen if c in at], line, marker="o", label=method, linestyle="-" if method != "floor" else ":"
-        )
-    axes.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="ms a token", title=f"{model}, batch 1")
+        mine = [r for r in rows if (r["model"], r["batch"], r["method"]) == (model, 1, method)]
+        at = {r["capacity"]: r for r in sorted(mine, key=lambda r: r["capacity"])}
+        times = [at[c]["ms_per_token"] for c in at]
+        axes.plot(list(at), times, marker="o", label=method, linestyle="-" if method != "floor" else ":")
+    labels = dict(xlabel="tokens in the cache", ylabel="ms a token", title=f"{model}, batch 1")
+    finish(axes, xscale="log", yscale="log", **labels)
     axes.set_xticks(chosen, [str(c) for c in chosen])
     axes.set_xticks([], minor=True)
     axes.legend()
-    axes.grid(alpha=0.3, which="both")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path)
 
 
 def lengths(name: str, output_dir: Path, texts: list[int], capacity: int, tokens: int) -> None:
     """Time per token after texts of several lengths."""
     model, rows = make(name), []
-    for text in track(texts, description="lengths", console=console):
+    for text in track(texts, "lengths"):
         for method in ("dynamic", "generate", "stream"):
-            clear()
             ids = torch.randint(3, 100, (1, text), device=DEVICE)
-            run = stream_times if method == "stream" else generate_times
-            handle = None if method == "dynamic" else sinkattn.patch(model, SINKS, capacity - SINKS)
-            try:
-                run(model, ids[:, :64], 4)
-                times = run(model, ids, tokens)
-            finally:
-                if handle is not None:
-                    handle.remove()
-            steps = sorted((b - a) * 1e3 for a, b in zip(times[2:], times[3:], strict=False))
-            memory = torch.cuda.max_memory_allocated() / 1e9 if DEVICE == "cuda" else 0
-            row = dict(model=name, method=method, tokens=text, ms_per_token=round(steps[len(steps) // 2], 4))
-            rows.append(dict(row, memory_gb=round(memory, 3)))
-            write(output_dir / "lengths.csv", rows)
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+            found = measure(model, method, ids, capacity, tokens, 64)
+            rows.append(dict(found, model=name, method=method, tokens=text))
+            write_csv(output_dir / "lengths.csv", LENGTHS, rows)
+    figure = Figure(figsize=(10, 4))
+    left, right = figure.subplots(1, 2)
     for method in ("dynamic", "generate", "stream"):
         mine = [row for row in rows if row["method"] == method]
         for axes, column in (left, "ms_per_token"), (right, "memory_gb"):
@@ -267,15 +221,14 @@ def lengths(name: str, output_dir: Path, texts: list[int], capacity: int, tokens
     left.set(ylabel="ms a token", title=f"{name}, batch 1, C = {capacity}")
     right.set(ylabel="GB allocated at most (the prompt's activations too)")
     for axes in left, right:
-        axes.set(xscale="log", xlabel="tokens of text", ylim=(0, None))
-        axes.grid(alpha=0.3)
+        finish(axes, xscale="log", xlabel="tokens of text", ylim=(0, None))
         axes.legend()
-    figure.savefig(output_dir / "lengths.png", dpi=120)
+    figure.savefig(output_dir / "lengths.png")
 
 
 def flatness(output_dir: Path, total: int) -> None:
     """`total` tokens through one Stream of the model that ships with the package."""
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL, dtype=dtype).to(DEVICE).eval()
     span = min(10_000, total // 4)
     marks = [m for m in (2_000, 10_000, 100_000) if m + span < total] or [span // 2]
@@ -285,34 +238,31 @@ def flatness(output_dir: Path, total: int) -> None:
         stream, made = sinkattn.Stream(model), 0
         stream.append(torch.tensor([[1, 2, 3, 4]]))
         tokens = stream.generate(None, do_sample=False, eos_token_id=[])
-        with Progress(console=console) as progress:
-            task = progress.add_task("flatness", total=total)
+        with progress() as bar:
+            task = bar.add_task("flatness", total=total)
             for mark, start in sorted(starts.items(), key=lambda x: x[1]):
                 while made < start:
                     next(tokens)
                     made += 1
                     if made % 1000 == 0:
-                        progress.update(task, completed=made)
-                synchronize()
-                memory = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
-                began = time.perf_counter()
+                        bar.update(task, completed=made)
+                memory = torch.cuda.memory_allocated() if DEVICE.type == "cuda" else 0
+                began = now(DEVICE)
                 for _ in range(span):
                     next(tokens)
-                synchronize()
-                ms = (time.perf_counter() - began) / span * 1e3
+                ms = (now(DEVICE) - began) / span * 1e3
                 made += span
                 host[mark] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
                 rows.append(dict(tokens=mark, ms_per_token=round(ms, 5), memory_bytes=memory))
-                write(output_dir / "flatness.csv", rows)
+                write_csv(output_dir / "flatness.csv", FLATNESS, rows)
         finite = bool(stream._logits.isfinite().all())
     about = dict(total=total, lengths=stream.lengths.tolist(), finite=finite, host_peak_bytes=host, span=span)
-    (output_dir / "flatness.json").write_text(json.dumps(about, indent=1) + "\n")
-    for row in rows:
-        console.print(row)
+    write_json(output_dir / "flatness.json", about)
+    print_table(FLATNESS, rows, "one long run")
 
 
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Where CSV and plots go.")] = Path("bench/results"),
+    output_dir: Output = RESULTS,
     models: Annotated[str, typer.Option(help=f"Some of {', '.join(SHAPES)}, by commas; 'none' for no steps.")] = (
         "llama-2-7b,llama-3-8b,qwen3-0.6b,qwen3-14b"
     ),
@@ -323,17 +273,12 @@ def main(
     total: Annotated[int, typer.Option("--flatness", help="Tokens of the long run; 0 for none.")] = 0,
 ) -> None:
     """Time whole steps; print tables, write CSV and plots."""
-    output_dir.mkdir(parents=True, exist_ok=True)
     if models != "none":
-        bandwidth = read_bandwidth() if DEVICE == "cuda" else 1e10
-        about = dict(
-            device=torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU",
-            torch=torch.__version__,
-            transformers=transformers.__version__,
-            read_gb_per_s=round(bandwidth / 1e9, 1),
-        )
-        (output_dir / "generate.json").write_text(json.dumps(about, indent=1) + "\n")
-        show(steps(models.split(","), output_dir, tokens, bandwidth))
+        bandwidth = read_bandwidth() if DEVICE.type == "cuda" else 1e10
+        versions = dict(torch=torch.__version__, transformers=transformers.__version__)
+        about = dict(device=device_name(DEVICE), **versions, read_gb_per_s=round(bandwidth / 1e9, 1))
+        write_json(output_dir / "generate.json", about)
+        print_table(COLUMNS, steps(models.split(","), output_dir, tokens, bandwidth), "one decode step")
     if texts:
         lengths(length_model, output_dir, [int(x) for x in texts.split(",")], capacity, min(tokens, 30))
     if total:

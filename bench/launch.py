@@ -5,18 +5,17 @@ of 128, 256 tokens in the cache. Beside them a bare launch of an empty Triton ke
 tensor. Medians over rounds of 200 calls.
 """
 
-import csv
 import time
-from pathlib import Path
-from typing import Annotated
 
 import torch
 import triton
 import typer
-from decode import console, write_about
-from rich.table import Table
+from common import RESULTS, Output, median, print_table, write_csv
+from gpu import new, operands, sizes, title, write_about
 
 from sinkattn import ops
+
+COLUMNS = ("op", "backend", "host_us")
 
 
 @triton.jit
@@ -32,37 +31,25 @@ def host_us(call, rounds: int = 30, calls: int = 200) -> float:
         for _ in range(calls):
             call()
         times.append((time.perf_counter() - start) / calls * 1e6)
-    return sorted(times)[rounds // 2]
+    return median(times)
 
 
-def main(output_dir: Annotated[Path, typer.Option(help="Where launch.csv goes.")] = Path("bench/results")) -> None:
+def main(output_dir: Output = RESULTS) -> None:
     """Time the calls; print the table, write launch.csv."""
-
-    def new(*shape):
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-
     caches, lengths = (new(1, 8, 256, 128), new(1, 8, 256, 128)), torch.tensor([1000], device="cuda")
-    sizes = dict(sink_size=4, window_size=252, scale=128**-0.5)
+    more = sizes(256)
     calls = {"bare": {"triton": lambda: _empty_kernel[(1,)](lengths), "torch fill_": lambda: lengths.fill_(1000)}}
     for op, tokens in ("decode", 1), ("prefill", 16):
-        qkv = new(1, 32, tokens, 128), new(1, 8, tokens, 128), new(1, 8, tokens, 128)
-        rotation = torch.randn(1, tokens, 2, 2, 64, device="cuda")
-        arguments = (*qkv, *caches, lengths, None, rotation, None, None)
+        *qkv, rotation = operands(32, 8, 1, tokens)
+        arguments = *qkv, *caches, lengths, None, rotation, None, None
         calls[op] = {
-            backend: lambda op=op, backend=backend, a=arguments: getattr(ops, op)(*a, **sizes, backend=backend)
+            backend: lambda op=op, backend=backend, a=arguments: getattr(ops, op)(*a, **more, backend=backend)
             for backend in ("auto", "cuda", "triton")
             if ops.missing_backend(backend, "cuda") is None
         }
-    table = Table("op", "backend", "host us a call", title=f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     rows = [(op, backend, f"{host_us(call):.1f}") for op, by in calls.items() for backend, call in by.items()]
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / "launch.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("op", "backend", "host_us"))
-        writer.writerows(rows)
+    print_table(("op", "backend", "host us a call"), rows, title())
+    write_csv(output_dir / "launch.csv", COLUMNS, rows)
     write_about(output_dir / "launch.json")
 
 

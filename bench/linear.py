@@ -10,16 +10,13 @@ product is one of several in a row. The floor is the bytes of the weights over t
 linear.png shows it all.
 """
 
-import csv
 from pathlib import Path
-from typing import Annotated
 
-import matplotlib.pyplot as plt
 import torch
 import typer
-from decode import console, graph_us, read_bandwidth
-from rich.progress import track
-from rich.table import Table
+from common import RESULTS, Output, finish, print_table, track, write_csv
+from gpu import cold, graph_us, new, read_bandwidth, title
+from matplotlib.figure import Figure
 from torch.nn.functional import linear, rms_norm, silu
 
 from sinkattn import ops
@@ -40,10 +37,6 @@ PRODUCTS = {  # model: product: (out_features, in_features)
     },
 }  # fmt: skip
 COLUMNS = ("model", "product", "out_features", "in_features", "rows", "provider", "us", "floor_us")
-
-
-def new(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
 
 
 def weights(shape: tuple[int, int], count: int) -> list[torch.Tensor]:
@@ -94,64 +87,54 @@ def measure_layers(provider: str, layers: dict[str, list[torch.Tensor]], rows: i
 
 def plot(rows: list[tuple], path: Path) -> None:
     """Share of the floor over size, a panel for 1, 8 and 64 rows of x."""
-    figure, axes = plt.subplots(1, 3, figsize=(14, 4), sharey=True)
+    figure = Figure(figsize=(14, 4))
+    axes = figure.subplots(1, 3, sharey=True)
     for axis, wanted in zip(axes, (1, 8, 64), strict=True):
         for provider in PROVIDERS:
             points = sorted(
                 {
-                    (floor, floor / us)
+                    (float(floor), float(floor) / float(us))
                     for _, product, _, _, count, name, us, floor in rows
                     if (name, count) == (provider, wanted) and product != "layers"
                 }
             )
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=provider)
-        axis.set(xscale="log", xlabel="bytes of the weight over read bandwidth (us)", title=f"rows: {wanted}")
-        axis.grid(alpha=0.3)
+        finish(axis, xscale="log", xlabel="bytes of the weight over read bandwidth (us)", title=f"rows: {wanted}")
     axes[0].set(ylabel="share of the floor reached", ylim=(0, 1.05))
-    axes[2].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    axes[2].legend()
+    figure.savefig(path)
 
 
-def main(
-    output_dir: Annotated[Path, typer.Option(help="For linear.csv and linear.png.")] = Path("bench/results"),
-) -> None:
+def main(output_dir: Output = RESULTS) -> None:
     """Time sinkattn's products beside torch's; print the table, write linear.csv, plot it."""
-    bandwidth = read_bandwidth()
-    least = 4 * torch.cuda.get_device_properties(0).L2_cache_size
-    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    title = f"TB/s of weights read, {' / '.join(PROVIDERS)}; {device}, reads {bandwidth / 1e12:.2f} TB/s"
-    table = Table("model", "product", "weight", "floor us", *(f"{count} rows" for count in ROWS), title=title)
-    rows = []
+    bandwidth, rows, lines = read_bandwidth(), [], []
 
-    def add(model, product, shape, size, times):
-        floor = size / bandwidth * 1e6
-        for count, by_provider in times.items():
-            rows.extend((model, product, *shape, count, provider, us, floor) for provider, us in by_provider.items())
-        cells = [" / ".join(f"{size / us * 1e-6:.2f}" for us in by_provider.values()) for by_provider in times.values()]
-        table.add_row(model, product, "x".join(map(str, shape)), f"{floor:.1f}", *cells)
+    def add(model, product, shape, size, measured):
+        """measured: a function of a provider and a count of rows."""
+        times, floor = {count: [measured(name, count) for name in PROVIDERS] for count in ROWS}, size / bandwidth * 1e6
+        for count, of in times.items():
+            both = zip(PROVIDERS, of, strict=True)
+            rows.extend((model, product, *shape, count, name, f"{us:.2f}", f"{floor:.2f}") for name, us in both)
+        shown = (" / ".join(f"{size / us * 1e-6:.2f}" for us in of) for of in times.values())
+        lines.append((model, product, "x".join(map(str, shape)), f"{floor:.1f}", *shown))
 
-    for model, products in track(PRODUCTS.items(), "measuring", console=console):
+    for model, products in track(PRODUCTS.items(), "measuring"):
         layers = {name: weights(shape, LAYERS[model]) for name, shape in products.items() if name != "head"}
         for product, shape in products.items():
             size = 2 * shape[0] * shape[1]
-            count = max(8, -(-least // size))
+            count = max(8, cold(size))
             some = layers.get(product, [])[:count]
             if len(some) < count:
                 some = weights(shape, count)
-            times = {rows: {name: measure(name, product, some, rows) for name in PROVIDERS} for rows in ROWS}
-            add(model, product, shape, size, times)
+            add(model, product, shape, size, lambda name, count, of=(product, some): measure(name, *of, count))
         size = sum(weight.nbytes for name in layers for weight in layers[name])
-        times = {rows: {name: measure_layers(name, layers, rows) for name in PROVIDERS} for rows in ROWS}
-        add(model, "layers", ("", ""), size, times)
+        add(model, "layers", ("", ""), size, lambda name, count, of=layers: measure_layers(name, of, count))
         del layers, some
         torch.cuda.empty_cache()
-    console.print(table)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / "linear.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows((*row[:-2], f"{row[-2]:.2f}", f"{row[-1]:.2f}") for row in rows)
+    columns = ("model", "product", "weight", "floor us", *(f"{count} rows" for count in ROWS))
+    reads = f"{title()}, reads {bandwidth / 1e12:.2f} TB/s"
+    print_table(columns, lines, f"TB/s of weights read, {' / '.join(PROVIDERS)}; {reads}")
+    write_csv(output_dir / "linear.csv", COLUMNS, rows)
     plot(rows, output_dir / "linear.png")
 
 

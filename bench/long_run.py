@@ -8,13 +8,11 @@ Writes long_run.csv (by block: mean loss, median time of a token fed alone, byte
 cache on a CPU), long_run.json and long_run.png. The logits of the first `--compared` tokens that lie many windows on,
 and of the last ones, are compared with a float64 copy of the model in plain PyTorch (`plain_forward`: nothing of
 sinkattn), started layers * (W - 1) tokens earlier, behind the sinks: earlier tokens have no way into these logits.
-`--plot-only` draws the picture anew from long_run.json.
 """
 
 import copy
 import csv
 import itertools
-import json
 import math
 import statistics
 from pathlib import Path
@@ -22,17 +20,14 @@ from typing import Annotated
 
 import torch
 import typer
-from experiments import Reader, now, open_model, plain_forward, record, take, text_blocks, token_ids
+from common import RESULTS, Device, Output, TextFile, console, finish, forget_peak, now, progress, record, write_json
+from experiments import Reader, Text, open_model, plain_forward, text_blocks, token_ids
 from matplotlib.figure import Figure
-from perplexity import memory
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 COLUMNS = ("tokens", "nll", "seconds", "bytes")
 TIMED = 128  # tokens at the end of a block, fed one by one
-console = Console()
 
 
 class Compared:
@@ -81,12 +76,11 @@ def time_of(rows: list[list]) -> dict[str, float]:
     return {"median": statistics.median(seconds), "p90": seconds[math.ceil(0.9 * len(seconds)) - 1]}
 
 
-def draw(output_dir: Path) -> None:
-    """long_run.png from long_run.json: loss (a line a passage of the text), time and memory by block."""
-    about = json.loads((output_dir / "long_run.json").read_text())
+def draw(about: dict, path: Path) -> None:
+    """What long_run.json says: loss (a line a passage of the text), time and memory by block."""
     rows, block = about["rows"], about["rows"][0][0]
     passages = max(about["tokens_a_pass"] // block, 1)
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5))
     loss, time, held = figure.subplots(3, 1, sharex=True)
     for first in range(passages):
         part = rows[first::passages]
@@ -98,36 +92,30 @@ def draw(output_dir: Path) -> None:
         time.axhline(1e3 * seconds[name], color="grey", linestyle=style, label=label)
     held.plot(where, [row[3] / 2**20 for row in rows], marker=".")
     for panel, name in ((loss, "loss (nats)"), (time, "ms per token"), (held, "memory (MiB)")):
-        panel.set_ylim(0, 1.2 * panel.get_ylim()[1])
-        panel.set_ylabel(name)
-        panel.grid(alpha=0.3)
+        finish(panel, ylim=(0, 1.2 * panel.get_ylim()[1]), ylabel=name)
     for panel in (loss, time):
-        panel.legend(loc="lower right", ncols=3, fontsize="small")
+        panel.legend(loc="lower right", ncols=3)
     sizes = f"{about['sink_size']} sinks + window {about['window_size']}"
     loss.set_title(f"{about['tokens']:,} tokens, {sizes}; {about['device']}")
     held.set_xlabel("tokens read (millions)")
-    figure.savefig(output_dir / "long_run.png", dpi=130)
+    figure.savefig(path)
 
 
 @torch.no_grad()
 def main(
     model: Annotated[str, typer.Option(help="Hub name or local path of a Llama.")] = "demo",
-    output_dir: Annotated[Path, typer.Option(help="Where the results go.")] = Path("bench/results"),
-    text: Annotated[Path | None, typer.Option(help="A file; without it the demo's held-out modules.")] = None,
+    output_dir: Output = RESULTS,
+    text: TextFile = None,
     tokens: Annotated[int, typer.Option(help="Length of the run.")] = 4_000_000,
     block: Annotated[int, typer.Option(help="Tokens in a row of the CSV.")] = 100_000,
     compared: Annotated[int, typer.Option(help="Tokens whose logits are compared, early and at the end.")] = 10_000,
     chunk: Annotated[int, typer.Option(help="Tokens fed at a time.")] = 2048,
     sink_size: int = 4,
     window_size: int = 508,
-    device: Annotated[str | None, typer.Option(help="The GPU if there is one.")] = None,
+    device: Device = None,
     dtype: str = "float32",
-    plot_only: Annotated[bool, typer.Option("--plot-only", help="Draw what --output-dir holds, anew.")] = False,
 ) -> None:
     """Read on and on, and look back at the end."""
-    if plot_only:
-        draw(output_dir)
-        return
     network, tokenizer, front = open_model(model, device, dtype)
     where = network.device
     once = list(token_ids(tokenizer, text_blocks(text)))
@@ -137,29 +125,26 @@ def main(
     early, late = (Compared(begin, begin + compared, before) for begin in (before, tokens - compared))
     if tokens < before + 2 * compared:
         raise typer.BadParameter(f"--tokens {tokens}: two comparisons take {before + 2 * compared} at least")
-    pending = take(ids, 1, tuple(tokenizer("").input_ids)[:1])
-    first = list(pending)  # ids of the sinks
+    reading = Text(itertools.chain(tokenizer("").input_ids[:1], ids), where)
+    first = list(reading.last)  # ids of the sinks
     output_dir.mkdir(parents=True, exist_ok=True)
     rows, losses, times, position, begin = [], [], [], 0, now(where)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with (
         Reader(network, "sinks", sink_size, window_size, front) as reader,
         (output_dir / "long_run.csv").open("w", newline="") as file,
-        Progress(*columns, console=console) as progress,
+        progress() as bar,
     ):
-        writer, task = csv.writer(file), progress.add_task("read", total=tokens)
+        writer, task = csv.writer(file), bar.add_task("read", total=tokens)
         writer.writerow(COLUMNS)
         while position < tokens:
             border = min((position // block + 1) * block, tokens)
             timed = position >= border - TIMED
             count = 1 if timed else min(chunk, border - TIMED - position)
-            fresh = take(ids, count)
-            fed = torch.tensor([[*pending, *fresh[:-1]]], device=where)
-            pending = fresh[-1:]
+            fed, fresh = reading.next(count)
             if len(first) < sink_size:
                 first = (first + fresh)[:sink_size]
-            if where.type == "cuda" and border - position == TIMED:
-                torch.cuda.reset_peak_memory_stats(where)
+            if border - position == TIMED:
+                forget_peak(where)
             clock = now(where) if timed else 0.0
             logits = reader.feed(fed)
             if timed:
@@ -170,10 +155,10 @@ def main(
                 if part.first < position + count and position < part.end:
                     part.see(position, fed, logits)
             position += count
-            progress.advance(task, count)
+            bar.advance(task, count)
             if position == border:
                 nll = torch.stack(losses).sum().item() / (border - (rows[-1][0] if rows else 0))
-                rows.append((position, nll, statistics.median(times), memory(reader)))
+                rows.append((position, nll, statistics.median(times), reader.peak))
                 writer.writerow((position, f"{nll:.5f}", f"{rows[-1][2]:.6f}", rows[-1][3]))
                 file.flush()
                 losses, times = [], []
@@ -188,8 +173,8 @@ def main(
         "tokens": tokens, "tokens_a_pass": len(once), "seconds": seconds, "rows": rows,
         "passages": passages, "against_float64": comparisons,
     }  # fmt: skip
-    (output_dir / "long_run.json").write_text(json.dumps(entry, indent=1) + "\n")
-    draw(output_dir)
+    write_json(output_dir / "long_run.json", entry)
+    draw(entry, output_dir / "long_run.png")
     console.print(", ".join(f"{name} of the blocks {1e3 * x:.2f} ms a token" for name, x in time_of(rows).items()))
     console.print(f"{seconds:.1f} s; loss {rows[0][1]:.4f} in the first block, {rows[-1][1]:.4f} in the last")
     for losses in passages:

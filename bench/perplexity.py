@@ -18,6 +18,7 @@ and times every token. How a text is cut does not change its losses.
 """
 
 import csv
+import itertools
 import json
 import statistics
 import time
@@ -27,62 +28,52 @@ from typing import Annotated
 
 import torch
 import typer
-from experiments import EXPERIMENTS, Reader, now, open_model, ranges, record, resume, take, text_blocks, token_ids
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from common import (
+    Device,
+    TextFile,
+    console,
+    forget_peak,
+    now,
+    print_table,
+    progress,
+    read_csv,
+    record,
+    write_csv,
+    write_json,
+)
+from experiments import EXPERIMENTS, Reader, Text, open_model, ranges, take, text_blocks, token_ids
 from torch.nn.functional import cross_entropy
 
 OLD_NAMES = {"attention_sinks": "sinks", "windowed": "window", "transformers": "dense"}
 NAMES = {name: name for name in EXPERIMENTS} | OLD_NAMES
 COLUMNS = ("text", "input_length", "nll", "seconds", "bytes")
-console = Console()
 
 
-def read(
-    reader: Reader, ids: Iterator[int], front: tuple[int, ...], tokens: int, done: int, chunk: int, every: int
-) -> Iterator[list[tuple]]:
+def read(reader: Reader, ids: Iterator[int], tokens: int, done: int, chunk: int, every: int) -> Iterator[list[tuple]]:
     """Rows of one text behind its first `done` tokens, chunk by chunk; what was done is read again, in large chunks."""
     device = reader.model.device
-    pending = take(ids, 1, front[:1])  # the token to feed next: the one before it foretells it
-    front = front[1:]
-
-    def feed(count: int, columns: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        nonlocal pending, front
-        fresh = take(ids, count, front[:count])
-        front = front[count:]
-        fed, pending = [*pending, *fresh[:-1]], fresh[-1:]
-        return reader.feed(torch.tensor([fed], device=device), columns)[0], fresh
-
-    begin = 0
+    text, begin = Text(ids, device), 0
     while begin < done:
         count = min(2048, done - begin)
-        feed(count, torch.arange(0))
+        reader.feed(text.next(count)[0], torch.arange(0))
         begin += count
     while begin < tokens:
         end = min((begin // chunk + 1) * chunk, tokens)
         rows = []
         for count in filter(None, (end - begin - 1, 1)):
             wanted = torch.tensor([i for i in range(count) if (begin + i + 1) % every == 0], dtype=torch.int64)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
+            forget_peak(device)
             clock = now(device) if count == 1 else 0.0
-            logits, fresh = feed(count, wanted)
+            fed, following = text.next(count)
+            logits = reader.feed(fed, wanted)[0]
             seconds = now(device) - clock if count == 1 and len(wanted) else None
             if len(wanted):
-                nll = cross_entropy(logits.float(), torch.tensor(fresh, device=device)[wanted], reduction="none")
-                taken = ("", "") if seconds is None else (f"{seconds:.6f}", memory(reader))
+                nll = cross_entropy(logits.float(), torch.tensor(following, device=device)[wanted], reduction="none")
+                taken = ("", "") if seconds is None else (f"{seconds:.6f}", reader.peak)
                 found = zip((wanted + begin + 1).tolist(), nll.tolist(), strict=True)
                 rows += [(at, f"{loss:.4f}", *taken) for at, loss in found]
             begin += count
         yield rows
-
-
-def memory(reader: Reader) -> int:
-    """Bytes at the most since the peak was reset, on a GPU; those of weights and cache on a CPU."""
-    if reader.model.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(reader.model.device)
-    return sum(x.nbytes for x in reader.model.parameters()) + reader.nbytes
 
 
 def run(
@@ -102,17 +93,42 @@ def run(
         reader.reset()
         with path.open("a", newline="") as file:
             writer = csv.writer(file)
-            for rows in read(reader, ids, front, tokens, done, chunk, every):
+            for rows in read(reader, itertools.chain(front, ids), tokens, done, chunk, every):
                 writer.writerows((text, *row) for row in rows)
                 file.flush()
                 advance(rows[-1][0] - done if rows else 0)
                 done = rows[-1][0] if rows else done
 
 
+def resume(path: Path, settings: dict, overwrite: bool) -> list[str] | None:
+    """Make `path` ready for more rows; what it holds stays, but for a line that a killed run left half-written.
+
+    settings: what the rows depend on; they are kept beside the CSV. Returns the last row, None if there is none. Raises
+    typer.BadParameter for a CSV of other settings.
+    """
+    beside = path.with_suffix(".json")
+    if overwrite or not path.exists() or not beside.exists():
+        write_json(beside, settings)
+        write_csv(path, COLUMNS, ())
+        return None
+    before = json.loads(beside.read_text())
+    if before != settings:
+        keys = [key for key in {**before, **settings} if before.get(key) != settings.get(key)]
+        differ = [f"{key} {before.get(key)} then, {settings.get(key)} now" for key in keys]
+        raise typer.BadParameter(
+            f"{path} was made with other settings ({'; '.join(differ)}): choose another --output-dir, or --overwrite"
+        )
+    whole = path.read_bytes()
+    whole = whole[: whole.rfind(b"\n") + 1]
+    with path.open("r+b") as file:
+        file.truncate(len(whole))
+    lines = whole.decode().split("\n")
+    return lines[-2].split(",") if len(lines) > 2 else None
+
+
 def summary(path: Path, tokens: int, first: int) -> dict:
     """Means by position range: loss of every text, and over all of them; medians of seconds and bytes."""
-    with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if int(row["input_length"]) <= tokens]
+    rows = [row for row in read_csv(path) if int(row["input_length"]) <= tokens]
     found = {}
     for low, high in ranges(tokens, first):
         part = [row for row in rows if low < int(row["input_length"]) <= high]
@@ -134,8 +150,8 @@ def against_recompute(directory: Path, tokens: int, first: int) -> dict:
     """Loss of sinks over that of re-computation, by position range, at the tokens where both are known: - 1."""
     losses = {}
     for name in ("sinks", "recompute"):
-        with (directory / f"{name}.csv").open() as file:
-            losses[name] = {(row["text"], int(row["input_length"])): float(row["nll"]) for row in csv.DictReader(file)}
+        rows = read_csv(directory / f"{name}.csv")
+        losses[name] = {(row["text"], int(row["input_length"])): float(row["nll"]) for row in rows}
     both = losses["sinks"].keys() & losses["recompute"].keys()
     found = {}
     for low, high in ranges(tokens, first):
@@ -158,7 +174,7 @@ def main(
     ] = "demo",
     revision: Annotated[str, typer.Option(help="Of the model.")] = "main",
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", "--trust_remote_code")] = False,
-    text: Annotated[Path | None, typer.Option(help="A file; without it the demo's held-out modules.")] = None,
+    text: TextFile = None,
     dataset: Annotated[
         str | None, typer.Option("--dataset", "--dataset_name", help="Hub name or folder, for the datasets library.")
     ] = None,
@@ -178,7 +194,7 @@ def main(
     every: Annotated[int, typer.Option(help="Re-compute only every so many tokens.", min=1)] = 1,
     batch: Annotated[int, typer.Option(help="Windows re-computed at a time.", min=1)] = 16,
     dtype: Annotated[str, typer.Option(help='Of the weights: "auto" (as saved), float32, bfloat16, ...')] = "auto",
-    device: Annotated[str | None, typer.Option(help="The GPU if there is one.")] = None,
+    device: Device = None,
     output_dir: Annotated[Path, typer.Option("--output-dir", "--output_dir", help="For the CSVs.")] = Path("outputs"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin anew where a CSV is there.")] = False,
 ) -> None:
@@ -197,26 +213,23 @@ def main(
         "tokens": tokens if texts > 1 else None, "sink_size": sink_size, "window_size": window_size,
         "dtype": str(network.dtype).removeprefix("torch."),
     }  # fmt: skip
-    columns = TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as progress:
+    with progress() as bar:
         for number, name in enumerate(chosen):
             path, step = output_dir / f"{name}.csv", every if name == "recompute" else 1
-            last = resume(path, COLUMNS, {**settings, "every": step}, overwrite)
+            last = resume(path, {**settings, "every": step}, overwrite)
             if last is not None:
                 console.print(f"{path}: goes on behind token {int(last[1]):,} of text {last[0]}")
-            line = progress.add_task(name, total=texts * tokens)
+            line = bar.add_task(name, total=texts * tokens)
             begin = time.perf_counter()
             with Reader(network, name, sink_size, window_size, len(front), batch) as reader:
                 try:
                     run(reader, source, front, texts, tokens, chunk, step, path, last,
-                        lambda n, line=line: progress.advance(line, n))  # fmt: skip
+                        lambda n, line=line: bar.advance(line, n))  # fmt: skip
                 except torch.OutOfMemoryError as error:
                     console.print(f"[yellow]{name} ends here, out of memory:[/] {error}", soft_wrap=True)
             console.print(f"{name}: {time.perf_counter() - begin:.1f} s, {path}")
             about = {**record(str(network.device)), **settings, "tokens": tokens}
-            known = [
-                other for other in EXPERIMENTS if other not in chosen[number + 1 :]
-            ]  # the others are not whole yet
+            known = [other for other in EXPERIMENTS if other not in chosen[number + 1 :]]  # those are not whole yet
             found = sum_up(known, output_dir, tokens, sink_size + window_size, about)
     show(found, tokens, sink_size + window_size)
 
@@ -227,22 +240,22 @@ def sum_up(names: list[str], output_dir: Path, tokens: int, first: int, about: d
     about["experiments"] = found
     if "sinks" in found and "recompute" in found:
         about["sinks_over_recompute"] = against_recompute(output_dir, tokens, first)
-    (output_dir / "perplexity.json").write_text(json.dumps(about, indent=1) + "\n")
+    write_json(output_dir / "perplexity.json", about)
     return about
 
 
 def show(about: dict, tokens: int, first: int) -> None:
     spans = [f"{low}-{high}" for low, high in ranges(tokens, first)]
-    table = Table("loss at", *spans, "ms a token at the end", "MiB at the end")
+    rows = []
     for name, by_range in about["experiments"].items():
         end = by_range[list(by_range)[-1]]
         cells = [f"{by_range[span]['loss']:.3f}" if span in by_range else "" for span in spans]
         seconds, held = end["seconds"], end["bytes"]
-        table.add_row(name, *cells, f"{1e3 * seconds:.2f}" if seconds else "", f"{held / 2**20:.1f}" if held else "")
+        rows.append((name, *cells, f"{1e3 * seconds:.2f}" if seconds else "", f"{held / 2**20:.1f}" if held else ""))
     for span, ratio in about.get("sinks_over_recompute", {}).items():
         by_text = " ".join(f"{100 * x:+.2f}" for x in ratio["by_text"])
         console.print(f"sinks over recompute, {span}: {100 * ratio['all']:+.2f} % (by text {by_text})")
-    console.print(table)
+    print_table(("loss at", *spans, "ms a token at the end", "MiB at the end"), rows)
 
 
 if __name__ == "__main__":

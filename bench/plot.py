@@ -6,13 +6,13 @@ own. Losses are means over neighbouring tokens and over the texts, with the spre
 time are medians. attention_sinks' feature names do as well.
 """
 
-import csv
 import json
 import statistics
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from common import finish, read_csv
 from experiments import COLOURS, EXPERIMENTS
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -37,8 +37,7 @@ def curve(path: Path, column: str, skip_first: int) -> tuple[list[float], list[f
 
     Of memory and time, where the first steps of a run and others on the machine are far off: the median three times.
     """
-    with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row[column] and int(row["input_length"]) > skip_first]
+    rows = [row for row in read_csv(path) if row[column] and int(row["input_length"]) > skip_first]
     length = max((int(row["input_length"]) for row in rows), default=0)
     width = max(1, -(-length // POINTS))
     bins: dict[int, dict[str, list[float]]] = {}
@@ -71,7 +70,7 @@ def draw(
     if not names:
         raise typer.BadParameter(f"{output_dir} has no CSV of {', '.join(EXPERIMENTS)}: run bench/perplexity.py first")
     settings = {name: json.loads((output_dir / f"{name}.json").read_text()) for name in names}
-    figure = Figure(figsize=(8, 2.5 * len(features) + 0.5 if split else 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 2.5 * len(features) + 0.5 if split else 4.5))
     panels = list(figure.subplots(len(features) if split else 1, sharex=True, squeeze=False)[:, 0])
     panels += [panels[0].twinx() for _ in features[len(panels) :]]
     shares = len(features) > 1 and not split  # one panel, told apart by line style
@@ -88,7 +87,7 @@ def draw(
         axes.set_ylabel(f"{label}, {style_name}" if shares else label)
         axes.set_ylim(0, min(axes.get_ylim()[1], limit) if column == "nll" and limit is not None else None)
         if split or not index:
-            axes.grid(alpha=0.3)
+            finish(axes)
     panels[-1 if split else 0].set_xlabel("input length (tokens)")
     methods = [
         Line2D([], [], color=COLOURS[name], label=legend_name(name, settings[name]), **LINES[name]) for name in names
@@ -98,7 +97,7 @@ def draw(
     model = Path(settings[names[0]]["model"]).name
     panels[0].set_title(title.replace("\\n", "\n") if title else f"{', '.join(features)} over input length: {model}")
     path = output_dir / f"plot_{'_'.join(features)}.png"
-    figure.savefig(path, dpi=130)
+    figure.savefig(path)
     return path
 
 

@@ -14,17 +14,16 @@ of query and key that the provider looks at by its definition: sinks and window,
 large matrix product reaches there; the FLOPs of sinks and window at that rate are the floor in prefill.png.
 """
 
-import csv
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.pyplot as plt
 import torch
 import triton
 import typer
-from decode import DTYPES, SINKS, console, write_about
-from rich.table import Table
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from common import RESULTS, SINKS, Output, finish, print_table, write_csv
+from gpu import SDPA, installed, operands, sizes, title, tried, worth, write_about
+from matplotlib.figure import Figure
+from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from sinkattn import ops
@@ -45,15 +44,12 @@ def pairs_seen(provider: str, tokens: int, capacity: int) -> int:
 
 def call(provider, num_heads, num_kv_heads, head_dim, batch, tokens, capacity, dtype):
     """A function that runs the provider once; raises what the provider raises where it cannot."""
-    new = lambda heads: torch.randn(batch, heads, tokens, head_dim, device="cuda", dtype=dtype)  # noqa: E731
-    q, k, v = new(num_heads), new(num_kv_heads), new(num_kv_heads)
+    q, k, v, rotation = operands(num_heads, num_kv_heads, batch, tokens, head_dim, dtype)
     if provider == "sinkattn":
-        shape = (batch, num_kv_heads, capacity, head_dim)
-        caches = tuple(torch.zeros(shape, device="cuda", dtype=dtype) for _ in range(2))
+        caches = tuple(q.new_zeros(batch, num_kv_heads, capacity, head_dim) for _ in range(2))
         lengths = torch.zeros(batch, device="cuda", dtype=torch.int64)
-        rotation = torch.randn(batch, tokens, 2, 2, head_dim // 2, device="cuda")
-        sizes = dict(sink_size=SINKS, window_size=capacity - SINKS, scale=head_dim**-0.5)
-        return lambda: ops.prefill(q, k, v, *caches, lengths, None, rotation, **sizes)
+        more = sizes(capacity, head_dim)
+        return lambda: ops.prefill(q, k, v, *caches, lengths, None, rotation, **more)
     if provider == "flex":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -69,19 +65,27 @@ def call(provider, num_heads, num_kv_heads, head_dim, batch, tokens, capacity, d
         rows = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]
         backend = provider.removeprefix("flashinfer_")
         return lambda: single_prefill_with_kv_cache(*rows, causal=True, window_left=capacity - 1, backend=backend)
-    backend = SDPBackend.CUDNN_ATTENTION if provider == "sdpa_cudnn" else SDPBackend.FLASH_ATTENTION
 
     def sdpa():
-        with sdpa_kernel(backend):
+        with sdpa_kernel(SDPA[provider]):
             return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=num_heads != num_kv_heads)
 
     return sdpa
 
 
+def median_ms(run, rep: int) -> float:
+    """Milliseconds of a call with an L2 that is flushed before each."""
+    return triton.testing.do_bench(run, warmup=50, rep=rep, return_mode="median")
+
+
+def measure(*case) -> float:
+    return median_ms(call(*case), rep=100)
+
+
 def matmul_tflops(dtype: torch.dtype) -> float:
     """What a large matrix product reaches on random data."""
     x, y = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-    return 2 * 8192**3 / triton.testing.do_bench(lambda: x @ y, warmup=50, rep=200, return_mode="median") * 1e-9
+    return 2 * 8192**3 / median_ms(lambda: x @ y, rep=200) * 1e-9
 
 
 def cases(tables_only: bool) -> list[tuple[str, int, int, int, int, int]]:
@@ -103,7 +107,8 @@ def plot(rows: list[tuple], ceiling: float, path: Path) -> None:
     """Share of the floor, a group a shape and a bar per peer; heads of 128 in bfloat16, one row of tokens."""
     shown = [row for row in rows if row[2:4] == (128, 1) and row[6] == "bfloat16"]
     groups = list(dict.fromkeys((row[1], *row[4:6]) for row in shown))
-    figure, axis = plt.subplots(figsize=(11, 4.2))
+    figure = Figure(figsize=(11, 4.2))
+    axis = figure.subplots()
     for i, provider in enumerate(PROVIDERS):
         x, shares = [], []
         for row in shown:
@@ -115,59 +120,34 @@ def plot(rows: list[tuple], ceiling: float, path: Path) -> None:
     axis.set_xticks(
         range(len(groups)), [f"32/{kv} heads\nT {tokens}\nC {capacity}" for kv, tokens, capacity in groups], fontsize=8
     )
-    axis.set(ylabel="share of the floor reached", ylim=(0, 1))
-    axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=8, ncols=len(PROVIDERS), loc="upper center", bbox_to_anchor=(0.5, 1.12))
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    finish(axis, "y", ylabel="share of the floor reached", ylim=(0, 1))
+    figure.legend(ncols=len(PROVIDERS), loc="outside upper center")
+    figure.savefig(path)
 
 
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Where prefill.csv, .json and .png go.")] = Path("bench/results"),
+    output_dir: Output = RESULTS,
     tables_only: Annotated[bool, typer.Option(help="Batch 1, bfloat16, heads of 128, T and C of the table.")] = False,
 ) -> None:
     """Time sinkattn's prefill beside its peers; print the table, write prefill.csv, plot it."""
-    providers = list(PROVIDERS)
-    try:
-        import flashinfer  # noqa: F401
-    except ImportError as error:
-        console.print(f"[yellow]missing peers:[/yellow] flashinfer_fa2, flashinfer_fa3 ({error})")
-        providers = [name for name in providers if not name.startswith("flashinfer")]
-    ceiling = matmul_tflops(torch.bfloat16)
-    versions = f"torch {torch.__version__}, triton {triton.__version__}"
-    title = f"ms (TFLOP/s); {torch.cuda.get_device_name()}, {versions}, matrix products {ceiling:.0f} TFLOP/s"
-    table = Table("heads/kv", "dim", "dtype", "batch", "T", "C", *providers, title=title)
-    rows = []
-    output_dir.mkdir(parents=True, exist_ok=True)
-    in_tables = cases(tables_only=True)
+    providers, ceiling = installed(PROVIDERS), matmul_tflops(torch.bfloat16)
+    rows, lines, in_tables = [], [], cases(tables_only=True)
     for case in cases(tables_only):
         dtype, head_dim, num_kv_heads, batch, tokens, capacity = case
-        cells = []
-        for provider in providers:
-            if (provider == "flex" and case not in in_tables) or (
-                provider.startswith("flashinfer") and (dtype, head_dim, batch) != ("bfloat16", 128, 1)
-            ):
-                cells.append("")  # both compile for a while, and FlashInfer's call takes one row
-                continue
-            try:
-                run = call(provider, 32, num_kv_heads, head_dim, batch, tokens, capacity, DTYPES[dtype])
-                ms = triton.testing.do_bench(run, warmup=50, rep=100, return_mode="median")
-            except (RuntimeError, OSError, ValueError) as error:
-                console.print(f"[yellow]{provider} cannot do[/yellow] {case}: {str(error)[:120]}")
-                cells.append("-")
-                continue
-            flops = 4 * head_dim * 32 * batch * pairs_seen(provider, tokens, capacity)
-            tflops = flops / ms * 1e-9
-            cells.append(f"{ms:.3f} ({tflops:.0f})")
-            key = (32, num_kv_heads, head_dim, batch, tokens, capacity, dtype, provider)
-            rows.append((*key, f"{ms:.4f}", f"{tflops:.1f}"))
-        table.add_row(f"32/{num_kv_heads}", str(head_dim), dtype, str(batch), str(tokens), str(capacity), *cells)
+        shape, times = (32, num_kv_heads, head_dim, batch, tokens, capacity), {}
+        common = (dtype, head_dim, batch) == ("bfloat16", 128, 1)  # FlashInfer's call takes one row
+        for provider in worth(providers, case in in_tables, common):
+            ms = tried(case, measure, provider, *shape, getattr(torch, dtype))
+            if ms is not None:
+                tflops = 4 * head_dim * 32 * batch * pairs_seen(provider, tokens, capacity) / ms * 1e-9
+                times[provider] = f"{ms:.3f} ({tflops:.0f})"
+                rows.append((*shape, dtype, provider, f"{ms:.4f}", f"{tflops:.1f}"))
+        shown = (times.get(provider, "-") for provider in providers)
+        lines.append((f"32/{num_kv_heads}", head_dim, dtype, batch, tokens, capacity, *shown))
         torch.cuda.empty_cache()
-        with (output_dir / "prefill.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(COLUMNS)
-            writer.writerows(rows)
-    console.print(table)
+        write_csv(output_dir / "prefill.csv", COLUMNS, rows)
+    columns = ("heads/kv", "dim", "dtype", "batch", "T", "C", *providers)
+    print_table(columns, lines, f"ms (TFLOP/s); {title()}, matrix products {ceiling:.0f} TFLOP/s")
     write_about(output_dir / "prefill.json", matmul_tflops=ceiling)
     plot(rows, ceiling, output_dir / "prefill.png")
 

@@ -10,7 +10,6 @@ models in folders, what every part printed in logs/, and commands, seconds and e
 """
 
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -24,13 +23,11 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
+from common import console, default_device, device_name, print_table, write_json
 
 HERE = Path(__file__).parent
 VARIANTS = ("token", "vanilla", "zero", "logits")
 AFTER = 130  # seconds that a training leaves for compiling, its evaluation, and the parts that need it
-console = Console(width=140)
 
 
 @dataclass
@@ -142,8 +139,7 @@ def start(name: str, part: Part, out: Path, gpus: int) -> None:
     threads = max(os.cpu_count() - 4, 1) if name == "corpus" else 2
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1",
                    "TORCHINDUCTOR_COMPILE_THREADS": "3"}  # fmt: skip
-    paths = (str(HERE.parent), os.environ.get("PYTHONPATH"))
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))
     if gpus > 1:
         environment["CUDA_VISIBLE_DEVICES"] = str(part.gpu)
     part.arguments, part.begin = tuple(command), time.perf_counter()
@@ -172,9 +168,8 @@ def report(parts: dict[str, Part], out: Path, seconds: float) -> None:
         name: {"command": " ".join(part.arguments), "seconds": round(part.seconds, 1), "end": part.end}
         for name, part in parts.items()
     }
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    entry = {"seconds": round(seconds, 1), "device": device, "parts": entry}
-    (out / "proof.json").write_text(json.dumps(entry, indent=1) + "\n")
+    entry = {"seconds": round(seconds, 1), "device": device_name(default_device()), "parts": entry}
+    write_json(out / "proof.json", entry)
 
 
 def main(
@@ -218,10 +213,8 @@ def main(
             part.end = part.end or "not begun"
         report(parts, output_dir, elapsed())
         shutil.rmtree(output_dir / "corpus", ignore_errors=True)
-    table = Table("part", "end", "seconds", title=f"{elapsed():.0f} s in all")
-    for name, part in parts.items():
-        table.add_row(name, part.end, f"{part.seconds:.1f}")
-    console.print(table)
+    rows = [(name, part.end, f"{part.seconds:.1f}") for name, part in parts.items()]
+    print_table(("part", "end", "seconds"), rows, f"{elapsed():.0f} s in all")
     for name, part in parts.items():
         if part.end.startswith(("failed", "stopped")):
             log = log_of(name, output_dir)

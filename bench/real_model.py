@@ -25,7 +25,6 @@ On two cores `loss --tokens 16384 --recomputed 32 --output-dir bench/results/rea
 """
 
 import copy
-import csv
 import gzip
 import itertools
 import json
@@ -47,15 +46,14 @@ import fluency
 import torch
 import typer
 from ablation import attention as attention_of
-from ablation import second_half
+from ablation import pieces_of, second_half, without_start
 from ablation import settings as settings_of
-from experiments import COLOURS, EXPERIMENTS, Reader, losses, now, open_model, plain_forward, ranges, record, take
+from common import RESULTS, Device, Output, console, finish, forget_peak, free, now, record, write_csv, write_json
+from experiments import COLOURS, EXPERIMENTS, Reader, losses, open_model, plain_forward, ranges, take
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from perplexity import memory
 from plot import legend_name
-from recall import examination, score, shares
-from rich.console import Console
+from recall import answered, examine, shares
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -63,7 +61,6 @@ from sinkattn import UnsupportedModelError, patch
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUESTIONS = Path(__file__).with_name("questions.txt")
-console = Console(width=140)
 
 
 # -------------------------------------------------------------------------------------------------------------- texts
@@ -187,9 +184,12 @@ def line(axes: Axes, where: list[float], values: Tensor, name: str, **style) -> 
     axes.fill_between(where, values.min(0).values, values.max(0).values, color=COLOURS[name], alpha=0.12, linewidth=0)
 
 
-def finish(axes: Axes, **more) -> None:
-    axes.set(**more)
-    axes.grid(alpha=0.3)
+def three_panels(figure: Figure, rows: list[tuple], labels: dict[str, int]) -> Iterator[tuple[Axes, str, Tensor]]:
+    """Axes, way and its values (n,), for every panel and way. labels: to columns of rows, which begin with the way."""
+    for axes, (label, column) in zip(figure.subplots(3, 1, sharex=True), labels.items(), strict=True):
+        for name in dict.fromkeys(row[0] for row in rows):
+            yield axes, name, torch.tensor([float(row[column]) for row in rows if row[0] == name])
+        finish(axes, ylabel=label, ylim=(0, None))
 
 
 def cost(bench: Bench) -> Result:
@@ -202,14 +202,13 @@ def cost(bench: Bench) -> Result:
             for end in positions:
                 for part in bench.ids[:1, at : end - single].split(1024, dim=1):
                     reader.feed(part, torch.arange(0))
-                if bench.model.device.type == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
+                forget_peak(bench.model.device)
                 times = []
                 for begin in range(end - single, end):
                     clock = now(bench.model.device)
                     reader.feed(bench.ids[:1, begin : begin + 1])
                     times.append(now(bench.model.device) - clock)
-                rows.append((name, end, f"{1e3 * statistics.median(times):.3f}", memory(reader)))
+                rows.append((name, end, f"{1e3 * statistics.median(times):.3f}", reader.peak))
                 at = end
 
     def draw(figure: Figure) -> None:
@@ -291,8 +290,7 @@ def by_span(found: Tensor, columns: Tensor, spans: list[tuple[int, int]]) -> dic
 
 def sizes(bench: Bench) -> Result:
     caches = bench.size([256, 512, 1024, 2048, 4096, 8192], [16, 32])
-    newline = bench.tokenizer("\n", add_special_tokens=False).input_ids[-1]
-    changed = torch.cat((torch.full_like(bench.ids[:, :4], newline), bench.ids[:, 4:]), dim=1)
+    changed = without_start(bench.tokenizer, bench.ids)
     measured, rows, found = {}, [], {}
     for study, sink_size, window_size in settings_of(bench.capacity, caches):
         case = study == "newline", sink_size, window_size
@@ -315,9 +313,7 @@ def sizes(bench: Bench) -> Result:
 
 def attention(bench: Bench) -> Result:
     length = min(bench.capacity, bench.ids.shape[1] // 4)
-    starts = range(0, bench.ids.shape[1] - length, max((bench.ids.shape[1] - length) // bench.size(8, 1), 1))
-    pieces = torch.cat([bench.ids[:, start : start + length] for start in starts])
-    pieces[:, : bench.front] = bench.ids[:1, : bench.front]
+    pieces = pieces_of(bench.ids, length, bench.size(8, 1), bench.front)
     _, first, _ = attention_of(bench.model, pieces)
     rows = [(layer, f"{share:.4f}") for layer, share in enumerate(first.tolist())]
 
@@ -332,22 +328,15 @@ def attention(bench: Bench) -> Result:
 
 def recall(bench: Bench) -> Result:
     tokens, texts = bench.size(16_384, 600), bench.size(3, 1)
-    backs, exams, rows = bench.size((5, 10, 20, 40, 60, 80, 100, 120), (2, 20)), {}, []
-    for back in backs:
-        found = [examination(bench.tokenizer, tokens, back, text) for text in range(texts)]
-        ids = torch.tensor([ids[: min(len(x) for x, _ in found)] for ids, _ in found], device=bench.model.device)
-        exams[back] = ids, [[span for span in spans if span[1] <= ids.shape[1]] for _, spans in found]
+    backs, rows = bench.size((5, 10, 20, 40, 60, 80, 100, 120), (2, 20)), []
+    exams = {back: examine(bench.tokenizer, tokens, back, texts) for back in backs}
     for name in EXPERIMENTS:
         alone = name == "recompute"  # text by text: in vain to re-compute where another one's answers stand
         parts = [slice(i, i + 1) for i in range(texts)] if alone else [slice(0, texts)]
         with bench.reader(name) as reader:
             for back, part in itertools.product((20,) if alone else backs, parts):
                 ids, answers = exams[back]
-                reader.reset()
-                for text, marks in enumerate(score(reader, ids[part], answers[part]), part.start):
-                    rows += [
-                        (name, back, text, a, int(mark)) for (a, _), mark in zip(answers[text], marks, strict=True)
-                    ]
+                rows += answered(reader, back, ids[part], answers[part], part.start)
     found = shares(rows, ranges(tokens, bench.capacity))
 
     def draw(figure: Figure) -> None:
@@ -447,13 +436,9 @@ def endless(bench: Bench) -> Result:
         excerpts[name] = {str(i * length): said[i] for i in sorted({0, last, len(said) - 1})}
 
     def draw(figure: Figure) -> None:
-        for axes, column, label in zip(
-            figure.subplots(3, 1, sharex=True), (3, 4, 5), ("known words", "variety", "loss alone"), strict=True
-        ):
-            for name in about:
-                part = torch.tensor([float(row[column]) for row in rows if row[0] == name]).view(texts, -1)
-                line(axes, [(i + 0.5) * length for i in range(part.shape[1])], part, name)
-            finish(axes, ylabel=label, ylim=(0, None))
+        for axes, name, part in three_panels(figure, rows, {"known words": 3, "variety": 4, "loss alone": 5}):
+            part = part.view(texts, -1)
+            line(axes, [(i + 0.5) * length for i in range(part.shape[1])], part, name)
         axes.set_xlabel("tokens written")
 
     columns = ("way", "text", "begin", "known", "variety", "loss", "fluent")
@@ -485,12 +470,8 @@ def chat(bench: Bench) -> Result:
         excerpts[name] = {f"{turn}: {questions[turn]}": answers[turn][2] for turn in turns}
 
     def draw(figure: Figure) -> None:
-        for axes, column, label in zip(
-            figure.subplots(3, 1, sharex=True), (4, 5, 3), ("known words", "variety", "tokens"), strict=True
-        ):
-            for name in about:
-                axes.plot([float(row[column]) for row in rows if row[0] == name], ".-", color=COLOURS[name], label=name)
-            finish(axes, ylabel=label, ylim=(0, None))
+        for axes, name, part in three_panels(figure, rows, {"known words": 4, "variety": 5, "tokens": 3}):
+            axes.plot(part, ".-", color=COLOURS[name], label=name)
         axes.set_xlabel("turn")
 
     columns = ("way", "turn", "seen", "tokens", "known", "variety", "loss", "fluent", "failed")
@@ -499,34 +480,23 @@ def chat(bench: Bench) -> Result:
 
 
 PARTS = {part.__name__: part for part in (cost, loss, sizes, attention, recall, dtypes, endless, chat)}
-SECONDS = (
-    37,
-    120,
-    160,
-    2,
-    60,
-    331,
-    140,
-    100,
-)  # on an H200: cost, attention and dtypes as measured, the others as expected
+SECONDS = (37, 120, 160, 2, 60, 331, 140, 100)  # on an H200: cost, attention, dtypes measured, the others expected
 
 
 # -------------------------------------------------------------------------------------------------------------- files
 
 
 def save(name: str, result: Result, about: dict, output_dir: Path) -> None:
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / f"{name}.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([result.columns, *result.rows])
-    (output_dir / f"{name}.json").write_text(json.dumps(about | result.about, indent=1) + "\n")
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    write_csv(output_dir / f"{name}.csv", result.columns, result.rows)
+    write_json(output_dir / f"{name}.json", about | result.about)
+    figure = Figure(figsize=(9, 4.5))
     result.draw(figure)
     figure.suptitle(f"{Path(about['model']).name}: {name}; {about['device']}", fontsize=10)
     handles, names = figure.axes[0].get_legend_handles_labels()
     if names:
         names = [legend_name(way, about) for way in names]
         figure.legend(handles, names, loc="outside lower center", ncols=len(names))
-    figure.savefig(output_dir / f"{name}.png", dpi=110)
+    figure.savefig(output_dir / f"{name}.png")
 
 
 def main(
@@ -540,13 +510,13 @@ def main(
     data: Annotated[Path, typer.Option(help="Folder of *.txt.gz, three texts or more, and words.gz.")] = Path(
         "real_data"
     ),
-    output_dir: Annotated[Path, typer.Option(help="Where the results go.")] = Path("bench/results/real"),
+    output_dir: Output = RESULTS / "real",
     model: Annotated[str, typer.Option(help='A folder, a GGUF file, a hub name or "demo".')] = "smollm2",
     tokens: Annotated[int | None, typer.Option(help="Length of a text.")] = None,
     sink_size: int = 4,
     capacity: Annotated[int | None, typer.Option(help="S + W, tokens.")] = None,
     dtype: str = "float32",
-    device: Annotated[str | None, typer.Option(help="The GPU if there is one.")] = None,
+    device: Device = None,
     recomputed: Annotated[int | None, typer.Option(help="Tokens that loss re-computes in each range.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="The least sizes.")] = False,
     fetch_to: Annotated[Path | None, typer.Option("--fetch", metavar="DIR", help="Only fetch the texts.")] = None,
@@ -585,14 +555,13 @@ def main(
         }  # fmt: skip
         try:
             result = PARTS[name](bench)
-            about["seconds"] = round(time.perf_counter() - begin, 1)
+            about["seconds"] = round(time.perf_counter() - begin, 3)
             save(name, result, about, output_dir)
             show(name, result, about["seconds"])
         except Exception:
             traceback.print_exc()
             failed.append(name)
-        if network.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(network.device)
     if failed:
         console.print(f"[red]failed: {', '.join(failed)}")
         raise typer.Exit(1)

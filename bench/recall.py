@@ -16,20 +16,15 @@ window has forgotten the last answer, so that only sinks can hold it: try --sink
 The model must know how: `bench/train_model.py --mix recall` trains one.
 """
 
-import csv
-import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from experiments import COLOURS, EXPERIMENTS, Reader, open_model, ranges, record
+from common import RESULTS, Device, Output, finish, print_table, progress, record, write_csv, write_json
+from experiments import COLOURS, EXPERIMENTS, Reader, open_model, ranges
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 EVERY = 10  # lines between questions
@@ -47,7 +42,6 @@ NAMES = (
 )  # fmt: skip
 KEPT = 64  # a name is not used again for so many lines
 COLUMNS = ("experiment", "back", "text", "position", "right")
-console = Console()
 
 
 class Lines:
@@ -127,6 +121,26 @@ def score(reader: Reader, ids: Tensor, answers: list[list[tuple[int, int]]], chu
     return [[bool(right[row, a:b].all()) for a, b in spans] for row, spans in enumerate(answers)]
 
 
+def examine(
+    tokenizer, tokens: int, back: int | None, texts: int, forgotten: int = 0
+) -> tuple[Tensor, list[list[tuple[int, int]]]]:
+    """Several examinations, cut to the shortest: ids (texts, n), and of each text where its answers stand."""
+    found = [examination(tokenizer, tokens, back, text, forgotten) for text in range(texts)]
+    length = min(len(ids) for ids, _ in found)
+    ids = torch.tensor([ids[:length] for ids, _ in found])
+    return ids, [[span for span in spans if span[1] <= length] for _, spans in found]
+
+
+def answered(reader: Reader, back: int | str, ids: Tensor, answers: list[list[tuple[int, int]]], first: int = 0):
+    """Rows as in COLUMNS. back: as it stands in them. first: number of the first text."""
+    reader.reset()
+    return [
+        (reader.experiment, back, first + text, begin, int(mark))
+        for text, marks in enumerate(score(reader, ids.to(reader.model.device), answers))
+        for (begin, _), mark in zip(answers[text], marks, strict=True)
+    ]
+
+
 def shares(rows: list[tuple], spans: list[tuple[int, int]]) -> dict:
     """Share of right answers by experiment, distance and position range, and the least and most of the texts."""
     found: dict = {}
@@ -146,9 +160,8 @@ def shares(rows: list[tuple], spans: list[tuple[int, int]]) -> dict:
     return found
 
 
-def draw(output_dir: Path) -> None:
-    """recall.png from recall.json: by position, or at the end of the text by distance, where several were asked for."""
-    about = json.loads((output_dir / "recall.json").read_text())
+def draw(about: dict, path: Path) -> None:
+    """What recall.json says: by position, or at the end of the text by distance, where several were asked for."""
     spans = [f"{a}-{b}" for a, b in ranges(about["tokens"], about["sink_size"] + about["window_size"])]
     found, backs = about["shares"], list(next(iter(about["shares"].values())))
     if len(backs) == 1:
@@ -158,7 +171,7 @@ def draw(output_dir: Path) -> None:
     else:
         ticks, where, title = backs, "lines back", f"earlier lines, at tokens {spans[-1]}"
         pick = {name: [by_back[back].get(spans[-1]) for back in backs] for name, by_back in found.items()}
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = Figure(figsize=(8, 4))
     axes, width = figure.subplots(), 0.8 / len(found)
     for i, (experiment, entries) in enumerate(pick.items()):
         shown = [(x + i * width, entry) for x, entry in enumerate(entries) if entry]
@@ -167,16 +180,15 @@ def draw(output_dir: Path) -> None:
         style = dict(yerr=spread, capsize=2, label=experiment, color=COLOURS[experiment])
         axes.bar([x for x, _ in shown], heights, width, **style)
     axes.set_xticks([x + 0.4 - width / 2 for x in range(len(ticks))], ticks)
-    axes.set(xlabel=where, ylabel="right answers (%)", ylim=(0, 105))
+    finish(axes, "y", xlabel=where, ylabel="right answers (%)", ylim=(0, 105))
     axes.set_title(f"Asked for {title}; {about['sink_size']} sinks + window {about['window_size']}")
     figure.legend(loc="outside lower center", ncols=len(found))
-    axes.grid(alpha=0.3, axis="y")
-    figure.savefig(output_dir / "recall.png", dpi=130)
+    figure.savefig(path)
 
 
 def main(
     model: Annotated[str, typer.Option(help="Hub name or local path of a model that can do it.")],
-    output_dir: Annotated[Path, typer.Option(help="Where the results go.")] = Path("bench/results/recall"),
+    output_dir: Output = RESULTS / "recall",
     experiment: Annotated[list[str], typer.Option(help="dense, window, sinks, recompute.")] = EXPERIMENTS,
     more: Annotated[list[str] | None, typer.Argument(metavar="[EXPERIMENT]...")] = None,
     tokens: Annotated[int, typer.Option(help="Length of a text.")] = 16_384,
@@ -185,53 +197,44 @@ def main(
     pinned: Annotated[bool, typer.Option(help="Ask for the first line of the text.")] = False,
     sink_size: int = 4,
     window_size: int = 508,
-    device: Annotated[str | None, typer.Option(help="The GPU if there is one.")] = None,
+    device: Device = None,
     dtype: str = "float32",
-    seed: int = 0,
 ) -> None:
     """Score the answers of each experiment."""
     chosen = [*experiment, *(more or [])]
     if unknown := set(chosen) - set(EXPERIMENTS):
         raise typer.BadParameter(f"{', '.join(unknown)}: choose of {', '.join(EXPERIMENTS)}")
     network, tokenizer, front = open_model(model, device, dtype)
-    distances: Iterator = [None] if pinned else [int(x) for x in back.split(",")]
+    distances = ["first"] if pinned else [int(x) for x in back.split(",")]
     rows: list[tuple] = []
-    with Progress(console=console) as progress:
-        task = progress.add_task("", total=len(chosen) * len(distances))
+    with progress() as bar:
+        task = bar.add_task("", total=len(chosen) * len(distances))
         for distance in distances:
-            forgotten = sink_size + window_size if pinned else 0
-            exams = [examination(tokenizer, tokens, distance, seed + text, forgotten) for text in range(texts)]
-            length = min(len(ids) for ids, _ in exams)
-            ids = torch.tensor([ids[:length] for ids, _ in exams], device=network.device)
-            answers = [[span for span in spans if span[1] <= length] for _, spans in exams]
+            asked = (None, texts, sink_size + window_size) if pinned else (distance, texts)
+            ids, answers = examine(tokenizer, tokens, *asked)
             if not any(answers):
                 raise typer.BadParameter(f"--tokens {tokens} is too short for a question of {distance} lines back")
             for name in chosen:
-                progress.update(task, description=f"{name}, {'first' if pinned else distance} line")
+                bar.update(task, description=f"{name}, {distance} line")
                 with Reader(network, name, sink_size, window_size, front, batch=64) as reader:
-                    for text, marks in enumerate(score(reader, ids, answers)):
-                        rows += [
-                            (name, "first" if pinned else distance, text, span[0], int(mark))
-                            for span, mark in zip(answers[text], marks, strict=True)
-                        ]
-                progress.advance(task)
+                    rows += answered(reader, distance, ids, answers)
+                bar.advance(task)
     spans = ranges(tokens, sink_size + window_size)
     found = shares(rows, spans)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / "recall.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *rows])
+    write_csv(output_dir / "recall.csv", COLUMNS, rows)
     entry = {
         **record(str(network.device)), "model": model, "sink_size": sink_size, "window_size": window_size,
         "texts": texts, "tokens": tokens, "shares": found,
     }  # fmt: skip
-    (output_dir / "recall.json").write_text(json.dumps(entry, indent=1) + "\n")
-    draw(output_dir)
-    table = Table("experiment", "lines back", *(f"{a}-{b}" for a, b in spans), title="right answers, %")
-    for name, by_back in found.items():
-        for distance, entry in by_back.items():
-            parts = [entry.get(f"{a}-{b}") for a, b in spans]
-            table.add_row(name, distance, *("" if part is None else f"{100 * part['share']:.1f}" for part in parts))
-    console.print(table)
+    write_json(output_dir / "recall.json", entry)
+    draw(entry, output_dir / "recall.png")
+    columns = [f"{a}-{b}" for a, b in spans]
+    lines = [
+        (name, distance, *(f"{100 * entry[span]['share']:.1f}" if span in entry else "" for span in columns))
+        for name, by_back in found.items()
+        for distance, entry in by_back.items()
+    ]
+    print_table(("experiment", "lines back", *columns), lines, "right answers, %")
 
 
 if __name__ == "__main__":

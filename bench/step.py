@@ -7,21 +7,21 @@ floor of a part is the bytes it has to read, its weights or its keys and values,
 Writes step.csv (model, part, kernels, us, floor_us; medians over steps, all layers together) and step.png.
 """
 
-import csv
 import itertools
 from pathlib import Path
 from typing import Annotated
 
-import matplotlib.pyplot as plt
 import torch
 import typer
-from decode import console, read_bandwidth
-from generate import SINKS, make
-from rich.table import Table
+from common import RESULTS, SINKS, Output, median, print_table, write_csv
+from generate import make
+from gpu import read_bandwidth
+from matplotlib.figure import Figure
 from torch.profiler import ProfilerActivity, profile
 
 import sinkattn
 
+COLUMNS = ("model", "part", "kernels", "us", "floor_us")
 PARTS = ("q, k, v", "attention", "output", "gate and up", "down", "head", "everything else")
 
 
@@ -90,7 +90,7 @@ def steps_of(model, capacity: int, steps: int) -> list[dict[str, tuple[int, floa
 
 
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Where step.csv and step.png go.")] = Path("bench/results"),
+    output_dir: Output = RESULTS,
     models: Annotated[str, typer.Option(help="Of bench/generate.py, by commas.")] = "llama-2-7b,llama-3-8b",
     capacity: Annotated[int, typer.Option(help="C, tokens.")] = 1024,
     steps: Annotated[int, typer.Option(help="Steps to look at.")] = 20,
@@ -101,22 +101,20 @@ def main(
         model = make(name)
         floor, found = floors(model, capacity, bandwidth), steps_of(model, capacity, steps)
         for part in PARTS:
-            times = sorted(step.get(part, (0, 0.0)) for step in found)
-            kernels, us = times[len(times) // 2]
+            kernels, us = median(step.get(part, (0, 0.0)) for step in found)
             rows.append(dict(model=name, part=part, kernels=kernels, us=round(us, 1), floor_us=round(floor[part], 1)))
         del model
         torch.cuda.empty_cache()
-    table = Table("model", "part", "kernels", "us", "floor us")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    console.print(table)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / "step.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    names = models.split(",")
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.7 * len(names)), layout="constrained")
+    print_table(COLUMNS, rows)
+    write_csv(output_dir / "step.csv", COLUMNS, rows)
+    plot(rows, capacity, output_dir / "step.png")
+
+
+def plot(rows: list[dict], capacity: int, path: Path) -> None:
+    """Milliseconds by part, a pair of bars a model: what it takes, and its floor."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(9, 1.2 + 0.7 * len(names)))
+    axes = figure.subplots()
     for i, name in enumerate(names):
         for y, column, alpha in ((i + 0.18, "us", 1.0), (i - 0.18, "floor_us", 0.45)):
             left = 0.0
@@ -126,8 +124,8 @@ def main(
                 left += row[column] / 1e3
     axes.set_yticks(range(len(names)), names)
     axes.set(xlabel=f"ms a step, batch 1, C = {capacity}; pale: what reading takes at least")
-    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, frameon=False)
-    figure.savefig(output_dir / "step.png", dpi=120)
+    axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

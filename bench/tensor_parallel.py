@@ -10,13 +10,10 @@ timed in bfloat16 over a full cache, as Python runs it ("eager") and as a CUDA g
 Writes tensor_parallel.csv (gpus, batch, capacity, mode, ms a step) and tensor_parallel.json (errors, device, versions).
 """
 
-import csv
 import gc
-import json
 import os
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -24,12 +21,12 @@ import torch
 import torch.distributed as dist
 import transformers
 import typer
-from rich.console import Console
+from common import SINKS, Output, device_name, free, median, now, print_table, write_csv, write_json
 
 import sinkattn
 
-SINKS, TEXT = 4, 32  # sinks, and tokens that are fed one by one when logits are compared
-console = Console(width=160)
+TEXT = 32  # tokens that are fed one by one when logits are compared
+COLUMNS = ("gpus", "batch", "capacity", "mode", "ms")
 
 
 def config_of(size: str, layers: int) -> transformers.LlamaConfig:
@@ -56,11 +53,6 @@ def logits_of(model, capacity: int, device) -> torch.Tensor:
     return torch.cat(pieces, dim=1).float().cpu()
 
 
-def synchronize(device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
 @torch.no_grad()
 def step_ms(model, batch: int, capacity: int, device, as_graph: bool, steps: int = 30) -> float:
     """Milliseconds of one decode step of `batch` rows over a full cache: the median of `steps`."""
@@ -81,12 +73,10 @@ def step_ms(model, batch: int, capacity: int, device, as_graph: bool, steps: int
         step = graph.replay
     times = []
     for _ in range(steps + 5):
-        synchronize(device)
-        start = time.perf_counter()
+        start = now(device)
         step()
-        synchronize(device)
-        times.append((time.perf_counter() - start) * 1e3)
-    return sorted(times[5:])[steps // 2]
+        times.append((now(device) - start) * 1e3)
+    return median(times[5:])
 
 
 def measure(load, capacity: int, batches: list[int], device) -> tuple[dict, list]:
@@ -101,19 +91,18 @@ def measure(load, capacity: int, batches: list[int], device) -> tuple[dict, list
                     ms = step_ms(model, batch, capacity, device, as_graph)
                     rows.append((batch, capacity, "graph" if as_graph else "eager", ms))
         del model
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(device)
     return logits, rows
 
 
 def main(
-    output_dir: Annotated[Path, typer.Option(help="where tensor_parallel.csv and .json go")],
+    output_dir: Output,
     size: Annotated[str, typer.Option(help="8b, or tiny to try this file out")] = "8b",
     layers: Annotated[int, typer.Option(help="of the 32")] = 32,
     capacity: Annotated[int, typer.Option(help="C, tokens")] = 1024,
     batches: Annotated[list[int] | None, typer.Option("--batch", help="rows of a step; default 1 and 32")] = None,
 ) -> None:
+    """Compare logits over all processes with those of one device, and time steps of both."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device(f"cuda:{rank}" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
@@ -151,7 +140,7 @@ def report(output_dir: Path, world: int, alone: tuple, split: tuple, device, mod
     error = lambda x: ((x.double() - exact).square().mean().sqrt() / exact.std()).item()  # noqa: E731
     about = dict(
         model=f"Llama-3-8B's shape ({model}), random weights",
-        device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        device=device_name(device),
         gpus=world,
         torch=torch.__version__,
         transformers=transformers.__version__,
@@ -160,14 +149,11 @@ def report(output_dir: Path, world: int, alone: tuple, split: tuple, device, mod
         bfloat16_alone=error(alone[0][torch.bfloat16]),
         bfloat16_split=error(split[0][torch.bfloat16]),
     )
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "tensor_parallel.json").write_text(json.dumps(about, indent=1) + "\n")
-    rows = [(gpus, *row) for gpus, (_, some) in ((1, alone), (world, split)) for row in some]
-    with (output_dir / "tensor_parallel.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("gpus", "batch", "capacity", "mode", "ms"))
-        writer.writerows((*row[:-1], f"{row[-1]:.3f}") for row in rows)
-    console.print(about, *rows, sep="\n")
+    write_json(output_dir / "tensor_parallel.json", about)
+    rows = [(gpus, *row, f"{ms:.3f}") for gpus, (_, some) in ((1, alone), (world, split)) for *row, ms in some]
+    write_csv(output_dir / "tensor_parallel.csv", COLUMNS, rows)
+    print_table(("", ""), about.items())
+    print_table(COLUMNS, rows)
     if about["float32_split"] > 1e-4:
         raise SystemExit("float32 logits over several devices are not those of one")
 

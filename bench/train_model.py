@@ -22,7 +22,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import random
 import sys
 import sysconfig
@@ -36,12 +35,10 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
-import transformers
 import typer
+from common import console, default_device, now, print_table, record
 from experiments import SinkLlama, causal_attention, open_model, plain_forward
 from recall import training_text
-from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from tqdm import tqdm
@@ -62,7 +59,6 @@ POLICIES = {  # name: sink_size, window_size
     "window 512": (0, 512),
     "sinks 4 + 508": (4, 508),
 }
-console = Console()
 
 
 # ------------------------------------------------------------------------------------------------------------ corpus
@@ -143,11 +139,9 @@ def train_tokenizer(texts: list[str], sample_chars: int = 20_000_000) -> Tokeniz
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+        vocab_size=VOCABULARY, special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+    )  # fmt: skip
     total, sample = 0, []
     for text in texts:
         if (total := total + len(text)) > sample_chars:
@@ -195,21 +189,11 @@ def prepared(directory: Path | None, max_files: int | None, seed: int, lap: Call
 def build_model(sinks: str) -> LlamaForCausalLM:
     AttentionInterface.register("causal_sdpa", causal_attention)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=192,
-        intermediate_size=448,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        head_dim=32,
-        max_position_embeddings=CONTEXT,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        attn_implementation="causal_sdpa",
-    )
+        vocab_size=VOCABULARY, hidden_size=192, intermediate_size=448, num_hidden_layers=8, num_attention_heads=6,
+        num_key_value_heads=3, head_dim=32, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=BOS, eos_token_id=EOS,
+        pad_token_id=PAD, attn_implementation="causal_sdpa",
+    )  # fmt: skip
     if sinks in ("token", "vanilla"):
         return LlamaForCausalLM(config)
     config.learns_sinks = sinks == "logits"
@@ -242,22 +226,6 @@ def sample_loss(model: LlamaForCausalLM, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), rows[:, 1:].flatten())
 
 
-def compile_loss(function: Callable, model: LlamaForCausalLM, rows: Tensor) -> tuple[Callable, bool]:
-    """A loss, compiled and warmed up on a GPU, eager on a CPU or where that fails; and whether it is compiled."""
-    if rows.is_cuda:
-        try:
-            compiled = torch.compile(function)
-            compiled(model, rows).backward()
-            torch.cuda.synchronize()
-            return compiled, True
-        except Exception as error:
-            console.print(f"[bold red]torch.compile failed, training in eager mode, slower:[/] {type(error).__name__}")
-            console.print(str(error)[:2000], markup=False)
-        finally:
-            model.zero_grad()
-    return function, False
-
-
 def train(
     model: LlamaForCausalLM,
     data: Iterator[Tensor],
@@ -273,11 +241,14 @@ def train(
         {"params": [weight for weight in weights if weight.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), fused=model.device.type == "cuda")
-    clock = time.perf_counter()
-    loss_of, compiled = compile_loss(function, model, next(data))
-    compile_seconds = time.perf_counter() - clock
+    device, clock, loss_of = model.device, time.perf_counter(), function
+    if device.type == "cuda":
+        loss_of = torch.compile(function)
+        loss_of(model, next(data)).backward()
+        model.zero_grad()
+    compile_seconds = now(device) - clock
 
-    curve, total, last, clock = [], torch.zeros((), device=model.device), 0, time.perf_counter()
+    curve, total, last, clock = [], torch.zeros((), device=device), 0, time.perf_counter()
     bar = tqdm(range(1, steps + 1), "train", mininterval=2)
     for step in bar:
         share = max(step / steps, (time.perf_counter() - clock) / (60 * minutes))
@@ -299,14 +270,10 @@ def train(
             break
     seconds = time.perf_counter() - clock
     return {
-        "steps": last,
-        "planned_steps": steps,
-        "tokens": last * batch_size * CONTEXT,
-        "compiled": compiled,
-        "compile_seconds": round(compile_seconds, 1),
-        "milliseconds_per_step": round(1000 * seconds / last, 2),
-        "loss": curve,
-    }
+        "steps": last, "planned_steps": steps, "tokens": last * batch_size * CONTEXT,
+        "compiled": device.type == "cuda", "compile_seconds": round(compile_seconds, 1),
+        "milliseconds_per_step": round(1000 * seconds / last, 2), "loss": curve,
+    }  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation
@@ -372,10 +339,8 @@ def evaluate(directory: Path, held_out: dict[str, str], count: int | None, devic
 
 
 def show(results: dict) -> None:
-    table = Table("", *(f"{a}-{b}" for a, b in RANGES), title="mean loss on held-out files, by position")
-    for name, losses in results["loss_by_position"].items():
-        table.add_row(name, *(f"{loss:.2f}" for loss in losses.values()))
-    console.print(table)
+    rows = [(name, *(f"{x:.2f}" for x in losses.values())) for name, losses in results["loss_by_position"].items()]
+    print_table(("", *(f"{a}-{b}" for a, b in RANGES)), rows, "mean loss on held-out files, by position")
     console.print("attention on position 0, by layer:", *(f"{mass:.2f}" for mass in results["attention_on_first"]))
     rows = list(results["loss_by_position"].values())
     dense, window, sinks = (sum(row[f"{a}-{b}"] * (b - a) for a, b in RANGES[1:]) for row in rows)
@@ -395,28 +360,19 @@ def save(model: LlamaForCausalLM, tokenizer: Tokenizer, sinks: str, directory: P
     tokenizer.post_processor = front
     model.to(torch.bfloat16).save_pretrained(directory)
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        clean_up_tokenization_spaces=False,
-        split_special_tokens=True,
-        model_max_length=10**9,  # the point is to go past the context
-    )
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", split_special_tokens=True,
+        clean_up_tokenization_spaces=False, model_max_length=10**9,  # the point is to go past the context
+    )  # fmt: skip
     wrapped.save_pretrained(directory)
     path = directory / "tokenizer.json"  # written indented; half the size without
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")), ensure_ascii=False, separators=(",", ":")), "utf-8")
 
 
 def check_size(directory: Path) -> None:
-    sizes = {path.name: path.stat().st_size for path in sorted(directory.iterdir()) if path.is_file()}
-    table = Table("file", "bytes", title=str(directory))
-    for name, size in (*sizes.items(), ("total", sum(sizes.values()))):
-        table.add_row(name, f"{size:,}")
-    console.print(table)
-    if sum(sizes.values()) > SIZE_LIMIT:
-        console.print(f"[bold red]too large: the limit is {SIZE_LIMIT:,} bytes")
-        raise typer.Exit(1)
+    size = sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+    console.print(f"{directory}: {size:,} bytes")
+    if size > SIZE_LIMIT:
+        raise SystemExit(f"too large: the limit is {SIZE_LIMIT:,} bytes")
 
 
 def main(
@@ -434,10 +390,7 @@ def main(
     """Train the demo's model, or a variant of it, and evaluate it past its context."""
     if sinks not in ("token", "vanilla", "zero", "logits") or mix not in (None, "recall"):
         raise typer.BadParameter(f"--sinks {sinks}, --mix {mix}: choose token, vanilla, zero or logits, and recall")
-    options = {"steps": steps, "minutes": minutes, "batch-size": batch_size, "max-files": max_files}
-    options |= {"eval-streams": eval_streams, "sinks": sinks, "mix": mix, "seed": seed}
-    given = [f"--{name} {value}" for name, value in options.items() if value is not None]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     random.seed(seed)
     torch.manual_seed(seed)
     begin, seconds = time.perf_counter(), {}
@@ -466,20 +419,8 @@ def main(
     lap("evaluation")
     show(evaluation)
 
-    entry = {
-        "command": " ".join(["python bench/train_model.py", *given]),
-        **about,
-        "training": training,
-        "evaluation": evaluation,
-        "seconds": seconds,
-        "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
-    }
+    entry = {**record(device), **about, "training": training, "evaluation": evaluation, "seconds": seconds}
+    entry["versions"]["tokenizers"] = tokenizers.__version__
     (output_dir / "training.json").write_text(json.dumps(entry) + "\n", "utf-8")
     check_size(output_dir)
 

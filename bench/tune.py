@@ -1,29 +1,26 @@
 """Try launch configurations of the decode kernels on this GPU: python bench/tune.py --output-dir bench/results/h200
 
-For every shape it times the CUDA C++ kernel with every way to share a key head and, with --triton, candidates for
-`_config` of kernels/decode.py. It prints the best next to what is in use and writes tune.csv. What is good goes into
-`sharing_of` of csrc/cuda/decode.cu and into `_config` by hand: nothing is tuned at run time. Triton's candidates take
-most of the time to compile, and Triton keeps what it compiled: run --part k/n side by side first, then all of them.
+For every shape it times, as bench/decode.py does, the CUDA C++ kernel with every way to share a key head and, with
+--triton, candidates for `_config` of kernels/decode.py. It prints the best next to what is in use and writes tune.csv.
+What is good goes into `sharing_of` of csrc/cuda/decode.cu and into `_config` by hand: nothing is tuned at run time.
+Triton's candidates take most of the time to compile, and Triton keeps what it compiled: run --part k/n side by side
+first, then all of them.
 """
 
-import csv
 import functools
 import itertools
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import triton
 import typer
+from common import RESULTS, Output, console, track, write_csv
 from decode import measure
-from rich.console import Console
-from rich.progress import track
 
 from sinkattn import ops
 from sinkattn.kernels import decode as kernel
 
 COLUMNS = ("num_heads", "num_kv_heads", "head_dim", "batch", "capacity", "backend", "config", "us")
-console = Console(width=160)
 
 
 def candidates(pairs: int, group: int, ring_size: int) -> list[tuple[dict, int]]:
@@ -89,7 +86,7 @@ def triton_times(shape: tuple, head_dim: int) -> list[tuple[float, str]]:
 
 
 def main(
-    output_dir: Annotated[Path, typer.Option(help="Where tune.csv goes.")] = Path("bench/results"),
+    output_dir: Output = RESULTS,
     heads: Annotated[str, typer.Option(help="Query heads / key heads.")] = "32/32,32/8",
     batches: Annotated[str, typer.Option(help="Batch sizes.")] = "1,8,64",
     capacities: Annotated[str, typer.Option(help="Tokens in the cache.")] = "1024,4096",
@@ -117,11 +114,7 @@ def main(
             rows += [
                 (num_heads, num_kv_heads, head_dim, *shape[2:], backend, config, f"{us:.2f}") for us, config in found
             ]
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with (output_dir / ("tune.csv" if step == 1 else f"tune_{first}.csv")).open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
-        writer.writerows(rows)
+    write_csv(output_dir / ("tune.csv" if step == 1 else f"tune_{first}.csv"), COLUMNS, rows)
 
 
 if __name__ == "__main__":
