@@ -58,7 +58,7 @@ class Generation:
     def __init__(self, model, runner: Runner):
         self.model, self.runner = model, runner
         self._generate, self._prepare_inputs = model.generate, model.prepare_inputs_for_generation
-        self._stopping_criteria = model._get_stopping_criteria
+        self._stopping_criteria, self._candidates = model._get_stopping_criteria, model._get_candidate_generator
 
     @property
     def methods(self) -> dict:
@@ -69,6 +69,7 @@ class Generation:
             "prepare_inputs_for_generation": self.prepare_inputs,
             "_prepare_cache_for_generation": self.prepare_cache,
             "_get_stopping_criteria": self.stopping_criteria,
+            "_get_candidate_generator": self.candidate_generator,
         }
         if self.runner.pictures is not None:
             methods["_prepare_position_ids_for_generation"] = self.prepare_positions
@@ -106,7 +107,9 @@ class Generation:
                 changes += undo is not None
             inputs = None if inputs is None else ids
             kwargs |= {} if inputs is not None else {"input_ids": ids}
-        outer, call = _running.call, _Call(has_positions=kwargs.get("position_ids") is not None)
+        is_assistant = getattr(kwargs.get("generation_config"), "is_assistant", False)  # its positions count padding
+        has_positions = kwargs.get("position_ids") is not None and not is_assistant
+        outer, call = _running.call, _Call(has_positions)
         _running.call = call
         try:
             output = self._generate(inputs, *args, **kwargs)
@@ -325,6 +328,28 @@ class Generation:
         criteria, call = self._stopping_criteria(*args, **kwargs), _running.call
         is_heard = call is not None and call.cache is not None and not call.is_search
         return _Stops(criteria, call.cache) if is_heard else criteria
+
+    def candidate_generator(self, *args, **kwargs):
+        """`GenerationMixin._get_candidate_generator`: no more candidates at a time than can be taken back.
+
+        The assistant, if it is patched, takes its own back as well.
+        """
+        generator = self._candidates(*args, **kwargs)
+        handle = getattr(getattr(generator, "assistant_model", None), "_sinkattn", None)
+        most = min(x.plan.slack for x in (self.runner, handle) if x is not None)
+        propose = generator.get_candidates
+        if most < 1:
+            raise ValueError("assisted generation takes candidates back: patch() with slack, their number at a time")
+
+        def get_candidates(input_ids: Tensor, *args, **kwargs):
+            for name in ("num_assistant_tokens", "num_output_tokens"):  # how many, as transformers calls it
+                if hasattr(generator, name):
+                    setattr(generator, name, min(getattr(generator, name), most))
+            ids, logits = propose(input_ids, *args, **kwargs)
+            return ids[:, : input_ids.shape[1] + most], None if logits is None else logits[:, :most]
+
+        generator.get_candidates = get_candidates
+        return generator
 
     def refuse_batches(self, *args, **kwargs):
         """`ContinuousMixin.init_continuous_batching`, by which `generate_batch` begins."""

@@ -1,0 +1,95 @@
+"""Assisted generation: the text of the model alone, whoever proposes, beyond the wrap, in turns."""
+
+import copy
+
+import pytest
+import torch
+
+import real
+from sinkattn import SinkCache, patch
+from tiny import tiny
+
+S, W = 4, 30
+
+
+def made(noise: float = 0.0):
+    """The same weights every time, but for noise."""
+    with torch.random.fork_rng():
+        model = tiny("llama", pad_token_id=None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return model
+
+
+GREEDY = dict(max_new_tokens=80, do_sample=False, repetition_penalty=1.3)  # so that it does not go in circles
+
+
+@pytest.fixture(params=["lookup", "unpatched", "patched", "itself"])
+def helped(request):
+    """A patched model, and what generate is told so that it is assisted; all but the lookup propose often rightly."""
+    model = made()
+    with patch(model, S, W, slack=6):
+        if request.param == "lookup":
+            yield model, dict(prompt_lookup_num_tokens=4)
+        else:
+            draft = made(0.0 if request.param == "itself" else 0.01)
+            draft.generation_config.num_assistant_tokens = 20  # more than can be taken back
+            if request.param == "unpatched":
+                yield model, dict(assistant_model=draft)
+            else:
+                with patch(draft, S, W if request.param == "itself" else 20, slack=4):
+                    yield model, dict(assistant_model=draft)
+
+
+def test_the_text_is_that_of_the_model_alone(helped):
+    model, assistant = helped
+    ids, cache = torch.randint(1, 97, (1, 20)), SinkCache(model)
+    forwards = []
+    model.model.register_forward_pre_hook(lambda *_: forwards.append(0))
+    expected = model.generate(ids, **GREEDY)
+    alone = len(forwards)
+    assert torch.equal(model.generate(ids, **GREEDY, **assistant), expected)
+    if "assistant_model" in assistant:
+        assert len(forwards) - alone < 0.9 * alone  # candidates were taken
+    for turn in range(2):
+        found = model.generate(ids, past_key_values=cache, **GREEDY, **assistant)
+        assert torch.equal(found, model.generate(ids, **GREEDY)), turn
+        assert cache.seen == found.shape[1] - 1 and cache.lengths.tolist() == [cache.seen]
+        ids = torch.cat((found, torch.randint(1, 97, (1, 5))), dim=1)
+
+
+def test_sampling_keeps_the_distribution():
+    """The share of every token in the second place of many draws, assisted and alone, over a vocabulary of a few."""
+    model, ids = made(), torch.randint(1, 97, (1, 40))
+    draft, options = made(0.02), dict(do_sample=True, top_k=4, max_new_tokens=2)
+    with patch(model, S, W), patch(draft, S, W):
+        first = model.generate(ids, do_sample=False, max_new_tokens=1)
+        counts = torch.zeros(2, 97)
+        for which, assistant in enumerate(({}, dict(assistant_model=draft))):
+            for _ in range(100):
+                counts[which, model.generate(first, **options, **assistant)[0, 42]] += 1
+        assert (counts[0] > 0).sum() > 1
+        shares = counts / counts.sum(1, keepdim=True)
+        assert 0.5 * (shares[0] - shares[1]).abs().sum() < 0.35  # total variation; by chance about 0.1
+
+
+def test_what_cannot_be_assisted():
+    model = made()
+    with patch(model, S, W, slack=0), pytest.raises(ValueError, match="with slack, their number at a time"):
+        model.generate(torch.randint(1, 97, (1, 9)), prompt_lookup_num_tokens=3, **GREEDY)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_smollm2_as_its_own_draft():
+    """With a smaller window over the same weights, past the wrap of both."""
+    real.needed()
+    model = real.real_model(torch.float32)
+    draft = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    ids = real.prose(60)
+    options = dict(do_sample=False, max_new_tokens=50)
+    with patch(model, 4, 60):
+        expected = model.generate(ids, **options)
+        with patch(draft, 4, 28):
+            assert torch.equal(model.generate(ids, assistant_model=draft, **options), expected)
