@@ -11,12 +11,15 @@
 * On Hopper, what `backends._is_in_cuda_prefill` says; the rest as "triton".
 """
 
+import logging
+
 import torch
 from torch import Tensor
 
 from . import backends, reference
 from .backends import CPU_ISA, DTYPES, HAS_CPU_LIBRARY, HAS_CUDA_LIBRARY, Sizes, Tensors, check_devices  # noqa: F401
 
+logger = logging.getLogger(__name__)
 BACKENDS = ("auto", *backends.BACKENDS)
 LINEAR_MAX_ROWS, LINEAR_MAX_ROWS_ELSEWHERE = 64, 16  # on Hopper and the CPU, on other GPUs
 FEW_ROWS = 8  # with more, torch's products are as fast but on Hopper, or may be (CPUs): bench/linear.py, bench/cpu.py
@@ -104,6 +107,12 @@ def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, in_cuda: tuple =
     _check(tensors, sizes)
     run = backends.chosen(op, backend, tensors, sizes)
     if kind is not None:
+        if kind not in _compiled:
+            by = f"torch.ops.{run}" if isinstance(run, torch._ops.OpOverload) else "reference.attention"
+            shapes = tuple(q.shape[1::2]), tuple(v.shape[1::2])
+            logger.info(
+                "%s, backend %r, %s on %s, (heads, dim) %s and %s: %s", *kind[:2], q.dtype, q.device, *shapes, by
+            )
         _compiled[kind] = run if run in backends.COMPILED else None
     return run(*arguments, *(in_cuda if run is _DECODE_CUDA else ()))
 

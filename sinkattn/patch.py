@@ -4,7 +4,9 @@ import contextlib
 import copy
 import inspect
 import itertools
+import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from numbers import Integral
@@ -19,7 +21,7 @@ from .introspect import input_device, untouched
 from .models import trained_length
 from .observe import Observer
 from .probe import Recorder, probe
-from .rope import UnsupportedModelError
+from .rope import ProbedLayer, UnsupportedModelError
 from .rows import Plan, SinkLayer
 from .runner import CHUNK, Runner
 from .verify import Verification
@@ -28,6 +30,7 @@ ROUTES = {  # how attention is reached: the implementation that the config names
     "interface": IMPLEMENTATION,  # interface.py, through transformers' attention interface
     "watch": None,  # whatever the model does with what `Cache.update` returns, see watch.py
 }
+logger = logging.getLogger(__name__)
 OWN = (None, "eager")  # implementations of attention that tell what the model itself computes
 
 
@@ -80,6 +83,7 @@ class Handle:
             raise
         self._install()
         self.runner.keep_in_sight(self._attending)
+        self._tell()
 
     def _find_out(self, sink_size, window_size, prefill, slack, backend, fuse, cuda_graph) -> None:
         """Probe the model, choose how it is run, and see that this gives what the model itself gives."""
@@ -125,6 +129,17 @@ class Handle:
     def why_eager(self) -> str | None:
         return self.runner.why_eager
 
+    def _tell(self) -> None:
+        """Tell the log in a line what was found of the model, and how it runs."""
+        model, plan, fused = self.model, self.plan, self.runner.fused
+        rotations = Counter(_rotation(probed) for probed in plan.layers.values())
+        forms = Counter(type(form).__name__ for form in (fused.replaced if fused else ()))
+        rotated, replaced = (", ".join(f"{n} x {kind}" for kind, n in kinds.items()) for kinds in (rotations, forms))
+        logger.info(
+            "%r, %s on %s: %d attentions by route %r; rotation: %s; fused: %s",
+            *(self, model.dtype, input_device(model), len(plan.layers), plan.route, rotated, replaced or "nothing"),
+        )
+
     def _install(self) -> None:
         """Put the runner's forward, and what `generate` needs, in the place of the model's own methods."""
         self._replace("forward", self.runner.forward)
@@ -151,6 +166,7 @@ class Handle:
                         return context, route, probe(self.model, recorder, capacity, CHUNK)
                 except UnsupportedModelError as error:
                     refusal = error
+                    logger.debug("%s by route %r: %s", type(self.model).__name__, route, error)
                     if recorder.reached and error.__cause__ is None:  # but not served
                         break
         raise refusal
@@ -237,6 +253,16 @@ class Handle:
 
 def _refuse_implementation(*args, **kwargs):
     raise ValueError("a patched model attends by sinkattn: set_attn_implementation() before patch(), or remove() first")
+
+
+def _rotation(probed: ProbedLayer) -> str:
+    """The kind of rotation of an attention, in words."""
+    rope = probed.rope
+    if rope is None:
+        return "none" if probed.alibi_slopes is None else "ALiBi"
+    kind = "interleaved" if rope.interleaved else "halves"
+    many = " by length" * rope.varies + " in three axes" * (rope.axes is not None)
+    return f"{2 * rope.frequencies.shape[1]} dims from {rope.start} ({kind}{many})"
 
 
 def _check_backend(plan: Plan) -> None:
