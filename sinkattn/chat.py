@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import cast
 from uuid import uuid4
 
 import torch
@@ -55,8 +56,9 @@ class Conversation:
         self._end = self._decode(ids[-1:]) if ids and ids[-1] in ends else ""
         return said
 
-    def _decode(self, ids: Sequence[int], **options) -> str:
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False, **options)
+    def _decode(self, ids: Sequence[int], **options: bool) -> str:
+        text = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False, **options)
+        return cast(str, text)  # of one text
 
     def _rendered(self, messages: list[dict]) -> str:
         whole = self._render(messages)
@@ -79,11 +81,12 @@ class Conversation:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
+            text = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt
             )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        return cast(str, text)  # not tokenized
 
     def _lines(self, messages: list[dict]) -> str:
         new = messages[-1:] if self.text else messages

@@ -12,6 +12,7 @@
 """
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -80,7 +81,7 @@ def _check(tensors: Tensors, sizes: Sizes) -> None:
     check_devices(tensors)
 
 
-_compiled: dict[tuple, torch._ops.OpOverload | None] = {}  # which op of csrc took calls of this kind
+_compiled: dict[tuple, Callable | None] = {}  # which op of csrc took calls of this kind
 _DECODE_CUDA = torch.ops.sinkattn.decode_cuda.default
 
 
@@ -224,7 +225,9 @@ def prefill(
     return _run("prefill", backend, tensors, sizes)
 
 
-def _check_linear(x, weight, bias, norm_weight, residual, activation) -> None:
+def _check_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, residual: Tensor | None, activation: str
+) -> None:
     """Raise ValueError (shapes, layouts, devices), TypeError (dtypes) or RuntimeError (gradients, no library)."""
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import changes
 from .cache import SinkCache
+from .fuse import Fused
 from .graph import Captured, is_shortage, why_eager
 from .interface import current
 from .introspect import (
@@ -52,7 +53,8 @@ class Runner:
     """
 
     def __init__(self, model, plan: Plan, cuda_graph: bool):
-        self.model, self.plan, self.fused = model, plan, None
+        self.model, self.plan = model, plan
+        self.fused: Fused | None = None
         self.why_eager = None if cuda_graph else "cuda_graph=False"
         self._refused = not cuda_graph  # for good, while `why_eager` may change with hooks and devices
         self._forward = model.forward
