@@ -142,41 +142,6 @@ def test_chat_feeds_the_difference_of_whole_conversations(template_end, tmp_path
     assert whole.startswith(tokenizer.decode(sum(fed, [])))
 
 
-def test_chat_template_turns():
-    """A later turn adds what the template puts between an answer and the next one, and nothing twice."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models.MODEL)
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    assert cli._turn(tokenizer, "hi", "be kind", True) == "[system]be kind</s>[user]hi</s>[assistant]"
-    assert cli._turn(tokenizer, "more", "be kind", False) == "[user]more</s>[assistant]"
-
-
-@pytest.mark.parametrize(
-    ("template", "end", "right"),
-    [
-        (
-            "{% for m in messages %}{% if m.role == 'assistant' and loop.last and not add_generation_prompt %}"
-            "(A: think. {{ m.content }})~{% else %}({{ m.role }}: {{ m.content }})~{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}(assistant: {% endif %}",
-            ")~",
-            ")~(user: And then?)~(assistant: ",
-        ),
-        (
-            "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}"
-            "{% if add_generation_prompt %}<assistant>{% endif %}",
-            "<end>",
-            "<end>\n<user>And then?<end>\n<assistant>",
-        ),
-    ],
-)
-def test_text_between_two_answers(template, end, right):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models.MODEL)
-    tokenizer.chat_template = template
-    assert end + cli._turn(tokenizer, "And then?", None, False) == right
-
-
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
