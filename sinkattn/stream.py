@@ -165,7 +165,7 @@ class Stream:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def rewind(self, n: int | Sequence[int] | Tensor, rows=None) -> None:
+    def rewind(self, n: int | Sequence[int] | Tensor, rows: Rows | None = None) -> None:
         """Take the last tokens of some rows back, as if they had not been there, and go on from there.
 
         n: tokens, one number or one for each row. rows: (n,) int64 or a list, each once; None for all.
