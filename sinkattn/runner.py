@@ -9,6 +9,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import logging
 import threading
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from . import changes
 from .cache import SinkCache
+from .fuse import Fused
 from .graph import Captured, is_shortage, why_eager
 from .interface import current
 from .introspect import (
@@ -37,6 +39,7 @@ PLAIN = {"input_ids", "attention_mask", *CACHE_NAMES, "use_cache", "return_dict"
          "logits_to_keep", "mm_token_type_ids"}  # fmt: skip
 WATCHED_CHUNK = 512  # of watched attention, which goes on to compute its own (tokens, tokens) scores
 CHUNK = 2048  # tokens of a prompt that go through the model at a time
+logger = logging.getLogger(__name__)
 _ONE_AT_A_TIME = threading.RLock()  # long inputs, whatever thread they come from
 
 
@@ -50,7 +53,8 @@ class Runner:
     """
 
     def __init__(self, model, plan: Plan, cuda_graph: bool):
-        self.model, self.plan, self.fused = model, plan, None
+        self.model, self.plan = model, plan
+        self.fused: Fused | None = None
         self.why_eager = None if cuda_graph else "cuda_graph=False"
         self._refused = not cuda_graph  # for good, while `why_eager` may change with hooks and devices
         self._forward = model.forward
@@ -298,9 +302,11 @@ class Runner:
         self._version, self._seen = self._version + (now != self._seen), now
         if self._refused:
             return
-        self.why_eager = why_eager(self.model)
+        known, self.why_eager = self.why_eager, why_eager(self.model)
         if any(layer.rope is not None and layer.rope.varies for layer in self.plan.layers.values()):
             self.why_eager = "its rotary frequencies change with the length of a row: S + W exceeds its trained length"
+        if self._attending and self.why_eager not in (None, known):
+            logger.info("steps of %s run eagerly: %s", type(self.model).__name__, self.why_eager)
 
     @torch.no_grad()
     def replay(self, cache: SinkCache, ids: Tensor, mask: Tensor | None):
@@ -318,6 +324,7 @@ class Runner:
                 rows.captured = Captured(run, ids.device, ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
             except RuntimeError as error:
                 self.why_eager, self._refused = f"capturing its step failed: {error}", not is_shortage(error)
+                logger.info("steps of %s run eagerly: %s", type(self.model).__name__, self.why_eager)
                 return None
             finally:
                 cache.cancel()

@@ -4,9 +4,10 @@ import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -19,6 +20,9 @@ from transformers.generation import BaseStreamer
 from .cache import SinkCache
 from .graph import Captured
 from .introspect import input_device
+from .runner import Runner
+
+Rows = Sequence[int] | Tensor
 
 
 class Stream:
@@ -43,8 +47,9 @@ class Stream:
     Attributes: cache (the `SinkCache`), lengths ((batch,) int64, tokens in the cache of each row).
     """
 
-    def __init__(self, model):
-        self.model, self._cache, self._device = model, SinkCache(model), input_device(model)
+    def __init__(self, model: nn.Module):
+        self.model = cast(Any, model)
+        self._cache, self._device = SinkCache(model), input_device(self.model)
         takes = inspect.signature(model.forward).parameters
         self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._logits: Tensor | None = None  # (batch, vocabulary) of the next token
@@ -65,7 +70,7 @@ class Stream:
         return self._cache
 
     @property
-    def _runner(self):
+    def _runner(self) -> Runner:
         handle = getattr(self.model, "_sinkattn", None)
         if handle is None:
             raise ValueError("this Stream's model is not patched any more: patch() it and make another Stream")
@@ -77,7 +82,9 @@ class Stream:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def append(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, rows=None) -> None:
+    def append(
+        self, input_ids: Tensor | Sequence, attention_mask: Tensor | Sequence | None = None, *, rows: Rows | None = None
+    ) -> None:
         """Add new tokens to the text: new ones only, any number.
 
         input_ids: (batch, tokens) or (tokens,) of any integer dtype, or lists. attention_mask: like input_ids, 0 for
@@ -115,7 +122,7 @@ class Stream:
         self._waiting.difference_update(index.tolist())
         self._late, self._changes = [], self._cache.changes
 
-    def _ids_of(self, input_ids) -> Tensor:
+    def _ids_of(self, input_ids: Tensor | Sequence) -> Tensor:
         """(batch, tokens) int64, on the model's device."""
         try:
             ids = torch.as_tensor(input_ids, device=self._device)
@@ -140,13 +147,13 @@ class Stream:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def reset(self, rows=None) -> None:
+    def reset(self, rows: Rows | None = None) -> None:
         """Forget the text of some rows and keep the memory: they wait, and yield padding, until they get a new one.
 
         rows: (n,) int64 or a list; None for all. Raises ValueError for rows that are not there.
         """
         if rows is None and (self._logits is None or self._cache.is_torn):
-            self.__init__(self.model)
+            self.__init__(self.model)  # type: ignore[misc]  # begin anew
             return
         index = self._index_of(range(len(self._ended)) if rows is None else rows)
         if rows is not None:
@@ -158,7 +165,7 @@ class Stream:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def rewind(self, n: int | Sequence[int] | Tensor, rows=None) -> None:
+    def rewind(self, n: int | Sequence[int] | Tensor, rows: Rows | None = None) -> None:
         """Take the last tokens of some rows back, as if they had not been there, and go on from there.
 
         n: tokens, one number or one for each row. rows: (n,) int64 or a list, each once; None for all.
@@ -238,7 +245,13 @@ class Stream:
             self._ended[list(self._waiting)] = True
         return self._steps(max_new_tokens, settings, generator, streamer)
 
-    def _steps(self, max_new_tokens, settings: "_Settings", generator, streamer) -> Iterator[Tensor]:
+    def _steps(
+        self,
+        max_new_tokens: int | None,
+        settings: "_Settings",
+        generator: torch.Generator | None,
+        streamer: BaseStreamer | None,
+    ) -> Iterator[Tensor]:
         """On a GPU, tokens are made on a stream of their own: whoever reads one waits until it was chosen, and not
         until the model has read it. The host looks at what it was given while the model is at work.
         """
@@ -283,7 +296,9 @@ class Stream:
             if streamer is not None:
                 streamer.end()
 
-    def _choose(self, settings: "_Settings", watched: bool, generator) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _choose(
+        self, settings: "_Settings", watched: bool, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The next ids, (batch,); if watched, which rows take them, (batch,) bool, and for the host any, and ids."""
         if settings.do_sample:
             if self._noise is None:
@@ -302,7 +317,7 @@ class Stream:
         if not is_plain:
             held = self._cache.rows.held()  # instead of none, any again
             held = torch.where(held < 0, held.amax(1, keepdim=True).clamp(min=0), held)
-            scores = self._processors(held, scores.float())
+            scores = self._processors(held, scores.float())  # type: ignore[arg-type]  # LongTensor and FloatTensor
         if settings.do_sample:
             scores = scores.softmax(-1) / self._noise  # exponentially distributed: the largest is a draw
         ids = scores.argmax(-1)
@@ -328,7 +343,7 @@ class Stream:
             input_ids=ids, attention_mask=mask, past_key_values=cache, **self._last_logits
         ).logits[:, -1]
 
-    def _index_of(self, rows) -> Tensor:
+    def _index_of(self, rows: Rows) -> Tensor:
         index = torch.as_tensor(list(rows) if isinstance(rows, range) else rows, dtype=torch.int64).flatten().tolist()
         held = 0 if self._ended is None else len(self._ended)
         if not index or len(set(index)) < len(index) or min(index) < 0 or max(index) >= held:
@@ -364,5 +379,5 @@ class _Settings:
                 (self.top_p, 1.0, TopPLogitsWarper),
             ):
                 if value not in (None, neutral):
-                    processors.append(warper(value))
+                    processors.append(warper(value))  # type: ignore[arg-type]  # an int or a float
         return processors

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import sinkattn
 from oracle import relative_error, streaming_logits
+from tiny import tiny
 
 DATA = Path(__file__).parent / "data" / "attention_sinks"
 TOLERANCE = 1e-5  # float32, of the spread of the logits; 6e-6 was measured
@@ -101,3 +102,39 @@ def test_drop_in_loader(recording, name):
         found = fed(model, recorded.input_ids, recorded.prompt)
         assert relative_error(found, recorded.prompt_logits) < TOLERANCE
         assert relative_error(found, recorded.logits) > 0.1
+
+
+LOADERS = {  # what 0.4.0 exported, and the output that is compared
+    "AutoModel": "last_hidden_state",
+    "AutoModelForCausalLM": "logits",
+    "AutoModelForQuestionAnswering": "start_logits",
+    "AutoModelForSequenceClassification": "logits",
+    "AutoModelForTokenClassification": "logits",
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LOADERS)
+def test_every_loader(name, tmp_path):
+    """A prompt at once is transformers' own result, a token behind it is not; what is `patch`'s gets there."""
+    own = getattr(transformers, name).from_config(tiny("llama").config).eval()
+    own.save_pretrained(tmp_path)
+    model = getattr(sinkattn, name).from_pretrained(
+        tmp_path,
+        attention_sink_size=2,
+        attention_sink_window_size=5,
+        backend="reference",
+        fuse="none",
+        cuda_graph=False,
+    )
+    handle, ids, cache = model._sinkattn, torch.randint(1, 97, (2, 20)), sinkattn.SinkCache(model)
+    assert type(model) is type(own) and handle.runner.fused is None and handle.why_eager == "cuda_graph=False"
+    assert (handle.plan.sink_size, handle.plan.window_size, handle.plan.backend) == (2, 6, "reference")
+    of = lambda model, ids, **cache: model(ids, **cache)[LOADERS[name]][:, -1]  # noqa: E731
+    assert relative_error(of(model, ids[:, :-1], past_key_values=cache), of(own, ids[:, :-1])) < TOLERANCE
+    assert relative_error(of(model, ids[:, -1:], past_key_values=cache), of(own, ids)) > 1e-3
+
+
+def test_the_loaders_are_theirs():
+    ours = {name for name in sinkattn.__all__ if name.startswith("Auto")}
+    assert ours == {*LOADERS, "AutoTokenizer"} and sinkattn.AutoTokenizer is transformers.AutoTokenizer

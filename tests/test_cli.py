@@ -1,5 +1,6 @@
 """The command line, run in process; the demo on a short text; opening models by name, and sizes that fit them."""
 
+import ast
 import csv
 import importlib.util
 import os
@@ -139,41 +140,6 @@ def test_chat_feeds_the_difference_of_whole_conversations(template_end, tmp_path
         messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer.removesuffix("</s>")}]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
     assert whole.startswith(tokenizer.decode(sum(fed, [])))
-
-
-def test_chat_template_turns():
-    """A later turn adds what the template puts between an answer and the next one, and nothing twice."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models.MODEL)
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    assert cli._turn(tokenizer, "hi", "be kind", True) == "[system]be kind</s>[user]hi</s>[assistant]"
-    assert cli._turn(tokenizer, "more", "be kind", False) == "[user]more</s>[assistant]"
-
-
-@pytest.mark.parametrize(
-    ("template", "end", "right"),
-    [
-        (
-            "{% for m in messages %}{% if m.role == 'assistant' and loop.last and not add_generation_prompt %}"
-            "(A: think. {{ m.content }})~{% else %}({{ m.role }}: {{ m.content }})~{% endif %}{% endfor %}"
-            "{% if add_generation_prompt %}(assistant: {% endif %}",
-            ")~",
-            ")~(user: And then?)~(assistant: ",
-        ),
-        (
-            "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}"
-            "{% if add_generation_prompt %}<assistant>{% endif %}",
-            "<end>",
-            "<end>\n<user>And then?<end>\n<assistant>",
-        ),
-    ],
-)
-def test_text_between_two_answers(template, end, right):
-    tokenizer = transformers.AutoTokenizer.from_pretrained(models.MODEL)
-    tokenizer.chat_template = template
-    assert end + cli._turn(tokenizer, "And then?", None, False) == right
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -402,3 +368,55 @@ def test_python_m():
     assert done.returncode == 0 and done.stdout == f"sinkattn {__version__}\n" and done.stderr == ""
     code = "import torch, sinkattn; torch.ops.sinkattn.decode"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=ROOT)
+
+
+def test_type_checkers_see_the_lazy_names():
+    """What __init__.py imports for them is what it imports when asked, and the package says that it is typed."""
+    source = Path(sinkattn.__file__)
+    assert (source.parent / "py.typed").exists()
+    blocks = [node for node in ast.parse(source.read_text()).body if isinstance(node, ast.If)]
+    (imports,) = (block.body for block in blocks if ast.unparse(block.test) == "TYPE_CHECKING")
+    typed = {alias.name: node.module for node in imports for alias in node.names}
+    assert {name for name, place in typed.items() if place} == set(sinkattn.__all__)
+    for name, place in typed.items():
+        module = importlib.import_module(f"sinkattn.{place or name}")
+        assert getattr(sinkattn, name) is (getattr(module, name) if place else module)
+
+
+WITHOUT_EXTRA = """
+import sys
+from importlib.machinery import PathFinder
+
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, *arguments):
+        return None if name in ("matplotlib", "rich", "typer") else PathFinder.find_spec(name, *arguments)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+"""
+LIBRARY = """
+from sinkattn import Stream, models, patch
+from sinkattn.chat import Conversation
+
+model, tokenizer = models.load("demo", "cpu")
+patch(model, 4, 60)
+stream = Stream(model)
+stream.append(Conversation(tokenizer).ask("import os"))
+print(len(list(stream.generate(3, eos_token_id=[]))))
+"""
+COMMAND = """
+import runpy
+sys.argv = ["sinkattn", "--version"]
+runpy.run_module("sinkattn", run_name="__main__")
+"""
+
+
+def test_without_the_extra_of_the_command_line():
+    """The library works; the command says in a line what to install."""
+    library, command = (
+        subprocess.run([sys.executable, "-c", WITHOUT_EXTRA + code], capture_output=True, text=True, cwd=ROOT)
+        for code in (LIBRARY, COMMAND)
+    )
+    assert library.returncode == 0 and library.stdout == "3\n", library.stderr
+    assert command.returncode == 1 and command.stdout == ""
+    assert command.stderr == 'sinkattn: matplotlib, rich, typer not installed: pip install "sinkattn[cli]"\n'

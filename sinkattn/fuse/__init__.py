@@ -10,6 +10,7 @@ nothing is held twice, and `Fused.undo` gives each its own memory back.
 """
 
 import inspect
+import logging
 from collections import Counter
 from collections.abc import Callable
 
@@ -18,9 +19,11 @@ from torch import nn
 from ..changes import Sight, sight
 from ..introspect import frequency_buffers
 from ..observe import Observer
-from .forms import Attention, Layer
+from .forms import Attention, Form, Layer
 from .parts import FusedLinear, Norm, Place, is_plain
 from .small import ConstantRotary, FewRowsLinear, FusedNorm
+
+logger = logging.getLogger(__name__)
 
 
 class Fused:
@@ -31,13 +34,13 @@ class Fused:
 
     def __init__(self, model: nn.Module, what: str, observer: Observer):
         self.model = model
-        found = [Attention.of(module, observer.of) for module, record in observer.of.items() if record.attentions]
-        self.attentions = [attention for attention in found if attention is not None]
+        attending = [module for module, record in observer.of.items() if record.attentions]
+        self.attentions = self._usual(Attention, [(module, observer.of) for module in attending])
         of = {attention.module: attention for attention in self.attentions}
         self.layers, others = [], [ConstantRotary(module) for module in model.modules() if _is_rotary(module)]
         if what == "layers":
             pairs = [(module, of[child]) for module in model.modules() for child in module.children() if child in of]
-            self.layers = [layer for module, a in pairs if (layer := Layer.of(module, observer.of, a)) is not None]
+            self.layers = self._usual(Layer, [(module, observer.of, attention) for module, attention in pairs])
         self.linears: list[FusedLinear] = [x for a in self.attentions for x in (a.projection, a.output)]
         self.linears += [x for layer in self.layers for x in (layer.gate_up, layer.down)]
         if what == "layers":
@@ -47,6 +50,15 @@ class Fused:
             norms = {p.part: p for p in places if "RMSNorm" in type(p.part).__name__}
             others += [FusedNorm(m, norm) for m, place in norms.items() if (norm := Norm.of(place)) is not None]
         self.replaced = [*self.attentions, *self.layers, *others]
+
+    def _usual(self, form: type[Form], modules: list[tuple]) -> list:
+        """Those modules that have a form; modules: what `Form.of` takes. The log is told why others have not."""
+        names = {module: name for name, module in self.model.named_modules()}
+        found = [(module, form.of(module, *known)) for module, *known in modules]
+        for module, reason in found:
+            if isinstance(reason, str):
+                logger.debug("%s (%s) is not fused: %s", names[module], type(module).__name__, reason)
+        return [x for _, x in found if not isinstance(x, str)]
 
     @property
     def forwards(self) -> dict[nn.Module, Callable]:

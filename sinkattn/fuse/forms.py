@@ -54,6 +54,17 @@ class Returned:
         return output if self.rest is None else (output, *self.rest)
 
 
+def _unusual(module: nn.Module, record: ModuleRecord) -> str | None:
+    """What keeps any module from being computed otherwise, None if nothing does."""
+    if record.calls > 1:
+        return f"it is called {record.calls} times"
+    if Returned.of(record) is None:
+        return "it returns more than its output"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    return "it is not given the cache" if record.cache_name is None else None
+
+
 class Form:
     """What a module is computed by while a model is patched.
 
@@ -95,13 +106,13 @@ class Attention(Form):
         (_, self.heads, _, self.dim), (_, self.kv_heads, _, self.v_dim) = attention.query.shape, attention.value.shape
 
     @classmethod
-    def of(cls, module: nn.Module, records: Records) -> "Attention | None":
-        """How to compute a module, if it has the usual form."""
+    def of(cls, module: nn.Module, records: Records) -> "Attention | str":
+        """How to compute a module, or why it has not the usual form."""
         record = records[module]
-        if len(record.attentions) != 1 or record.calls > 1 or Returned.of(record) is None or "forward" in vars(module):
-            return None
-        if record.cache_name is None:
-            return None
+        if len(record.attentions) != 1:
+            return f"it attends {len(record.attentions)} times"
+        if reason := _unusual(module, record):
+            return reason
         has = lambda names: all(takes_one(getattr(module, name, None)) for name in names)  # noqa: E731
         projections = [names for names in PROJECTIONS if has(names)]
         pairs = [None, *(names for names in QK_NORMS if has(names))]
@@ -113,7 +124,9 @@ class Attention(Form):
                 attention = cls(module, record, parts, output, norms, is_grouped)
                 if attention._explains(record.attentions[0], records):
                     return attention
-        return None
+        if not projections:
+            return "its projections have unknown names"
+        return f"its numbers are not those of {' or '.join(map(', '.join, projections))}, attention and an output"
 
     def _explains(self, found: AttentionRecord, records: Records) -> bool:
         """Whether the numbers went through the module as this form says.
@@ -210,14 +223,14 @@ class Layer(Form):
         self.products = attention.projection, attention.output, self.gate_up, self.down
 
     @classmethod
-    def of(cls, module: nn.Module, records: Records, attention: Attention) -> "Layer | None":
-        """How to compute a module, if it has the usual form. attention: that of its attention module."""
+    def of(cls, module: nn.Module, records: Records, attention: Attention) -> "Layer | str":
+        """How to compute a module, or why it has not the usual form. attention: that of its attention module."""
         record = records.get(module)
-        if record is None or record.calls > 1 or Returned.of(record) is None or "forward" in vars(module):
-            return None
+        if reason := "its forward was not called" if record is None else _unusual(module, record):
+            return reason
         norms = [Norm.of(Place(module, name)) for name in LAYER_NORMS]
-        if record.cache_name is None or not all(norms):
-            return None
+        if not all(norms):
+            return f"{' and '.join(LAYER_NORMS)} are not both RMSNorms"
         for mlp in module.children():
             names = next((names for names in GATED if all(is_plain(getattr(mlp, n, None)) for n in names)), None)
             activation = activation_of(mlp)
@@ -226,7 +239,7 @@ class Layer(Form):
             layer = cls(module, record, attention, norms, mlp, names, activation)
             if layer._explains(records):
                 return layer
-        return None
+        return "no part of it is a gated MLP whose numbers are of the usual form"
 
     def _explains(self, records: Records) -> bool:
         """Whether the numbers went through the layer as this form says."""
