@@ -17,9 +17,11 @@ BY_TOKEN = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_i
 
 @dataclass
 class _Call:
-    """A `generate` under way. has_positions: whether the caller gave some. cache: what it feeds, by beams or not."""
+    """A `generate` under way. has_positions: whether the caller gave some. held: columns of its ids that the cache has
+    read. cache: what it feeds, by beams or not."""
 
     has_positions: bool
+    held: int = 0
     cache: SinkCache | None = None
     is_search: bool = False
 
@@ -88,7 +90,7 @@ class Generation:
         cache, given = kwargs.get(CACHE), inputs if inputs is not None else kwargs.get("input_ids")
         holds_text = isinstance(cache, SinkCache) and bool(cache.seen)  # forward refuses other caches
         seen, changes, undo = (cache.seen, cache.changes, None) if holds_text else (0, 0, None)
-        ids = None
+        ids, held = None, 0
         if kwargs.get("inputs_embeds") is not None:
             if holds_text:
                 raise ValueError(
@@ -105,11 +107,12 @@ class Generation:
             if holds_text:
                 undo = self._go_on(cache, ids, pad, kwargs)
                 changes += undo is not None
+                held = cache.seen if kwargs["attention_mask"].shape[1] == ids.shape[1] else 0
             inputs = None if inputs is None else ids
             kwargs |= {} if inputs is not None else {"input_ids": ids}
         is_assistant = getattr(kwargs.get("generation_config"), "is_assistant", False)  # its positions count padding
         has_positions = kwargs.get("position_ids") is not None and not is_assistant
-        outer, call = _running.call, _Call(has_positions)
+        outer, call = _running.call, _Call(has_positions, held)
         _running.call = call
         try:
             output = self._generate(inputs, *args, **kwargs)
@@ -274,7 +277,9 @@ class Generation:
     def prepare_inputs(self, input_ids: Tensor, *args, **kwargs) -> dict:
         """`GenerationMixin.prepare_inputs_for_generation`: no positions but the caller's own, sinkattn counts."""
         kwargs, pictures = named(CACHE, kwargs), self.runner.pictures
-        cache = kwargs.get(CACHE)
+        cache, call = kwargs.get(CACHE), _running.call
+        if call is not None and call.held and cache is call.cache and kwargs.get("next_sequence_length") is None:
+            kwargs["next_sequence_length"] = input_ids.shape[1] - call.held  # assisted generation gives the history too
         is_next = kwargs.get("next_sequence_length") == 1 and isinstance(cache, SinkCache) and cache.seen
         if pictures is not None and is_next and not kwargs.get("is_first_iteration"):
             kwargs = {name: x for name, x in kwargs.items() if name not in pictures.names}
@@ -282,7 +287,7 @@ class Generation:
             mask = kwargs.get("attention_mask")
             return {"input_ids": input_ids[:, -1:], "attention_mask": mask, CACHE: cache, "use_cache": True}
         given = self._prepare_inputs(input_ids, *args, **kwargs)
-        if _running.call is not None and not _running.call.has_positions and pictures is None:
+        if call is not None and not call.has_positions and pictures is None:
             given.pop("position_ids", None)
         return given
 

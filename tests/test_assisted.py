@@ -33,7 +33,7 @@ def helped(request):
         if request.param == "lookup":
             yield model, dict(prompt_lookup_num_tokens=4)
         else:
-            draft = made(0.0 if request.param == "itself" else 0.01)
+            draft = made(0.0 if request.param == "itself" else 0.003)
             draft.generation_config.num_assistant_tokens = 20  # more than can be taken back
             if request.param == "unpatched":
                 yield model, dict(assistant_model=draft)
