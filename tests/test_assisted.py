@@ -80,6 +80,21 @@ def test_what_cannot_be_assisted():
         model.generate(torch.randint(1, 97, (1, 9)), prompt_lookup_num_tokens=3, **GREEDY)
 
 
+def test_the_model_as_its_own_draft():
+    """With a smaller window: the weights are one and the same, and stay where they are."""
+    model, ids = made(), torch.randint(1, 97, (1, 20))
+    draft = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    with patch(model, S, W):
+        expected = model.generate(ids, **GREEDY)
+        with patch(draft, S, 16):
+            model.generate(ids, max_new_tokens=2)
+            lie = [x.data_ptr() for x in model.parameters()]
+            assert torch.equal(model.generate(ids, assistant_model=draft, **GREEDY), expected)
+            assert lie == [x.data_ptr() for x in model.parameters()] == [x.data_ptr() for x in draft.parameters()]
+        assert torch.equal(model.generate(ids, **GREEDY), expected)
+    assert torch.equal(draft.lm_head.weight, made().lm_head.weight)
+
+
 @pytest.mark.real
 @pytest.mark.slow
 def test_smollm2_as_its_own_draft():

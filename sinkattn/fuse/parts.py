@@ -87,12 +87,16 @@ class FusedLinear:
         """The parameters' content in one tensor, (rows, ...). They become parts of it, each a storage of its own."""
         if len(parameters) == 1:
             return parameters[0].data
+        self._moved += map(weakref.ref, parameters)
+        whole = _wholes.get(tuple(x.data_ptr() for x in parameters))
+        if whole is not None:  # by another model with the same parameters, as a draft of itself
+            return whole
         whole = torch.cat([x.data for x in parameters])
         memory, begin = whole.untyped_storage(), 0
         for x in parameters:  # a slice of a storage is a storage: whoever saves the model finds nothing shared
             x.data = whole.new_empty(0).set_(memory[begin : begin + x.nbytes], 0, x.shape)
             begin += x.nbytes
-            self._moved.append(weakref.ref(x))
+        _wholes[tuple(x.data_ptr() for x in parameters)] = whole
         return whole
 
     @torch.inference_mode(False)
@@ -113,6 +117,9 @@ class FusedLinear:
         if self.weight is None:
             return torch.cat([part(x) for part in self.parts], dim=-1)
         return product(x.flatten(0, -2), self).unflatten(0, x.shape[:-1])
+
+
+_wholes: "weakref.WeakValueDictionary[tuple, Tensor]" = weakref.WeakValueDictionary()  # by where their parts lie
 
 
 def _where(tensors: list[tuple]) -> tuple:
