@@ -3,17 +3,26 @@
 import functools
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
     LogitsProcessorList,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 from transformers.generation import BaseStreamer
 
@@ -59,7 +68,6 @@ class Stream:
         self._waiting: set[int] = set()  # rows that were reset and have no text yet
         self._noise: Tensor | None = None  # (batch, vocabulary) float32
         self._settings: tuple | None = None  # of the last choice, whether it was watched, its rows; then what they need
-        self._processors: LogitsProcessorList | None = None
         self._choice: Captured | None = None
 
     @property
@@ -201,44 +209,32 @@ class Stream:
         self,
         max_new_tokens: int | None = None,
         *,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        repetition_penalty: float | None = None,
-        eos_token_id: int | list[int] | None = None,
+        generation_config: GenerationConfig | None = None,
         seed: int | None = None,
         streamer: BaseStreamer | None = None,
+        **options: Any,
     ) -> Iterator[Tensor]:
         """Yield the next token of every row, (batch,) int64 on the model's device, step by step.
 
         max_new_tokens: tokens; None goes on until every row has met an end-of-text token, or for ever.
-        do_sample, temperature, top_k, top_p, repetition_penalty, eos_token_id: as in `generate`; None takes the model's
-            generation_config. A repetition is one of a token that stands in the cache. ``eos_token_id=[]`` never stops.
+        generation_config, options: how tokens are chosen, as in `generate`: do_sample, temperature, top_k, top_p,
+            min_p, top_h, typical_p, epsilon_cutoff, eta_cutoff, repetition_penalty, suppress_tokens, eos_token_id,
+            pad_token_id, remove_invalid_values, renormalize_logits. What is None or not given is that of the model's
+            generation_config, and else transformers' default. A repetition is one of a token that stands in the cache.
+            ``eos_token_id=[]`` never stops.
         seed: of a generator of this call's own; None uses torch's.
         streamer: gets the ids of each step, on the CPU, and `end()` when the loop ends.
 
         A row that has ended yields the pad token (or the end-of-text token) and stays as it is until all have, or until
         it is reset and gets a new text. Leaving the loop early loses nothing: what was yielded belongs to the text, and
         what was fed when an interrupt came is the first that the next `generate` yields. Raises ValueError if nothing
-        was appended, or if an interrupt has left the text and what follows it apart.
+        was appended, if an interrupt has left the text and what follows it apart, and for a choice that needs the whole
+        text (as no_repeat_ngram_size); TypeError for other options.
         """
         self._check_whole()
         if self._logits is None or len(self._waiting) == len(self._ended):
             raise ValueError("an empty prompt: append() at least one token first")
-        config = self.model.generation_config
-        option = lambda value, name: getattr(config, name) if value is None else value  # noqa: E731
-        ends = option(eos_token_id, "eos_token_id")
-        ends = tuple(torch.as_tensor([] if ends is None else ends, dtype=torch.int64).flatten().tolist())
-        settings = _Settings(
-            bool(option(do_sample, "do_sample")),
-            option(repetition_penalty, "repetition_penalty"),
-            option(temperature, "temperature"),
-            option(top_k, "top_k"),
-            option(top_p, "top_p"),
-            ends,
-            config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0],
-        )
+        settings = _Settings.of(self.model, generation_config, options)
         generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
         with torch.inference_mode(False), torch.no_grad():
             self._ended.fill_(False)
@@ -306,18 +302,18 @@ class Stream:
             self._noise.exponential_(generator=generator)
         kind = settings, watched, self._cache.rows
         if kind != self._settings:  # captured at the second token of the same settings
-            self._choice, self._processors, self._settings = None, settings.processors(), kind
-        elif self._choice is None and self._device.type == "cuda" and self._runner.why_eager is None:
+            self._choice, self._settings = None, kind
+        elif self._choice is None and settings.may_be_captured and self._runner.why_eager is None:
             self._choice = Captured(lambda: self._next_ids(settings, watched), self._device)
         return self._next_ids(settings, watched) if self._choice is None else self._choice()
 
     def _next_ids(self, settings: "_Settings", watched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        is_plain = not (self._processors or settings.do_sample)  # then the largest is the largest in any dtype
+        is_plain = not (settings.processors or settings.do_sample)  # then the largest is the largest in any dtype
         scores = self._logits
         if not is_plain:
             held = self._cache.rows.held()  # instead of none, any again
             held = torch.where(held < 0, held.amax(1, keepdim=True).clamp(min=0), held)
-            scores = self._processors(held, scores.float())  # type: ignore[arg-type]  # LongTensor and FloatTensor
+            scores = settings.processors(held, scores.float())  # type: ignore[arg-type]  # LongTensor and FloatTensor
         if settings.do_sample:
             scores = scores.softmax(-1) / self._noise  # exponentially distributed: the largest is a draw
         ids = scores.argmax(-1)
@@ -356,28 +352,47 @@ def _aside(device: torch.device) -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)
 
 
+OPTIONS = (
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "repetition_penalty", "suppress_tokens", "remove_invalid_values", "renormalize_logits", "eos_token_id",
+    "pad_token_id",
+)  # fmt: skip
+CAPTURED = (  # what looks at nothing but the scores and the ids that are held, and never waits for the GPU
+    RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
+)  # fmt: skip
+STATELESS = (
+    *CAPTURED, EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, MinPLogitsWarper,
+    SuppressTokensLogitsProcessor, TopHLogitsWarper, TypicalLogitsWarper,
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class _Settings:
-    """How the next ids are chosen; the numbers are those of `generate`."""
+    """How the next ids are chosen. told: all that `generate` would be told, as text. processors: transformers' own."""
 
+    told: str
     do_sample: bool
-    penalty: float | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
     ends: tuple[int, ...]
     pad: int
+    processors: LogitsProcessorList = field(compare=False)
 
-    def processors(self) -> LogitsProcessorList:
-        processors = LogitsProcessorList()
-        if self.penalty not in (None, 1.0):
-            processors.append(RepetitionPenaltyLogitsProcessor(self.penalty))
-        if self.do_sample:
-            for value, neutral, warper in (
-                (self.temperature, 1.0, TemperatureLogitsWarper),
-                (self.top_k, 0, TopKLogitsWarper),
-                (self.top_p, 1.0, TopPLogitsWarper),
-            ):
-                if value not in (None, neutral):
-                    processors.append(warper(value))  # type: ignore[arg-type]  # an int or a float
-        return processors
+    @classmethod
+    def of(cls, model: nn.Module, config: GenerationConfig | None, options: dict) -> "_Settings":
+        if unknown := [name for name in options if name not in OPTIONS]:
+            raise TypeError(f"Stream.generate takes no {unknown[0]!r}; it takes {', '.join(OPTIONS)}")
+        given = {name: value for name, value in options.items() if value is not None}
+        config, _ = model._prepare_generation_config(config, **given)
+        processors = model._get_logits_processor(config, input_ids_seq_length=1, device=model.device, model_kwargs={})
+        for processor in processors:
+            if not isinstance(processor, STATELESS):
+                raise ValueError(
+                    f"the generation config asks for a {type(processor).__name__}, which needs more of the text than a "
+                    "Stream keeps: use generate(), or leave it out"
+                )
+        ends = () if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
+        pad = config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]
+        return cls(config.to_json_string(use_diff=False), bool(config.do_sample), tuple(ends), int(pad), processors)
+
+    @property
+    def may_be_captured(self) -> bool:
+        return all(isinstance(processor, CAPTURED) for processor in self.processors)
