@@ -11,21 +11,11 @@ import torch
 import transformers
 
 import sweep
+from helpers import random_ids
 from sinkattn import SinkCache, Stream, UnsupportedModelError, ops, patch
 from tiny import COMMON, tiny
 
 S, W = 4, 10
-
-
-@pytest.fixture
-def model():
-    model = tiny("llama")
-    with patch(model, S, W):
-        yield model
-
-
-def random_ids(rows, tokens):
-    return torch.randint(1, 97, (rows, tokens))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +242,7 @@ def test_another_dtype(model):
             model(random_ids(1, 3), past_key_values=cache)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_another_device(model):
     cache = SinkCache(model)
     with torch.no_grad():
