@@ -181,4 +181,4 @@ class OneCache(RuleBasedStateMachine):
 OneCache.TestCase.settings = settings(
     max_examples=60, stateful_step_count=13, deadline=None, suppress_health_check=list(HealthCheck)
 )
-TestOneCache = OneCache.TestCase
+TestOneCache = pytest.mark.slow(OneCache.TestCase)

@@ -17,10 +17,11 @@ from wrong import refused
 S, W = 4, 10
 TEXTS, TOKENS = 12, 2 * (S + W) + 4
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = [pytest.param(name, marks=pytest.mark.xdist_group(f"loud {name}")) for name in FAMILIES]  # see `measured`
 SEED = int(os.environ.get("SINKATTN_SEED") or torch.seed() % 2**32)  # of the texts; a failing test shows it
 
 
-@functools.lru_cache(maxsize=2)  # tests of one model and dtype follow each other
+@functools.lru_cache(maxsize=len(DTYPES))  # tests of one model follow each other
 def measured(name: str, dtype, device: str):
     """Texts, their streaming logits in float64, and those of the unpatched model in `dtype`, by the oracle."""
     ids = torch.randint(1, 97, (TEXTS, TOKENS), generator=torch.Generator().manual_seed(SEED)).to(device)
@@ -30,7 +31,7 @@ def measured(name: str, dtype, device: str):
     return ids, expected, streaming_logits(model, ids, S, W)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 def test_loud_models_are_loud_and_sane(name):
     model, ids = loud(name), torch.randint(1, 97, (16, S + W))
     with torch.no_grad():
@@ -53,7 +54,7 @@ def test_loud_models_are_loud_and_sane(name):
 
 @pytest.mark.parametrize("fused", ["none", "attention", "layers"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("device", DEVICES)
 def test_as_near_to_float64_as_unpatched(device, name, dtype, fused):
     """At once, and token by token in batches of 8, 3 and 1 rows: 1.1 times the unpatched model's own error at most."""

@@ -61,6 +61,7 @@ def test_layers_on_several_devices(tmp_path):
     assert relative_error(found.cpu(), expected) < 2e-5
 
 
+@pytest.mark.slow
 def test_tensor_parallel(tmp_path):
     """``tp_plan="auto"`` in two processes: each holds half of the heads, and both give the logits of one."""
     model = tiny("llama", vocab_size=98)  # some versions split the head, and do so evenly
@@ -142,7 +143,7 @@ def test_compiled(order):
         dense = compiled(ids).logits if order == "compiled first" else model(ids).logits
         with patch(compiled if order == "compiled first" else model, S, W):
             assert relative_error(compiled(ids).logits, expected) < 2e-5
-            assert relative_error(fed(compiled, ids, 1), expected) < 2e-5
+            assert relative_error(fed(compiled, ids[:, : C + 4], 1), expected[:, : C + 4]) < 2e-5
         assert relative_error(compiled(ids).logits, dense) < 2e-5
 
 
@@ -150,7 +151,7 @@ def test_compiled(order):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_one_graph(dtype, device):
     """Dynamo finds nothing in a step that it would have to leave to Python, and the rings change as they do without."""
-    model, ids = tiny("llama").to(device, dtype), random_ids(1, 20).to(device)
+    model, ids = tiny("llama", num_hidden_layers=2).to(device, dtype), random_ids(1, 20).to(device)
     torch._dynamo.reset()
     with patch(model, S, W), torch.no_grad():
         cache = SinkCache(model)

@@ -67,6 +67,13 @@ ROPES = {  # Llama with every rope type; the trained length of 10 lies inside th
 
 
 def tiny(name: str, seed: int = 0, **more):
+    """`drawn`, the same at every call; the test's own random data go on as if it had not been."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return drawn(name, **more)
+
+
+def drawn(name: str, **more):
     """A random float32 model of a family, or of Llama with a rope type; `more` goes into its config."""
     family, settings = {**FAMILIES, **HYBRIDS}.get(name, ("Llama", {}))
     settings = {**COMMON, **settings}
@@ -76,10 +83,8 @@ def tiny(name: str, seed: int = 0, **more):
     settings = {k: v for k, v in {**settings, **more}.items() if v is not None or k not in ("num_key_value_heads",)}
     config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
     config = config_class(**settings, attn_implementation="eager")  # sdpa leaves softcap out in some versions
-    with torch.random.fork_rng(devices=[]):  # the tests' own data stay random
-        torch.manual_seed(seed)
-        model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-        spread(model)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    spread(model)
     return model
 
 
