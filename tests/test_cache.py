@@ -37,20 +37,20 @@ def test_ids_by_slot(model, sinks, window):
         counts = None if step % 4 == 0 else torch.randint(0, tokens + 1, (3,))
         ids = None if step == 7 else random_ids(3, tokens)
         positions = rows.lengths[:, None] - (0 if counts is None else tokens - counts[:, None]) + torch.arange(tokens)
-        rows.remember(ids if step % 2 or ids is None else ids.int(), positions, counts)
+        rows.remember(ids if step % 2 or ids is None else ids.int(), positions, counts, None)
         rows.lengths += tokens if counts is None else counts
         for i, text in enumerate(texts):
             new = [-1] * tokens if ids is None else ids[i].tolist()
             text += new[tokens - (tokens if counts is None else int(counts[i])) :]
         held, at = rows.known()
         for i, text in enumerate(texts):
-            kept = {p: text[p] for p in range(len(text)) if p < sinks or p > len(text) - rows.ring_size}
+            kept = {p: text[p] for p in range(len(text)) if p < sinks or p >= len(text) - rows.kept}
             assert {int(p): int(x) for p, x in zip(at[i], held[i], strict=True) if p >= 0} == {
                 p: x for p, x in kept.items() if x >= 0
             }
             digest = functools.reduce(lambda d, x: (d * BASE + x) % 2**64, text, 0)
             assert int(rows.digest[i]) % 2**64 == digest
-    assert rows.ring_size > window and rows.ids.shape == (3, sinks + rows.ring_size + 1)
+    assert rows.ring_size > rows.kept >= window and rows.ids.shape == (3, sinks + rows.ring_size + 1)
     rows.forget(torch.tensor([1]))
     assert rows.lengths.tolist() == [len(texts[0]), 0, len(texts[2])] and (rows.known()[1][1] == -1).all()
 
