@@ -93,7 +93,7 @@ def test_memory_is_constant_and_reset_keeps_it(model):
     with torch.no_grad():
         model(random_ids(2, 1), past_key_values=cache)
         buffers, nbytes = [layer.keys.data_ptr() for layer in cache.layers], cache.nbytes
-        assert nbytes == 3 * 2 * (2 * 2 * C * 16) * 4  # layers, k and v, (batch, heads, slots, dim), bytes
+        assert nbytes == 3 * 2 * (2 * 2 * (C + 16) * 16) * 4  # layers, k and v, (batch, heads, slots, dim), bytes
         model(random_ids(2, 100), past_key_values=cache)
         cache.reset()
         ids = random_ids(2, 30)
