@@ -16,7 +16,7 @@ import copy
 import torch
 from torch import nn
 
-from tiny import tiny
+from tiny import drawn
 
 SMALLEST, LARGEST = 0.01, 200.0  # norm weights
 EMBEDDED, WRITTEN = [5, 6], [11, 12]  # pairs of hidden dims in the tens of thousands
@@ -150,7 +150,8 @@ def loud(name: str, dtype=torch.float32, device="cpu", seed: int = 0, **more):
     Its buffers stay in float32, as `from_pretrained(dtype=...)` leaves them.
     """
     with torch.random.fork_rng(devices=[]):
-        model = tiny(name, seed, tie_word_embeddings=False, **more)
+        torch.manual_seed(seed)
+        model = drawn(name, tie_word_embeddings=False, **more)
         made = _Loud(model)
         model(torch.randint(1, 97, (32, 14)), use_cache=False)
     for hook in made.hooks:

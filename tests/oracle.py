@@ -34,12 +34,13 @@ def mixing_modules(model) -> list[tuple[torch.nn.Module, bool]]:
 
 
 @torch.no_grad()
-def streaming_logits(model, ids, sink_size: int, window_size: int, run=None):
+def streaming_logits(model, ids, sink_size: int, window_size: int, run=None, dense: int = 0):
     """Logits of an unpatched model for ids (1, n), token by token: (1, n, vocabulary).
 
     run: what gives the logits of token t over as many tokens as a cache holds, ``run(t, length)``; None: ids alone.
+    dense: tokens of a prompt that see all before them; what follows it sees of it the first S and the last W - 1 on.
     """
-    hooks, calls = [], {}
+    hooks, calls, is_prompt = [], {}, False
 
     def cut(x, dim=1):
         if x.shape[dim] <= sink_size + window_size:
@@ -54,14 +55,14 @@ def streaming_logits(model, ids, sink_size: int, window_size: int, run=None):
             call = calls[module] = calls.get(module, -1) + 1  # looped models run a module several times
             if call == len(histories):
                 histories.append(hidden[:, :0])
-            histories[call] = torch.cat((histories[call], hidden[:, -1:]), dim=1)
-            hidden = cut(histories[call]) if attends else histories[call]
+            histories[call] = torch.cat((histories[call], hidden if is_prompt else hidden[:, -1:]), dim=1)
+            hidden = cut(histories[call]) if attends and not is_prompt else histories[call]
             if not attends:
                 kwargs = {name: None if "mask" in name else value for name, value in kwargs.items()}
             return (args, {**kwargs, first: hidden}) if first in kwargs else ((hidden, *args[1:]), kwargs)
 
         def after(_, __, output):
-            if attends:
+            if attends or is_prompt:
                 return output
             if isinstance(output, tuple):
                 return tuple(cut(x) if isinstance(x, torch.Tensor) and x.dim() > 2 else x for x in output)
@@ -74,7 +75,11 @@ def streaming_logits(model, ids, sink_size: int, window_size: int, run=None):
         remember(module, attends)
     try:
         rows = []
-        for t in range(ids.shape[1]):
+        if dense:
+            is_prompt = True
+            rows.append(model(input_ids=ids[:, :dense], use_cache=False).logits)
+            is_prompt = False
+        for t in range(dense, ids.shape[1]):
             calls.clear()
             length = min(t + 1, sink_size + window_size)
             ids_held = ids[:, t - length + 1 : t + 1]

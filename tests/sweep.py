@@ -36,6 +36,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import sinkattn  # noqa: E402
 from loud import ALLOWED, times_worse, token_errors  # noqa: E402
 from oracle import mixing_modules, relative_error, streaming_logits  # noqa: E402
+from tiny import spread  # noqa: E402
 
 S, W = 2, 7
 C = S + W
@@ -163,18 +164,14 @@ def small_config(model_type: str, **settings):
 
 
 def build(name: str, **settings):
-    """A random float32 model with spread weights, so that attention has something to choose from."""
+    """A random float32 model."""
     model_type, variant = VARIANTS.get(name, (name, {}))
     torch.manual_seed(0)
     config = small_config(model_type, **variant, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     if sum(p.numel() for p in model.parameters()) > 100_000_000:
         raise RuntimeError("its config does not get small: it needs a row in SETTINGS")
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
-        elif parameter.dim() == 1:
-            parameter.data.add_(torch.randn_like(parameter) * 0.1)
+    spread(model)
     return model
 
 

@@ -6,23 +6,14 @@ import peft
 import pytest
 import torch
 
+from helpers import fed, random_ids
 from oracle import relative_error, streaming_logits
-from sinkattn import SinkCache, patch
+from sinkattn import patch
 from tiny import tiny
 
 S, W = 4, 8
 EXACT = 1e-4
 TARGETS = {"gpt_neox": ["query_key_value"], "phi3": ["qkv_proj", "o_proj"], "deepseek_v3": ["o_proj"]}
-
-
-def random_ids(tokens=40):
-    return torch.randint(1, 97, (1, tokens))
-
-
-@torch.no_grad()
-def by_token(model, ids):
-    cache = SinkCache(model)
-    return torch.cat([model(x, past_key_values=cache).logits for x in ids.split(1, dim=1)], dim=1)
 
 
 def lora(name: str) -> peft.LoraConfig:
@@ -34,7 +25,7 @@ def lora(name: str) -> peft.LoraConfig:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "phi3", "gpt_neox", "deepseek_v3"])
 def test_adapters_that_come_and_go(name, fuse):
     """An adapter put on a patched model, in the middle of a text too, and taken off again."""
-    ids = random_ids()
+    ids = random_ids(1, 40)
     base = streaming_logits(tiny(name), ids, S, W)
     twin = tiny(name)
     torch.manual_seed(5)
@@ -47,10 +38,10 @@ def test_adapters_that_come_and_go(name, fuse):
         assert relative_error(model(ids).logits, base) < EXACT
         torch.manual_seed(5)
         wrapped = peft.get_peft_model(model, lora(name)).eval()
-        assert relative_error(by_token(model, ids), adapted) < EXACT  # before any prompt
+        assert relative_error(fed(model, ids, 1), adapted) < EXACT  # before any prompt
         assert relative_error(wrapped(input_ids=ids).logits, adapted) < EXACT
         wrapped.unload()
-        assert relative_error(by_token(model, ids), base) < EXACT
+        assert relative_error(fed(model, ids, 1), base) < EXACT
         assert relative_error(model(ids).logits, base) < EXACT
     handle.remove()
     assert torch.equal(model(ids).logits, tiny(name)(ids).logits)
@@ -96,7 +87,7 @@ CHANGES = {
 @pytest.mark.parametrize("what", CHANGES)
 def test_whatever_is_exchanged(what, fuse):
     """Against the oracle on a model that got the same change and was never patched."""
-    ids, model, twin = random_ids(), tiny("llama"), tiny("llama")
+    ids, model, twin = random_ids(1, 40), tiny("llama"), tiny("llama")
     patch(model, S, W, fuse=fuse)
     with torch.no_grad():
         before = model(ids).logits
@@ -106,23 +97,25 @@ def test_whatever_is_exchanged(what, fuse):
         expected = streaming_logits(twin, ids, S, W)
         assert relative_error(before, expected) > 1e-2, "the change makes no difference"
         assert relative_error(model(ids).logits, expected) < EXACT
-        assert relative_error(by_token(model, ids), expected) < EXACT
+        assert relative_error(fed(model, ids, 1), expected) < EXACT
 
 
 def test_learned_sink_logits_that_are_exchanged():
-    ids, model, twin = random_ids(), tiny("gpt_oss"), tiny("gpt_oss")
+    ids, model, twin = random_ids(1, 40), tiny("gpt_oss"), tiny("gpt_oss")
     patch(model, S, W)
     with torch.no_grad():
-        model(ids)
+        before = model(ids).logits
         for changed in (model, twin):
             changed.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.full((4,), 2.0))
-        assert relative_error(model(ids).logits, streaming_logits(twin, ids, S, W)) < EXACT
+        expected = streaming_logits(twin, ids, S, W)
+        assert relative_error(before, expected) > 1e-2, "the change makes no difference"
+        assert relative_error(model(ids).logits, expected) < EXACT
 
 
 @pytest.mark.parametrize("fuse", ["layers", "none"])
 def test_what_cannot_be_followed_is_an_error(fuse):
     """Another attention, other frequencies, another implementation, a layer less."""
-    ids = random_ids()
+    ids = random_ids(1, 40)
     for change, error in {
         lambda m: setattr(m.model.layers[1], "self_attn", copy.deepcopy(m.model.layers[0].self_attn)): "exchanged",
         lambda m: m.model.rotary_emb.inv_freq.mul_(2): "inv_freq",
@@ -142,7 +135,7 @@ def test_what_cannot_be_followed_is_an_error(fuse):
 @pytest.mark.parametrize("fuse", ["layers", "none"])
 def test_attention_taken_away_by_the_config(fuse):
     """Where modules attend by the interface, a config that names another implementation is noticed in the step."""
-    model, ids = tiny("llama"), random_ids()
+    model, ids = tiny("llama"), random_ids(1, 40)
     patch(model, S, W, fuse=fuse)
     with torch.no_grad():
         expected = model(ids).logits
@@ -158,7 +151,7 @@ def test_attention_taken_away_by_the_config(fuse):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_autocast(name, fuse):
     """Patched outside and inside of autocast: as near to float32 as the unpatched model under autocast."""
-    ids, model = random_ids(12), tiny(name)
+    ids, model = random_ids(1, 12), tiny(name)
 
     def error(found):  # of most tokens: experts may be chosen otherwise
         return ((found.double() - exact).square().mean(-1).sqrt().median() / exact.std()).item()

@@ -11,21 +11,11 @@ import torch
 import transformers
 
 import sweep
-from sinkattn import SinkCache, Stream, UnsupportedModelError, ops, patch
+from helpers import random_ids
+from sinkattn import SinkCache, Stream, UnsupportedModelError, backends, ops, patch
 from tiny import COMMON, tiny
 
 S, W = 4, 10
-
-
-@pytest.fixture
-def model():
-    model = tiny("llama")
-    with patch(model, S, W):
-        yield model
-
-
-def random_ids(rows, tokens):
-    return torch.randint(1, 97, (rows, tokens))
 
 
 @pytest.mark.parametrize(
@@ -58,7 +48,7 @@ def test_sizes_of_numpy():
 
 
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch):
-    monkeypatch.setattr(ops, "HAS_CPU_LIBRARY", False)
+    monkeypatch.setattr(backends, "HAS_CPU_LIBRARY", False)
     with pytest.raises(RuntimeError, match="'cpu' is not available.*not built"):
         patch(tiny("llama"), backend="cpu")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -252,7 +242,7 @@ def test_another_dtype(model):
             model(random_ids(1, 3), past_key_values=cache)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_another_device(model):
     cache = SinkCache(model)
     with torch.no_grad():
@@ -344,11 +334,6 @@ def test_stream_input(model):
         stream.append(random_ids(1, 5))
     with pytest.raises(ValueError, match="embeds 0 to 96"):
         stream.append(random_ids(2, 5) + 96)
-
-
-def test_assisted_generation_says_it_is_not_there_yet(model):
-    with pytest.raises((NotImplementedError, ValueError), match="assisted|rollback|crop|take tokens back"):
-        model.generate(random_ids(1, 5), assistant_model=tiny("llama"), max_new_tokens=5, do_sample=False)
 
 
 def test_importing_changes_nothing():

@@ -1,37 +1,17 @@
-"""generate(), several turns with one cache, Stream, and the loaders, on a tiny random model."""
-
-import copy
+"""generate() and the loaders, on a tiny random model."""
 
 import pytest
 import torch
 import transformers
 
+from helpers import left_padded, random_ids
 from oracle import relative_error, streaming_logits
-from sinkattn import AutoModel, AutoModelForCausalLM, SinkCache, Stream, patch
+from sinkattn import AutoModel, AutoModelForCausalLM, SinkCache
 from tiny import tiny
 
 S, W = 4, 10
 C = S + W
 GREEDY = dict(do_sample=False, max_new_tokens=40)
-
-
-@pytest.fixture
-def model():
-    model = tiny("llama")
-    with patch(model, S, W):
-        yield model
-
-
-def random_ids(rows, tokens):
-    return torch.randint(1, 97, (rows, tokens))
-
-
-def left_padded(rows, tokens):
-    ids = random_ids(rows, tokens)
-    mask = torch.ones_like(ids)
-    for row in range(1, rows):
-        mask[row, : row * 7] = 0
-    return ids.where(mask > 0, 0), mask
 
 
 def test_greedy_beyond_the_trained_length(model):
@@ -55,7 +35,7 @@ def test_the_cache_by_either_name(model):
 
 
 def test_left_padded_batch_and_prefill_chunks(model):
-    ids, mask = left_padded(3, 30)
+    ids, mask = left_padded(random_ids(3, 30))
     together = model.generate(ids, attention_mask=mask, **GREEDY)
     for row in range(3):
         alone = model.generate(ids[row : row + 1, mask[row].bool()], **GREEDY)
@@ -74,7 +54,7 @@ def test_loss_is_that_of_the_streaming_logits(model):
 
 def test_beam_search(model):
     """Every beam carries its own cache rows: the scores are those of the sequences under the streaming model."""
-    ids, mask = left_padded(2, 25)
+    ids, mask = left_padded(random_ids(2, 25))
     found = model.generate(
         ids, attention_mask=mask, num_beams=4, num_return_sequences=2, max_new_tokens=20, do_sample=False,
         length_penalty=0.0, return_dict_in_generate=True, output_scores=True,
@@ -103,32 +83,8 @@ def test_sampling_returns_and_streamer(model):
     assert heard.ids == [*out[0].tolist(), None]
     torch.manual_seed(1)
     assert torch.equal(out, model.generate(ids, do_sample=True, top_k=20, temperature=0.9, max_new_tokens=30))
-    assert model.generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=5).shape == (3, 25)
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_turns_with_one_cache(model, rows):
-    """A second turn, as the full history or as new ids only, with a full mask, with the new ids' mask or with none."""
-    ids, mask = left_padded(rows, 30)
-    cache = SinkCache(model)
-    first = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
-    assert cache.seen == first.shape[1] - 1
-    turn = torch.cat((first, random_ids(rows, 90)), dim=1)  # new ids alone are longer than all that was seen
-    full_mask = torch.cat((mask, torch.ones(rows, turn.shape[1] - 30, dtype=mask.dtype)), dim=1)
-    new = turn[:, cache.seen :]
-    expected = model.generate(turn, attention_mask=full_mask, **GREEDY)[:, -40:]
-    for given in (
-        dict(input_ids=turn, attention_mask=full_mask),
-        dict(input_ids=new, attention_mask=full_mask),
-        dict(input_ids=new, attention_mask=torch.ones_like(new)),
-        dict(input_ids=new),
-        *([dict(input_ids=turn)] if rows == 1 else []),
-    ):
-        again = copy.deepcopy(cache)
-        assert torch.equal(model.generate(**given, past_key_values=again, **GREEDY)[:, -40:], expected)
-        assert again.seen == turn.shape[1] + 39
-    third = model.generate(random_ids(rows, 5), past_key_values=again, **GREEDY)
-    assert third.shape == (rows, 45)
+    found = model.generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=20)
+    assert torch.equal(found[:, :20], ids.expand(3, -1)) and len(set(map(tuple, found.tolist()))) == 3
 
 
 def test_memory_is_constant_and_reset_keeps_it(model):
@@ -137,7 +93,7 @@ def test_memory_is_constant_and_reset_keeps_it(model):
     with torch.no_grad():
         model(random_ids(2, 1), past_key_values=cache)
         buffers, nbytes = [layer.keys.data_ptr() for layer in cache.layers], cache.nbytes
-        assert nbytes == 3 * 2 * (2 * 2 * C * 16) * 4  # layers, k and v, (batch, heads, slots, dim), bytes
+        assert nbytes == 3 * 2 * (2 * 2 * (C + 16) * 16) * 4  # layers, k and v, (batch, heads, slots, dim), bytes
         model(random_ids(2, 100), past_key_values=cache)
         cache.reset()
         ids = random_ids(2, 30)
@@ -157,86 +113,6 @@ def test_inference_mode_and_none_share_a_cache(model):
     assert relative_error(torch.cat((first, second, third.detach()), dim=1), expected) < 2e-5
 
 
-def test_stream_equals_generate(model):
-    ids = random_ids(2, 31)
-    expected = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=60)
-    stream = Stream(model)
-    for piece in ids.split(9, dim=1):
-        stream.append(piece)
-    endless = stream.generate()
-    found = [next(endless) for _ in range(25)] + list(stream.generate(35))
-    assert torch.equal(torch.stack(found, dim=1), expected[:, 31:])
-    more = random_ids(2, 6)
-    stream.append(more)
-    history = torch.cat((expected, more), dim=1)
-    longer = model.generate(history, attention_mask=torch.ones_like(history), do_sample=False, max_new_tokens=5)
-    assert torch.equal(torch.stack(list(stream.generate(5)), dim=1), longer[:, -5:])
-    assert stream.lengths.tolist() == [31 + 60 + 6 + 5] * 2
-
-
-def test_stream_with_left_padding_after_sampling(model):
-    stream = Stream(model)
-    ids, mask = left_padded(2, 12)
-    stream.append(ids, mask)
-    sampled = torch.stack(list(stream.generate(3)), dim=1)
-    more, more_mask = left_padded(2, 9)
-    stream.append(more, more_mask)
-    found = torch.stack(list(stream.generate(20)), dim=1)
-    for row in range(2):
-        text = torch.cat((ids[row, mask[row].bool()], sampled[row], more[row, more_mask[row].bool()]))[None]
-        assert torch.equal(found[row], model.generate(text, do_sample=False, max_new_tokens=20)[0, -20:])
-
-
-def test_stream_sampling_options(model):
-    """Processors are transformers' own: with them on, Stream gives the scores that generate gives."""
-    ids = random_ids(1, C)
-    options = dict(do_sample=True, temperature=2.0, top_k=8, top_p=0.9, repetition_penalty=1.5)
-    out = model.generate(ids, max_new_tokens=1, return_dict_in_generate=True, output_scores=True, **options)
-    allowed = set(out.scores[0][0].isfinite().nonzero().flatten().tolist())
-
-    def drawn(seed):
-        stream = Stream(model)
-        stream.append(ids)
-        return next(stream.generate(1, seed=seed, **options)).item()
-
-    draws = [drawn(seed) for seed in range(40)]
-    assert set(draws) <= allowed and len(set(draws)) > 1
-    assert draws[:5] == [drawn(seed) for seed in range(5)]
-
-
-def test_stream_penalises_what_stands_in_the_cache(model):
-    """The first S and the last W ids of each row, and no others; a row that has ended keeps its own."""
-    ids, mask = left_padded(2, 20)
-    stream, penalty = Stream(model), transformers.RepetitionPenaltyLogitsProcessor(3.0)
-    stream.append(ids, mask)
-    texts, end = [ids[row, mask[row].bool()] for row in range(2)], []
-    for _ in range(2):
-        has_ended = False
-        for token_ids in stream.generate(12, repetition_penalty=3.0, eos_token_id=end):
-            for row in range(1 if has_ended else 0, 2):
-                held = torch.cat((texts[row][:S], texts[row][S:][-W:]))[None]
-                scores = penalty(held, streaming_logits(tiny("llama"), texts[row][None], S, W)[:, -1])
-                assert scores.argmax().item() == token_ids[row].item()
-                texts[row] = torch.cat((texts[row], token_ids[row : row + 1]))
-            has_ended = has_ended or token_ids[0].item() in end
-        end = [next(copy.deepcopy(stream).generate(1, repetition_penalty=3.0, eos_token_id=[]))[0].item()]
-
-
-def test_stream_stops_at_the_end_of_text(model):
-    ids = random_ids(2, 20)
-    stream = Stream(model)
-    stream.append(ids)
-    free = torch.stack(list(copy.deepcopy(stream).generate(30)), dim=1)
-    end = free[0, 4].item()
-    first = [row.tolist().index(end) if end in row else None for row in free]
-    steps = torch.stack(list(stream.generate(30, eos_token_id=end)), dim=1)
-    for row, stop in enumerate(first):
-        upto = steps.shape[1] if stop is None else stop + 1
-        assert torch.equal(steps[row, :upto], free[row, :upto]) or stop is not None
-        if stop is not None:
-            assert (steps[row, stop + 1 :] == 0).all()  # the pad token
-
-
 @pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModel])
 def test_loaders(loader, tmp_path):
     """The window of attention_sinks counts old tokens, so N is our N + 1; prompts are attended densely, as there."""
@@ -250,9 +126,8 @@ def test_loaders(loader, tmp_path):
             out = model(token, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             outputs.append(out[0])
-    if loader is AutoModelForCausalLM:
-        assert relative_error(torch.cat(outputs, dim=1), streaming_logits(tiny("llama"), ids, S, W)) < 2e-5
-        dense = tiny("llama")(ids).logits
-        assert relative_error(model(ids).logits, dense) < 2e-5
-    else:
-        assert outputs[0].shape == (1, 1, 64)
+        found, prompt, twin = torch.cat(outputs, dim=1), model(ids)[0], tiny("llama")
+        if loader is AutoModel:
+            found, prompt = twin.lm_head(found), twin.lm_head(prompt)
+        assert relative_error(found, streaming_logits(twin, ids, S, W)) < 2e-5
+        assert relative_error(prompt, twin(ids).logits) < 2e-5

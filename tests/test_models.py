@@ -12,8 +12,10 @@ import torch
 import transformers
 
 import sweep
+from helpers import fed, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, UnsupportedModelError, patch
+from tiny import spread
 
 S, W = 4, 10
 C = S + W
@@ -27,19 +29,6 @@ def test_types(name):
         assert result.status == "refused" and "learned" in result.reason
     else:
         assert result.status == "exact", result
-
-
-def random_ids(rows, tokens):
-    return torch.randint(1, 97, (rows, tokens))
-
-
-@torch.no_grad()
-def fed(model, ids, size, mask=None):
-    cache, pieces = SinkCache(model), []
-    for begin in range(0, ids.shape[1], size):
-        more = {} if mask is None else dict(attention_mask=mask[:, : begin + size])
-        pieces.append(model(ids[:, begin : begin + size], past_key_values=cache, **more).logits)
-    return torch.cat(pieces, dim=1)
 
 
 @pytest.fixture
@@ -57,8 +46,7 @@ def remote(tmp_path):
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.15)
+        spread(model)
         model.save_pretrained(folder)
         return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 

@@ -9,6 +9,7 @@ import transformers
 import sweep
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, patch
+from tiny import spread
 
 S, W = 4, 10
 C = S + W
@@ -42,9 +43,7 @@ def vision_model(kind: str):
     torch.manual_seed(0)
     config = classes[0](text_config=text, vision_config=vision, attn_implementation="eager", **ids)
     model = classes[1](config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.15)
+    spread(model)
     return model
 
 

@@ -13,22 +13,13 @@ import transformers
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import sinkattn
+from helpers import DEVICES, fed, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, patch
 from tiny import tiny
 
 S, W = 4, 10
 C = S + W
-
-
-def random_ids(rows, tokens):
-    return torch.randint(1, 97, (rows, tokens))
-
-
-@torch.no_grad()
-def fed(model, ids, size):
-    cache = SinkCache(model)
-    return torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(size, dim=1)], dim=1)
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
@@ -55,6 +46,7 @@ def test_offloaded_weights(where, tmp_path):
         assert torch.equal(model(ids).logits, dense)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_layers_on_several_devices(tmp_path):
     """device_map: every layer's cache lies where its keys are."""
@@ -69,6 +61,7 @@ def test_layers_on_several_devices(tmp_path):
     assert relative_error(found.cpu(), expected) < 2e-5
 
 
+@pytest.mark.slow
 def test_tensor_parallel(tmp_path):
     """``tp_plan="auto"`` in two processes: each holds half of the heads, and both give the logits of one."""
     model = tiny("llama", vocab_size=98)  # some versions split the head, and do so evenly
@@ -117,11 +110,14 @@ def test_adapters():
         assert relative_error(wrapped(ids).logits, expected) < 2e-5
         assert relative_error(fed(wrapped, ids, 1), expected) < 2e-5
         greedy = wrapped.generate(input_ids=ids, do_sample=False, max_new_tokens=5)
+        assert torch.equal(greedy[:, :-5], ids)
         with wrapped.disable_adapter():
             assert relative_error(wrapped(ids).logits, plain) < 2e-5
-    assert (
-        torch.equal(wrapped.merge_and_unload().generate(ids, max_new_tokens=1)[:, :-1], ids) and greedy.shape[1] == 47
-    )
+    likeliest = streaming_logits(wrapped, greedy, S, W)[:, -6:-1].argmax(-1)
+    assert torch.equal(likeliest, greedy[:, -5:])
+    with torch.no_grad():
+        dense = wrapped(ids).logits
+        assert relative_error(wrapped.merge_and_unload()(ids).logits, dense) < 2e-5  # the patch has left nothing behind
 
 
 def test_adapters_inside():
@@ -134,10 +130,11 @@ def test_adapters_inside():
         assert relative_error(fed(inside, ids, 5), expected) < 2e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["compiled first", "patched first", "in place"])
 def test_compiled(order):
-    model, ids = tiny("llama"), random_ids(1, 2 * C)
-    expected = streaming_logits(tiny("llama"), ids, S, W)
+    model, ids = tiny("llama", num_hidden_layers=2), random_ids(1, 2 * C)
+    expected = streaming_logits(model, ids, S, W)
     torch._dynamo.reset()
     if order == "in place":
         model.compile(backend="eager")
@@ -146,15 +143,15 @@ def test_compiled(order):
         dense = compiled(ids).logits if order == "compiled first" else model(ids).logits
         with patch(compiled if order == "compiled first" else model, S, W):
             assert relative_error(compiled(ids).logits, expected) < 2e-5
-            assert relative_error(fed(compiled, ids, 1), expected) < 2e-5
+            assert relative_error(fed(compiled, ids[:, : C + 4], 1), expected[:, : C + 4]) < 2e-5
         assert relative_error(compiled(ids).logits, dense) < 2e-5
 
 
-@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_is_one_graph(dtype, device):
     """Dynamo finds nothing in a step that it would have to leave to Python, and the rings change as they do without."""
-    model, ids = tiny("llama").to(device, dtype), random_ids(1, 20).to(device)
+    model, ids = tiny("llama", num_hidden_layers=2).to(device, dtype), random_ids(1, 20).to(device)
     torch._dynamo.reset()
     with patch(model, S, W), torch.no_grad():
         cache = SinkCache(model)

@@ -12,6 +12,7 @@ import torch
 
 import oracle
 import real
+from helpers import DEVICES
 from loud import ALLOWED, times_worse, token_errors
 from sinkattn import SinkCache, Stream, patch
 from tiny import tiny
@@ -22,9 +23,11 @@ FUSED = ["none", "attention", "layers"]
 SIZES = [256, 1024, 4096]  # S + W, of which S = 4
 EVERYTHING = list(itertools.product(DTYPES, FUSED, SIZES))
 ON_CPU = [(d, FUSED[j], SIZES[(i + j) % 3]) for i, d in enumerate(DTYPES) for j in range(3)]  # every pair of two once
-CASES = [("cpu", *case) for case in ON_CPU]
-CASES += [("cuda", *case) for case in EVERYTHING] if torch.cuda.is_available() else []
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+CASES = [
+    pytest.param(device, *case, id="-".join(map(str, (device, *case))), marks=marks)
+    for device, cases, marks in (("cpu", ON_CPU, ()), ("cuda", EVERYTHING, pytest.mark.gpu))
+    for case in cases
+]
 BLOCK = 32  # tokens whose errors count as one
 TOLERANCE = 1e-4  # largest error of a token in float32, where hidden states reach 25,000
 
@@ -93,7 +96,7 @@ def test_a_missing_model_is_a_failure_where_it_is_required(monkeypatch):
 
 
 @pytest.mark.real
-@pytest.mark.parametrize("device, dtype, fused, size", CASES, ids=["-".join(map(str, case)) for case in CASES])
+@pytest.mark.parametrize("device, dtype, fused, size", CASES)
 def test_as_near_to_float32_as_unpatched(smollm2, device, dtype, fused, size):
     """On prose, dense and, with a cache of 256, past the wrap as well: 1.1 times the unpatched model's own error."""
     found = token_errors(patched(dtype, device, size, fused), unpatched(torch.float32, device, size))[0]

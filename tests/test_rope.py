@@ -41,11 +41,12 @@ def test_frequencies_are_those_the_model_uses(name):
     model = tiny(name)
     buffers = [b.double() for n, b in model.named_buffers() if n.endswith("inv_freq") and "original" not in n]
     with patch(model, S, W) as handle:
-        for layer in handle.plan.layers.values():
-            if layer.rope is not None:
-                first = layer.rope.frequencies[0]  # of the shortest texts: as the model was made
-                assert any(b.shape == first.shape and torch.equal(b, first) for b in buffers)
-                assert layer.rope.varies == (name in ("dynamic", "longrope"))
+        ropes = [layer.rope for layer in handle.plan.layers.values() if layer.rope is not None]
+    assert ropes
+    for rope in ropes:
+        first = rope.frequencies[0]  # of the shortest texts: as the model was made
+        assert any(b.shape == first.shape and torch.equal(b, first) for b in buffers)
+        assert rope.varies == (name in ("dynamic", "longrope"))
 
 
 def test_own_windows():

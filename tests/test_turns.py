@@ -2,12 +2,12 @@
 
 import copy
 import functools
-import os
 
 import pytest
 import torch
 import transformers
 
+from helpers import left_padded
 from oracle import streaming_logits
 from sinkattn import SinkCache, patch
 from tiny import tiny
@@ -18,22 +18,6 @@ GREEDY = dict(do_sample=False, max_new_tokens=10, suppress_tokens=[0])  # answer
 
 
 plain = functools.cache(lambda: tiny("llama"))  # for the oracle
-
-
-@pytest.fixture
-def model():
-    model = copy.deepcopy(plain())
-    with patch(model, S, W):
-        yield model
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    """Fresh data every time; a failing test prints the seed, and ``SINKATTN_SEED`` repeats it."""
-    plain()
-    value = int(os.environ.get("SINKATTN_SEED") or torch.seed() % 2**32)
-    torch.manual_seed(value)
-    print(f"SINKATTN_SEED={value}")
 
 
 def random_ids(rows, tokens):
@@ -47,14 +31,6 @@ def behind(text, tokens):
         new = torch.randint(80, 97, (len(text), tokens))
         if not (new[:, 0] == text[:, -1]).any():
             return new
-
-
-def left_padded(rows, tokens):
-    ids = random_ids(rows, tokens)
-    mask = torch.ones_like(ids)
-    for row in range(1, rows):
-        mask[row, : row * 7] = 0
-    return ids.where(mask > 0, 0), mask
 
 
 def follows(text, answer) -> bool:
@@ -72,7 +48,7 @@ def changed(ids, at):
 @pytest.mark.parametrize("rows", [1, 3])
 def test_history_or_new_ids(model, rows):
     """A second turn as the full history, however padded, or as new ids with or without the last of the answer."""
-    ids, mask = left_padded(rows, 20)
+    ids, mask = left_padded(random_ids(rows, 20))
     cache = SinkCache(model)
     first = model.generate(ids, attention_mask=mask, past_key_values=cache, **GREEDY)
     assert cache.seen == first.shape[1] - 1
@@ -240,18 +216,7 @@ def test_ids_of_embeddings_are_not_known(model):
 @pytest.mark.parametrize("name", ["llama", "falcon_h1"])
 def test_rows_that_end_early_are_fed_no_padding(name):
     """And go on from where each of them has ended: by new ids, by what `generate` returned, or padded on the left."""
-    if name == "falcon_h1":
-        config = transformers.FalconH1Config(
-            vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8,
-            mamba_chunk_size=16, eos_token_id=None, pad_token_id=0, bos_token_id=1,
-        )  # fmt: skip
-        model = transformers.FalconH1ForCausalLM(config).eval()
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                torch.nn.init.normal_(parameter, std=0.15)
-    else:
-        model = tiny(name)
+    model = tiny(name)
     with patch(model, S, W):
         while True:
             prompt, options = random_ids(3, 25), dict(do_sample=False, suppress_tokens=[0], max_new_tokens=20)

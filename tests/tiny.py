@@ -42,6 +42,15 @@ FAMILIES = {
         ),
     ),
 }  # fmt: skip
+HYBRIDS = {  # attention beside layers with a state of their own
+    "falcon_h1": (
+        "FalconH1",
+        dict(
+            num_hidden_layers=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8,
+            mamba_chunk_size=16,
+        ),
+    ),
+}  # fmt: skip
 
 ROPES = {  # Llama with every rope type; the trained length of 10 lies inside the capacity of the tests
     "linear": dict(rope_type="linear", factor=4.0),
@@ -58,9 +67,15 @@ ROPES = {  # Llama with every rope type; the trained length of 10 lies inside th
 
 
 def tiny(name: str, seed: int = 0, **more):
+    """`drawn`, the same at every call; the test's own random data go on as if it had not been."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return drawn(name, **more)
+
+
+def drawn(name: str, **more):
     """A random float32 model of a family, or of Llama with a rope type; `more` goes into its config."""
-    torch.manual_seed(seed)
-    family, settings = FAMILIES.get(name, ("Llama", {}))
+    family, settings = {**FAMILIES, **HYBRIDS}.get(name, ("Llama", {}))
     settings = {**COMMON, **settings}
     if name in ROPES:
         settings["rope_parameters"] = {"rope_theta": 10000.0, **ROPES[name]}
@@ -69,9 +84,14 @@ def tiny(name: str, seed: int = 0, **more):
     config_class = getattr(transformers, f"{family}TextConfig" if family == "Gemma3" else f"{family}Config")
     config = config_class(**settings, attn_implementation="eager")  # sdpa leaves softcap out in some versions
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-    for parameter in model.parameters():  # spread the weights, so that attention has something to choose from
+    spread(model)
+    return model
+
+
+def spread(model) -> None:
+    """Spread the weights, so that attention has something to choose from, and move norms and biases off 1 and 0."""
+    for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.15)
         elif parameter.dim() == 1:
             parameter.data.add_(torch.randn_like(parameter) * 0.1)
-    return model

@@ -8,12 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from cases import with_cpu_library, with_cuda_library
 from sinkattn import ops
 
-on_gpu = pytest.mark.skipif(
-    not (torch.cuda.is_available() and ops.HAS_CUDA_LIBRARY), reason="needs a GPU and the compiled CUDA ops"
-)
-DEVICES = ["cpu", pytest.param("cuda", marks=on_gpu)]
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, with_cuda_library])]
 DTYPES = [torch.bfloat16, torch.float16]
 # dtype: error of one number, relative to itself and to the mean of all, and of a tensor; 2^-8 and 2^-11 by one rounding
 TOLERANCES = {
@@ -186,7 +184,8 @@ def test_norm_of_transformers(model, device):
             )
 
 
-@on_gpu
+@pytest.mark.gpu
+@with_cuda_library
 def test_same_bits():
     for rows in (1, 8, 16, 64):
         tensors, keywords = make(rows, 1096, 3000, torch.bfloat16, "cuda", **WAYS["all"])
@@ -195,7 +194,7 @@ def test_same_bits():
             assert torch.equal(ops.linear(*tensors, **keywords).view(torch.int16), first)
 
 
-@pytest.mark.skipif(not ops.HAS_CPU_LIBRARY, reason="the compiled CPU ops were not built")
+@with_cpu_library
 def test_threads_and_strides_do_not_matter():
     """On the CPU: the same bits from any number of threads, and from tensors that lie apart."""
     threads = torch.get_num_threads()
@@ -234,7 +233,7 @@ def test_when_a_model_calls_it_on_the_cpu(monkeypatch):
         assert not ops.takes_linear(x, weight)
 
 
-@pytest.mark.skipif(not ops.HAS_CPU_LIBRARY, reason="the compiled CPU ops were not built")
+@with_cpu_library
 @pytest.mark.parametrize(
     "arguments", [{"weight": 15}, {"bias": 15}, {"norm_weight": 15}, {"residual": 15}, {"rows": 65}]
 )
@@ -250,7 +249,8 @@ def test_what_the_compiled_cpu_op_refuses(arguments):
         torch.ops.sinkattn.linear(torch.randn(2, 16), torch.randn(20, 16), None, None, 0.0, 0.0, None, "relu")
 
 
-@on_gpu
+@pytest.mark.gpu
+@with_cuda_library
 def test_neighbours_do_not_matter():
     """A row gives the same bits alone and among others."""
     tensors, keywords = make(8, 1096, 3000, torch.bfloat16, "cuda", **WAYS["all"])
@@ -267,7 +267,8 @@ def test_neighbours_do_not_matter():
         assert torch.equal(some.view(torch.int16), whole[:rows].view(torch.int16))
 
 
-@on_gpu
+@pytest.mark.gpu
+@with_cuda_library
 @pytest.mark.parametrize("rows", [2, 40])
 def test_chain_in_a_graph(rows):
     """Layers that wait for each other while the next one's weights are on their way, captured, replayed, and eager."""
@@ -364,7 +365,8 @@ def test_errors(call, error, message):
         call()
 
 
-@on_gpu
+@pytest.mark.gpu
+@with_cuda_library
 def test_errors_on_a_gpu():
     def new(*shape):
         return torch.randn(shape, device="cuda").bfloat16()

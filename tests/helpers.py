@@ -1,0 +1,45 @@
+"""What many tests need: where to run, random ids, an oracle's model, and texts through one cache."""
+
+import functools
+
+import pytest
+import torch
+
+from sinkattn import SinkCache
+from tiny import tiny
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@functools.cache
+def plain(name: str = "llama"):
+    """A tiny model of two layers that nobody changes."""
+    return tiny(name, num_hidden_layers=2)
+
+
+def random_ids(rows: int, tokens: int, device="cpu") -> torch.Tensor:
+    """(rows, tokens) int64, of the vocabulary of tiny models but for padding, 0."""
+    return torch.randint(1, 97, (rows, tokens)).to(device)
+
+
+def left_padded(ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (rows, tokens), of which each row has 7 less than the one before, and their mask."""
+    mask = torch.ones_like(ids)
+    for row in range(1, len(ids)):
+        mask[row, : row * 7] = 0
+    return ids.where(mask > 0, 0), mask
+
+
+@torch.no_grad()
+def fed(model, ids: torch.Tensor, size: int, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of a patched model, (rows, tokens, vocabulary): `size` tokens at a time through one new cache."""
+    cache, pieces = SinkCache(model), []
+    for begin in range(0, ids.shape[1], size):
+        more = {} if mask is None else dict(attention_mask=mask[:, : begin + size])
+        pieces.append(model(ids[:, begin : begin + size], past_key_values=cache, **more).logits)
+    return torch.cat(pieces, dim=1)
+
+
+def endless(stream, steps: int) -> torch.Tensor:
+    """The next ids of a Stream, (rows, steps), greedy."""
+    return torch.stack([ids for ids, _ in zip(stream.generate(eos_token_id=[]), range(steps), strict=False)], dim=1)

@@ -1,0 +1,83 @@
+"""Prefill on every backend: outputs and caches at every length, shape and padding."""
+
+import pytest
+import torch
+
+from cases import GPU_BACKENDS, MIXED, SHAPES, Case, check, dtypes, edges, every_backend
+from sinkattn import ops
+
+
+@every_backend
+@pytest.mark.parametrize("tokens", [1, 5, 35])
+@pytest.mark.parametrize("lengths", edges(), ids=str)
+def test_edges(backend, device, lengths, tokens):
+    for dtype in dtypes(backend, device):
+        check("prefill", backend, device, dtype, Case(lengths, tokens=tokens))
+
+
+@every_backend
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(backend, device, shape):
+    for dtype in dtypes(backend, device, few=True):
+        check("prefill", backend, device, dtype, Case(**{"lengths": MIXED, "tokens": 19} | SHAPES[shape]))
+
+
+@every_backend
+@pytest.mark.parametrize("dense", [0, 12, 20, 10**15])
+@pytest.mark.parametrize("tokens", [3, 30])
+def test_padding(backend, device, tokens, dense):
+    """Left padding from none to all of a row, streaming and dense."""
+    counts = (0, 1, tokens // 2, tokens - 1, tokens, tokens)
+    case = Case((0, 1, 3, 20, 0, 4_000_000), counts, tokens, dense=dense, heads=4, learned=True, alibi=True)
+    for dtype in dtypes(backend, device, few=True):
+        check("prefill", backend, device, dtype, case)
+
+
+@every_backend
+@pytest.mark.parametrize("dense", [0, 130])
+def test_long_chunks(backend, device, dense):
+    """Several blocks of queries, and of keys that all of them see."""
+    case = Case((0, 500), (150, 149), 150, 2, 1, window=100, dense=dense)
+    for dtype in dtypes(backend, device, few=True):
+        check("prefill", backend, device, dtype, case)
+
+
+@every_backend
+def test_no_rows(backend, device):
+    tensors = Case((), tokens=7, heads=6, v_dim=24).tensors(torch.float32, device)
+    assert ops.prefill(*tensors, **Case().sizes, backend=backend).shape == (0, 7, 6, 24)
+
+
+PREFILL_SHAPES = {
+    "plain": {},
+    "partial": {"rotary": 32},
+    "partial, offset": {"rotary": 16, "start": 24},
+    "interleaved": {"interleaved": True},
+    "interleaved, partial, offset": {"interleaved": True, "rotary": 32, "start": 8},
+    "no rotation": {"rotary": 0},
+    "no sinks": {"sink": 0},
+    "many sinks": {"sink": 37},
+    "128 sinks": {"sink": 128},
+    "window 1": {"window": 1},
+    "window 2": {"window": 2},
+    "window beyond all": {"window": 5000, "lengths": (0, 100, 4999, 5004, 5005, 123_456)},
+    "slack slots": {"ring": 177},
+    "learned logits, softcap": {"learned": True, "softcap": 20.0},
+    "dense": {"dense": 10**15},
+    "dense, banded": {"dense": 200, "tokens": 400},
+    "padding": {"tokens": 777, "counts": (777, 300, 776, 0, 1, 128)},
+    "gqa 7": {"heads": 7, "kv_heads": 1},
+    "one token": {"tokens": 1},
+    "many tiles": {"tokens": 2000, "heads": 32, "kv_heads": 4, "lengths": (0, 1000)},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "device"), GPU_BACKENDS)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("shape", PREFILL_SHAPES)
+def test_large_shapes(backend, device, shape, head_dim):
+    """Rows of every age, several tiles of queries and keys."""
+    case = {"lengths": (0, 3, 16, 55, 700, 4_000_000), "tokens": 150, "heads": 4, "window": 140}
+    for dtype in (torch.float16, torch.bfloat16):
+        check("prefill", backend, device, dtype, Case(**case | {"head_dim": head_dim} | PREFILL_SHAPES[shape]))
