@@ -14,7 +14,7 @@ from helpers import plain, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, patch
 
-S, W = 3, 6
+S, W, SLACK = 3, 6, 4
 C = S + W
 ROWS = st.integers(1, 3)
 LENGTHS = st.integers(1, 2 * C)
@@ -29,7 +29,7 @@ def logits_of(text: tuple[int, ...]):
 @functools.cache
 def patched():
     model = copy.deepcopy(plain())
-    patch(model, S, W)
+    patch(model, S, W, slack=SLACK)
     return model
 
 
@@ -40,6 +40,7 @@ class OneCache(RuleBasedStateMachine):
     def begin(self, rows, seed):
         self.model = patched()
         self.cache, self.texts, self.chosen = SinkCache(self.model), [[] for _ in range(rows)], None
+        self.peaks = [0] * rows  # the longest that each row has been
         torch.manual_seed(seed)
 
     def new(self, lengths):
@@ -54,7 +55,13 @@ class OneCache(RuleBasedStateMachine):
 
     def feed(self, texts, chosen=None):
         self.texts = [held + more for held, more in zip(self.texts, texts, strict=True)]
+        self.peaks = [max(peak, len(text)) for peak, text in zip(self.peaks, self.texts, strict=True)]
         self.chosen = chosen
+
+    def room(self, row):
+        """Tokens of a row that can be taken back."""
+        length, peak = len(self.texts[row]), self.peaks[row]
+        return length if peak <= C + SLACK else min(max(SLACK - (peak - length), 0), length)
 
     # Moves.
 
@@ -95,23 +102,45 @@ class OneCache(RuleBasedStateMachine):
     @precondition(lambda self: all(len(text) > 2 for text in self.texts) and self.cache._all_known)
     @rule(data=st.data())
     def edit(self, data):
-        """A history with one token changed, anywhere, is refused, and nothing of it is fed."""
+        """A history with one token changed goes on from there, if what follows can be taken back; else nothing is fed."""
         row = data.draw(st.integers(0, len(self.texts) - 1))
         at = data.draw(st.integers(0, len(self.texts[row]) - 1))
         whole = [text + torch.randint(1, 97, (2,)).tolist() for text in self.texts]
         whole[row][at] = whole[row][at] % 96 + 1
         width = max(map(len, whole))
         ids = torch.tensor([[0] * (width - len(x)) + x for x in whole])
-        if not self.is_blank():
+        if self.is_blank():
+            return
+        back = len(self.texts[row]) - at
+        options = dict(max_new_tokens=1, do_sample=False, pad_token_id=0, suppress_tokens=[0])
+        if back > self.room(row) + (self.peaks[row] > C + SLACK):  # the first of them is fed again
             with pytest.raises(ValueError, match="differs from the text that this SinkCache holds"):
-                self.model.generate(ids, past_key_values=self.cache, max_new_tokens=1, pad_token_id=0)
+                self.model.generate(ids, past_key_values=self.cache, **options)
+        elif at > 0 or len(whole) == 1:
+            answers = self.model.generate(ids, past_key_values=self.cache, **options)[:, -1:].tolist()
+            self.texts = whole
+            self.feed([[] for _ in whole], answers)
+
+    @precondition(lambda self: self.cache.seen)
+    @rule(data=st.data())
+    def take_back(self, data):
+        """Tokens of some rows, by different counts; one too many is refused, and nothing is changed."""
+        counts = [data.draw(st.integers(0, self.room(row))) for row in range(len(self.texts))]
+        row = data.draw(st.integers(0, len(self.texts) - 1))
+        more = torch.tensor(counts)
+        more[row] = self.room(row) + 1
+        with pytest.raises(ValueError, match=f"row {row} can take back {self.room(row)} of its {len(self.texts[row])}"):
+            self.cache.take_back(more)
+        self.cache.take_back(torch.tensor(counts))
+        self.texts = [text[: len(text) - n] for text, n in zip(self.texts, counts, strict=True)]
+        self.chosen = None
 
     @rule(data=st.data(), rows=ROWS)
     def reorder(self, data, rows):
         if self.cache.seen:
             index = data.draw(st.lists(st.integers(0, len(self.texts) - 1), min_size=rows, max_size=rows))
             self.cache.reorder_cache(torch.tensor(index))
-            self.texts = [self.texts[i] for i in index]
+            self.texts, self.peaks = [self.texts[i] for i in index], [self.peaks[i] for i in index]
             self.chosen = self.chosen and [self.chosen[i] for i in index]
 
     @rule(data=st.data(), is_fed=st.booleans())
@@ -125,6 +154,7 @@ class OneCache(RuleBasedStateMachine):
                     self.model(ids, attention_mask=mask, past_key_values=picked)
                 for i, text in zip(index, texts, strict=True):
                     self.texts[i] = self.texts[i] + text
+                    self.peaks[i] = max(self.peaks[i], len(self.texts[i]))
                     if self.chosen:
                         self.chosen[i] = []
             self.cache.put(torch.tensor(index), picked)
@@ -134,14 +164,14 @@ class OneCache(RuleBasedStateMachine):
         if self.cache.seen:
             row = data.draw(st.integers(0, len(self.texts) - 1))
             self.cache.forget(torch.tensor([row]))
-            self.texts[row] = []
+            self.texts[row], self.peaks[row] = [], 0
             if self.chosen:
                 self.chosen[row] = []
 
     @rule(rows=ROWS)
     def reset(self, rows):
         self.cache.reset()
-        self.texts, self.chosen = [[] for _ in range(rows)], None
+        self.texts, self.chosen, self.peaks = [[] for _ in range(rows)], None, [0] * rows
 
     @rule(how=st.sampled_from([copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]))
     def go_on_with_a_copy(self, how):
@@ -158,6 +188,7 @@ class OneCache(RuleBasedStateMachine):
         with torch.no_grad(), pytest.raises(ZeroDivisionError):
             self.model(random_ids(len(self.texts), tokens), past_key_values=self.cache)
         hook.remove()
+        self.peaks = [max(peak, len(text) + 1) for peak, text in zip(self.peaks, self.texts, strict=True)]
         assert self.cache.is_torn == (tokens > 1)
         if tokens > 1:
             with pytest.raises(ValueError, match="half-way"):
