@@ -9,7 +9,7 @@
 
 namespace sinkattn {
 
-constexpr int64_t MAX_HEAD_DIM = 256;  // as in sinkattn/ops.py
+constexpr int64_t MAX_HEAD_DIM = 256;  // as in sinkattn/backends.py
 
 enum class DType { float32, float16, bfloat16 };
 
