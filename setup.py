@@ -46,11 +46,14 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx512_bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
     INSTRUCTION_SETS["amx"] = [*INSTRUCTION_SETS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all", "--threads=2"]
-CUDA_SOURCES = {  # file: the GPUs it is for
-    "decode": ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"],  # and later
-    "prefill": ["-gencode=arch=compute_90a,code=sm_90a"],
-    "linear_wide": ["-gencode=arch=compute_90a,code=sm_90a"],
-    "linear": ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"],
+AMPERE = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]  # and later
+HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
+CUDA_SOURCES = {  # file, the slowest to compile first: the GPUs it is for
+    "sm80/decode": AMPERE,
+    "sm90/prefill": HOPPER,
+    "sm90/linear_wide": HOPPER,
+    "sm80/linear": AMPERE,
+    "sm90/gather": HOPPER,
 }
 
 REQUIRED = {name for name in os.environ.get("SINKATTN_REQUIRE", "").split(",") if name}
@@ -220,15 +223,16 @@ class BuildExt(build_ext):
         else:
             include += ["-isystem", str(NVCC.parent.parent / "include")]
             nvcc = [str(NVCC), "-ccbin", COMPILER[0], *NVCC_FLAGS]
-            jobs = [self.job([*nvcc, *gpus], sources / f"{file}.cu", file) for file, gpus in CUDA_SOURCES.items()]
+            jobs = [
+                self.job([*nvcc, *gpus], sources / f"{file}.cu", Path(file).name) for file, gpus in CUDA_SOURCES.items()
+            ]
             jobs.append(self.job([*COMPILER, *FLAGS, *include, *more], sources / "ops_cuda.cpp", "ops_cuda"))
             runtime = [f"-L{cudart_folder()}", "-Wl,--as-needed", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         OBJECTS.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
         library.unlink(missing_ok=True)
-        newest = max(
-            path.stat().st_mtime for path in (*sources.iterdir(), *sources.parent.glob("*.h"), Path("setup.py"))
-        )
+        parts = (*sources.rglob("*.*"), *sources.parent.glob("*.h"), Path("setup.py"))
+        newest = max(path.stat().st_mtime for path in parts)
         stale = [job for job in jobs if not Path(job[-1]).exists() or Path(job[-1]).stat().st_mtime < newest]
         start, at_once, done = time.monotonic(), int(os.environ.get("MAX_JOBS", 2)), []
 

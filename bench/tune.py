@@ -2,9 +2,9 @@
 
 For every shape it times, as bench/decode.py does, the CUDA C++ kernel with every way to share a key head and, with
 --triton, candidates for `_config` of kernels/decode.py. It prints the best next to what is in use and writes tune.csv.
-What is good goes into `sharing_of` of csrc/cuda/decode.cu and into `_config` by hand: nothing is tuned at run time.
-Triton's candidates take most of the time to compile, and Triton keeps what it compiled: run --part k/n side by side
-first, then all of them.
+What is good goes into `sharing_of` of csrc/cuda/sm80/decode.cu and into `_config` by hand: nothing is tuned at run
+time. Triton's candidates take most of the time to compile, and Triton keeps what it compiled: run --part k/n side by
+side first, then all of them.
 """
 
 import functools

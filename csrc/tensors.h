@@ -10,7 +10,11 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <string>
+#include <utility>
 #include <vector>
+
+#include "activation.h"
 
 // From torch 2.13 on an error carries torch's own words; older headers only name the call that failed.
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK
@@ -35,17 +39,30 @@ const T* data_of(const Tensor& x, ScalarType type, std::vector<Tensor>& copies) 
   return static_cast<const T*>(copies.back().data_ptr());
 }
 
+// Type and index.
+inline std::pair<int32_t, int32_t> device_of(const Tensor& x) {
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &type));
+  return {type, x.get_device_index()};
+}
+
+inline Activation activation_of(const std::string& name) {
+  static const std::array<const char*, 4> names = {"", "silu", "gelu_tanh", "gelu"};  // in the order of Activation
+  const auto found = std::find(names.begin(), names.end(), name);
+  STD_TORCH_CHECK(found != names.end(), "sinkattn: unknown activation ", name);
+  return Activation(found - names.begin());
+}
+
 // What new_empty gives, of up to 4 dims, without the dispatcher, which takes longer than all else that an op does before
 // its kernel. dtype: as aoti_torch_dtype_float32() and its like say.
 inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape, int32_t dtype) {
   std::array<int64_t, 4> strides;
   int64_t size = 1;
   for (int dim = int(shape.size()); dim-- > 0; size *= shape.begin()[dim]) strides[dim] = size;
-  int32_t device = 0;
+  const auto [device, index] = device_of(x);
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.begin(), strides.data(), dtype,
-                                                         device, x.get_device_index(), &made));
+                                                         device, index, &made));
   return Tensor(made);
 }
 inline Tensor empty_like(const Tensor& x, std::initializer_list<int64_t> shape) {

@@ -7,6 +7,14 @@ element and query head, are small beside it.
 A program takes one key head of one row, all the query heads that share it, and a span of ring slots, in the order in
 which they lie: the softmax does not mind. The program of the last span, the home of the new token, also writes that and
 takes in the sinks, which meet a query turned by another angle. The last program to arrive combines what all found.
+
+Phases have the names of csrc/cuda/sm80/decode.cu:
+
+* fetch: `_load_ring`, `_load_home`
+* turn: `load_turned`
+* append: at home; there, whoever has the tile of the new slot
+* attend, with scores, mask, soften and values: `tiles.attend`; there, sinks are slots like others
+* combine: `_combine`; there, within a block and a cluster first
 """
 
 import functools
@@ -149,6 +157,7 @@ def _decode_kernel(
     members = member[:, None] < GROUP
     angles = row * (4 * HALF)
 
+    # Fetch and turn.
     if ONE_BLOCK:  # everything is asked for before anything is waited for
         k_block, v_block, visible, age = _load_ring(
             k_cache, v_cache, k_cache_slot, v_cache_slot, first, stop, sink_size, ring_size, new_slot, seen,
@@ -161,6 +170,7 @@ def _decode_kernel(
     top, total, acc = open_softmax(learned_logits, heads, member < tl.where(is_home, GROUP, 0), BLOCK_V)
     slopes = None if alibi_slopes is None else load_slopes(alibi_slopes, heads, member < GROUP)
 
+    # Attend.
     if ONE_BLOCK:
         top, total, acc = attend(
             q_ring, k_block, v_block, visible, slopes, age + 1, scale, top, total, acc, SOFTCAP, DOT
@@ -179,9 +189,11 @@ def _decode_kernel(
             q_sink, k_new, v_new, k_sinks, v_sinks = _load_home(
                 q, k, v, k_cache, v_cache, k_cache_slot, v_cache_slot, rotation, angles, at_home, members,
                 sinks, dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED, SINK_BLOCK)  # fmt: skip
+        # Append.
         place = tl.where(t < sink_size, t, sink_size + new_slot)
         tl.store(k_cache + place * k_cache_slot + dim, k_new, mask=dim < HEAD_DIM)
         tl.store(v_cache + place * v_cache_slot + v_dim, v_new, mask=v_dim < V_DIM)
+        # Attend, to the new token and the sinks.
         q_new = tl.where(t < sink_size, q_sink, q_text)
         score = capped(
             tl.sum(q_new * k_new.to(tl.float32), axis=1) * scale, SOFTCAP
@@ -201,6 +213,7 @@ def _decode_kernel(
             k_sinks = load_rows(k_cache, after, after < sinks, k_cache_slot, dim, HEAD_DIM)
             v_sinks = load_rows(v_cache, after, after < sinks, v_cache_slot, v_dim, V_DIM)
 
+    # Combine.
     found = acc / tl.where(total > 0, total, 1.0)[:, None]  # a program may find slack slots alone
     if SPLITS == 1:
         tl.store(out + tile, found.to(out.dtype.element_ty), mask=tile_inside)

@@ -5,6 +5,12 @@ row; an H200 multiplies 790 TFLOP/s in bfloat16. The bytes of rotation and appen
 
 Attention knows three kinds of keys: sinks, in the cache or in the chunk, which meet a query turned by another angle;
 ring slots, walked back from the newest; and the chunk itself, where only the two edges of the band need a mask.
+
+Phases have the names of csrc/cuda/sm90:
+
+* turn: `_rotate_kernel` for keys, and `load_turned` for queries; there, `gather` and `turn_queries`
+* append: `_append_kernel`, at the end; there, `gather`, at the start, which keeps in scratch what is overwritten
+* attend: `_attend_kernel`, `tiles.attend`; there, `attend_kernel`, from the last key back
 """
 
 import torch

@@ -108,10 +108,12 @@ def attend(q, k, v, visible, slopes, distance, scale, top, total, acc, SOFTCAP: 
     scores stand upright, (N, 1), as the sums over a key's dims leave them.
     """
     KEYS: tl.constexpr = 1 if DOT else 0  # the axis along which the keys lie in the scores
+    # Scores.
     if DOT:
         scores = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee")
     else:
         scores = tl.sum(q * k.to(tl.float32), axis=1, keep_dims=True)
+    # Mask.
     if SOFTCAP > 0 or slopes is not None:
         scores = capped(scores * scale, SOFTCAP)
         scale = 1.0
@@ -123,11 +125,13 @@ def attend(q, k, v, visible, slopes, distance, scale, top, total, acc, SOFTCAP: 
         if len(visible.shape) == 1:
             visible = tl.expand_dims(visible, 1 - KEYS)
         scores = tl.where(visible, scores, float("-inf"))
+    # Soften.
     higher = tl.maximum(top, tl.max(scores, axis=KEYS) * scale)
     fade = tl.exp2(top - higher)
     weights = tl.exp2(scores * scale - tl.expand_dims(higher, KEYS))
     total = total * fade + tl.sum(weights, axis=KEYS)
     acc = acc * fade[:, None]
+    # Values.
     if DOT:
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     else:

@@ -107,9 +107,14 @@ def _load(name: str) -> bool:
 
 
 def _cpu_isa() -> str:
-    name = ctypes.CDLL(Path(__file__).parent / "_C_cpu.so").sinkattn_cpu_isa
-    name.restype = ctypes.c_char_p
-    return name().decode()
+    """What the compiled CPU ops run here. ValueError if SINKATTN_CPU_ISA names no instruction set that this CPU has."""
+    library = ctypes.CDLL(Path(__file__).parent / "_C_cpu.so")
+    library.sinkattn_cpu_isa.restype = ctypes.c_char_p
+    name = library.sinkattn_cpu_isa()
+    if name is None:
+        library.sinkattn_cpu_isa_error.restype = ctypes.c_char_p
+        raise ValueError(library.sinkattn_cpu_isa_error().decode())
+    return name.decode()
 
 
 HAS_CPU_LIBRARY = _load("_C_cpu.so")

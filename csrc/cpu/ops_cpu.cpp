@@ -1,5 +1,5 @@
 // The ops decode, prefill and linear for CPU tensors: checks, unpacking, threads. LibTorch's stable ABI is all that is
-// used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/ops.py, which loads this.
+// used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/backends.py, which loads this.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #if defined(__x86_64__) && defined(__linux__)
@@ -9,16 +9,14 @@
 #endif
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "../tensors.h"
+#include "../arguments.h"
 #include "params.h"
 
 namespace sinkattn {
@@ -39,28 +37,75 @@ constexpr int64_t MAX_LINEAR_ROWS = 64;  // as in sinkattn/ops.py
 #endif
 }
 
-// The fastest that this machine runs, or the one that the environment variable SINKATTN_CPU_ISA names if it runs here.
-const Kernels& kernels() {
-  static const Kernels& chosen = []() -> const Kernels& {
-    const char* wanted = std::getenv("SINKATTN_CPU_ISA");
-    [[maybe_unused]] auto allowed = [wanted](const Kernels& k) { return !wanted || !std::strcmp(wanted, k.name); };
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_amx() { return has_avx512_bf16() && may_use_amx(); }
+// Every processor with AVX2 has F16C, which old compilers cannot ask for.
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
+bool has_any() { return true; }
+
+// Kernels of an instruction set, and whether the processor runs it.
+struct InstructionSet {
+  const Kernels& kernels;
+  bool (*runs)();
+};
+const InstructionSet INSTRUCTION_SETS[] = {  // fastest first
+#if defined(__x86_64__)
+    {amx::kernels, has_amx},
+    {avx512_bf16::kernels, has_avx512_bf16},
+    {avx512::kernels, has_avx512},
+    {avx2::kernels, has_avx2},
+#endif
+    {portable::kernels, has_any},
+};
+
+// The fastest that runs here or, where the environment variable SINKATTN_CPU_ISA is set, the one it names. If that does
+// not run here, there are no kernels, but an error.
+struct Choice {
+  const Kernels* kernels = nullptr;
+  std::string error;
+
+  Choice() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq")) {
-      if (__builtin_cpu_supports("avx512bf16")) {
-        if (allowed(amx::kernels) && may_use_amx()) return amx::kernels;
-        // Intel's take two products in pairs no faster than one by one.
-        if (allowed(avx512_bf16::kernels) && (wanted || __builtin_cpu_is("amd"))) return avx512_bf16::kernels;
-      }
-      if (allowed(avx512::kernels)) return avx512::kernels;
-    }
-    // Every processor with AVX2 has F16C, which old compilers cannot ask for.
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allowed(avx2::kernels)) return avx2::kernels;
 #endif
-    return portable::kernels;
-  }();
+    const char* variable = std::getenv("SINKATTN_CPU_ISA");
+    const std::string wanted = variable ? variable : "";
+    for (const auto& [set, runs] : INSTRUCTION_SETS)
+      if ((wanted.empty() ? is_fast(set) : wanted == set.name) && runs()) {
+        kernels = &set;
+        return;
+      }
+    std::string names, running;
+    for (const auto& [set, runs] : INSTRUCTION_SETS) {
+      names += (names.empty() ? "" : ", ") + std::string(set.name);
+      if (runs()) running += (running.empty() ? "" : ", ") + std::string(set.name);
+    }
+    error = "SINKATTN_CPU_ISA=" + wanted + ": choose one of " + names + "; this processor runs " + running;
+  }
+
+ private:
+  static bool is_fast(const Kernels& set) {
+#if defined(__x86_64__)
+    // Intel's take two products in pairs no faster than one by one.
+    return &set != &avx512_bf16::kernels || __builtin_cpu_is("amd");
+#else
+    return true;
+#endif
+  }
+};
+const Choice& choice() {
+  static const Choice chosen;
   return chosen;
+}
+const Kernels& kernels() {
+  STD_TORCH_CHECK(choice().kernels, choice().error);
+  return *choice().kernels;
 }
 
 DType dtype_of(const Tensor& x) {
@@ -106,54 +151,22 @@ void run(const Params& p) {
   }
 }
 
-Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
-               const Tensor& lengths, const std::optional<Tensor>& counts, const std::optional<Tensor>& rotation,
-               const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes,
-               int64_t sink_size, int64_t window_size, double scale, double softcap, int64_t rotary_start,
-               bool interleaved, int64_t dense_window) {
-  // sinkattn/ops.py calls this first and words the error where it refuses, so what is refused there has to be refused
-  // here, before anything is written: but gradients, which it asks for itself.
-  for (const Tensor* x : {&q, &k, &v, &k_cache, &v_cache}) {
-    STD_TORCH_CHECK(x->dim() == 4 && (x->size(3) < 2 || x->stride(3) == 1),
-                    "sinkattn: q, k, v, k_cache and v_cache must have 4 dims, the last of stride 1");
-    STD_TORCH_CHECK(x->scalar_type() == q.scalar_type(), "sinkattn: q, k, v, k_cache and v_cache must have one dtype");
-  }
-  for (const Tensor* x : {&k, &v, &k_cache, &v_cache, &lengths})
-    STD_TORCH_CHECK(x->is_cpu(), "sinkattn: all tensors must be on the CPU");
-  for (const auto* x : {&counts, &rotation, &learned_logits, &alibi_slopes})
-    STD_TORCH_CHECK(!*x || (*x)->is_cpu(), "sinkattn: all tensors must be on the CPU");
+Tensor prefill(const Tensors& x, const Sizes& sizes, int64_t dense_window) {
+  check(x, sizes);
+  const auto& [q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes] = x;
+  STD_TORCH_CHECK(q.is_cpu(), "sinkattn: all tensors must be on the CPU");
   Params p{};
   p.dtype = dtype_of(q);
   p.batch = q.size(0), p.num_heads = q.size(1), p.tokens = q.size(2), p.head_dim = q.size(3);
   p.num_kv_heads = v.size(1), p.v_dim = v.size(3);
-  p.sink_size = sink_size, p.window_size = window_size, p.dense_window = dense_window;
-  p.ring_size = k_cache.size(2) - sink_size;
-  p.scale = float(scale), p.softcap = float(softcap);
-  p.rotary_start = rotary_start, p.interleaved = interleaved;
-  const int64_t slots = k_cache.size(2);
-  STD_TORCH_CHECK(p.num_kv_heads > 0 && p.num_heads % p.num_kv_heads == 0 &&
-                      has_shape(k, {p.batch, p.num_kv_heads, p.tokens, p.head_dim}) &&
-                      has_shape(v, {p.batch, p.num_kv_heads, p.tokens, p.v_dim}) &&
-                      has_shape(k_cache, {p.batch, p.num_kv_heads, slots, p.head_dim}) &&
-                      has_shape(v_cache, {p.batch, p.num_kv_heads, slots, p.v_dim}),
-                  "sinkattn: the shapes of q, k, v, k_cache and v_cache do not fit");
+  p.sink_size = sizes.sink_size, p.window_size = sizes.window_size, p.dense_window = dense_window;
+  p.ring_size = k_cache.size(2) - p.sink_size;
+  p.scale = float(sizes.scale), p.softcap = float(sizes.softcap);
+  p.rotary_start = sizes.rotary_start, p.interleaved = sizes.interleaved;
   STD_TORCH_CHECK(p.head_dim <= MAX_HEAD_DIM && p.v_dim <= MAX_HEAD_DIM, "sinkattn: head_dim is above ", MAX_HEAD_DIM);
-  STD_TORCH_CHECK(sink_size >= 0 && window_size >= 1 && window_size <= p.ring_size,
-                  "sinkattn: sink_size and window_size do not fit the cache");
-  STD_TORCH_CHECK(scale > 0, "sinkattn: scale must be positive");
-  STD_TORCH_CHECK(has_shape(lengths, {p.batch}) && lengths.scalar_type() == ScalarType::Long &&
-                      (!counts || (has_shape(*counts, {p.batch}) && counts->scalar_type() == ScalarType::Long)),
-                  "sinkattn: lengths and counts must be int64 (batch,)");
-  for (const auto* x : {&learned_logits, &alibi_slopes})
-    STD_TORCH_CHECK(!*x || has_shape(**x, {p.num_heads}), "sinkattn: what is per head must be (num_heads,)");
   std::vector<Tensor> copies;
   if (rotation) {
-    p.rotary_half = rotation->dim() == 5 ? rotation->size(4) : 0;
-    STD_TORCH_CHECK(has_shape(*rotation, {p.batch, p.tokens, 2, 2, p.rotary_half}) && rotary_start >= 0 &&
-                        rotary_start + 2 * p.rotary_half <= p.head_dim,
-                    "sinkattn: rotation must be (batch, tokens, 2, 2, r / 2), r dims from rotary_start");
-    STD_TORCH_CHECK(rotation->scalar_type() == ScalarType::Float || rotation->scalar_type() == ScalarType::Double,
-                    "sinkattn: rotation must be float32");
+    p.rotary_half = rotation->size(4);
     if (p.rotary_half > 0) p.rotation = data_of<float>(*rotation, ScalarType::Float, copies);
   }
   Tensor out = empty_like(q, {p.batch, p.tokens, p.num_heads, p.v_dim});
@@ -184,25 +197,18 @@ Tensor prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& 
   return out;
 }
 
-Tensor decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
-              const Tensor& lengths, const std::optional<Tensor>& counts, const std::optional<Tensor>& rotation,
-              const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes, int64_t sink_size,
-              int64_t window_size, double scale, double softcap, int64_t rotary_start, bool interleaved) {
-  STD_TORCH_CHECK(q.dim() == 4 && q.size(2) == 1, "sinkattn: decode takes one token a row");
-  return prefill(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, sink_size,
-                 window_size, scale, softcap, rotary_start, interleaved, 0);
+Tensor decode(const Tensors& x, const Sizes& sizes) {
+  STD_TORCH_CHECK(x.q.dim() == 4 && x.q.size(2) == 1, "sinkattn: decode takes one token a row");
+  return prefill(x, sizes, 0);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& norm_weight, double norm_eps, double norm_shift,
               const std::optional<Tensor>& residual, const std::string& activation) {
-  static const std::array<const char*, 4> names = {"", "silu", "gelu_tanh", "gelu"};  // in the order of Activation
-  const auto name = std::find(names.begin(), names.end(), activation);
-  STD_TORCH_CHECK(name != names.end(), "sinkattn: unknown activation ", activation);
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.size(0) <= MAX_LINEAR_ROWS,
                   "sinkattn: linear takes x (up to 64 rows, in_features) and weight (out_features, in_features)");
   Linear p{};
-  p.activation = Activation(name - names.begin()), p.dtype = dtype_of(x);
+  p.activation = activation_of(activation), p.dtype = dtype_of(x);
   const int64_t halves = p.activation == Activation::none ? 1 : 2;
   p.rows = x.size(0), p.in_features = x.size(1), p.outputs = weight.size(0) / halves;
   STD_TORCH_CHECK(weight.size(0) % halves == 0, "sinkattn: a gated weight needs an even number of rows");
@@ -240,12 +246,18 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sinkattn, CPU, m) {
-  m.impl("decode", TORCH_BOX(&decode));
-  m.impl("prefill", TORCH_BOX(&prefill));
+  m.impl("decode", TORCH_BOX((&with_arguments<decode>)));
+  m.impl("prefill", TORCH_BOX((&with_arguments<prefill, int64_t>)));
   m.impl("linear", TORCH_BOX(&linear));
 }
 
-// "amx", "avx512_bf16", "avx512", "avx2" or "portable": what runs here. For ctypes.
-extern "C" __attribute__((visibility("default"))) const char* sinkattn_cpu_isa() { return kernels().name; }
+// "amx", "avx512_bf16", "avx512", "avx2" or "portable": what runs here. Null where SINKATTN_CPU_ISA names what does
+// not; then the other one says so. For ctypes.
+extern "C" __attribute__((visibility("default"))) const char* sinkattn_cpu_isa() {
+  return choice().kernels ? choice().kernels->name : nullptr;
+}
+extern "C" __attribute__((visibility("default"))) const char* sinkattn_cpu_isa_error() {
+  return choice().error.c_str();
+}
 
 }  // namespace sinkattn

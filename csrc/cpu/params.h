@@ -5,9 +5,11 @@
 
 #include <cstdint>
 
+#include "../activation.h"
+
 namespace sinkattn {
 
-constexpr int64_t MAX_HEAD_DIM = 256;  // as in sinkattn/ops.py
+constexpr int64_t MAX_HEAD_DIM = 256;  // as in sinkattn/backends.py
 
 enum class DType { float32, float16, bfloat16 };
 
@@ -40,8 +42,6 @@ struct Params {
   // A pair is a key head of a row of the batch, shared by `group` query heads. A task is a block of queries of a pair.
   int64_t group, block_tokens, blocks_per_pair;
 };
-
-enum class Activation { none, silu, gelu_tanh, gelu };
 
 // A product of few rows: out = act(gate) * up + residual with [gate | up] = RMSNorm(x) weight^T + bias. Null: left out.
 struct Linear {

@@ -1,14 +1,13 @@
 // What one call of linear is about, unpacked from tensors, and the function that launches it. No torch in here.
 #pragma once
 
+#include "../activation.h"
 #include "call.h"
 
 namespace sinkattn::cuda {
 
 constexpr int MAX_LINEAR_ROWS = 64, MAX_NARROW_ROWS = 16;  // of x: on Hopper, elsewhere
-constexpr int FEW_ROWS = 8;                                // with more, linear_wide.cu serves on Hopper
-
-enum class Activation { none, silu, gelu_tanh, gelu };
+constexpr int FEW_ROWS = 8;                                // with more, sm90/linear_wide.cu serves on Hopper
 
 // Rows of x and weight are whole pieces of 16 bytes, aligned to 16. All tensors but weight are contiguous.
 struct Linear {

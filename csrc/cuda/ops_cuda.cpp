@@ -1,6 +1,6 @@
 // sinkattn::decode_cuda, prefill_cuda and linear for CUDA tensors: checks, unpacking, stream. LibTorch's stable ABI is
-// all that is used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/ops.py, which loads
-// this.
+// all that is used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/backends.py, which
+// loads this.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -13,7 +13,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../tensors.h"
+#include "../arguments.h"
 #include "decode.h"
 #include "linear.h"
 #include "prefill.h"
@@ -28,7 +28,7 @@ void check(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, "sinkattn: ", what, ": ", cudaGetErrorString(error));
 }
 
-const Device& device_of(int index) {
+const Device& properties_of(int index) {
   static std::array<Device, 64> devices = {};
   STD_TORCH_CHECK(index >= 0 && index < int(devices.size()), "sinkattn: no room for device ", index);
   Device& device = devices[index];
@@ -49,62 +49,22 @@ bool is_aligned(const Tensor& x) {
   return aligned;
 }
 
-// The arguments that both ops take.
-struct Arguments {
-  const Tensor &q, &k, &v, &k_cache, &v_cache, &lengths;
-  const std::optional<Tensor>&counts, &rotation, &learned_logits, &alibi_slopes;
-  int64_t sink_size, window_size;
-  double scale, softcap;
-  int64_t rotary_start;
-  bool interleaved;
-};
-
-// Checks the arguments and unpacks them. sinkattn/ops.py calls this first and words the error where it refuses, so what
-// is refused there has to be refused here, before anything is written: but gradients, which it asks for itself.
-Tensor unpack(const Arguments& a, Call& c, std::vector<Tensor>& copies) {
-  const auto& [q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, sink_size,
-               window_size, scale, softcap, rotary_start, interleaved] = a;
+// Unpacks the arguments. What is refused is refused before anything is launched.
+Tensor unpack(const Tensors& x, const Sizes& sizes, Call& c, std::vector<Tensor>& copies) {
+  check(x, sizes);
+  const auto& [q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes] = x;
+  const auto& [sink_size, window_size, scale, softcap, rotary_start, interleaved] = sizes;
   const ScalarType dtype = q.scalar_type();
-  for (const Tensor* x : {&q, &k, &v, &k_cache, &v_cache}) {
-    STD_TORCH_CHECK(x->dim() == 4 && (x->size(3) < 2 || x->stride(3) == 1),
-                    "sinkattn: q, k, v, k_cache and v_cache must have 4 dims, the last of stride 1");
-    STD_TORCH_CHECK(x->scalar_type() == dtype, "sinkattn: q, k, v, k_cache and v_cache must have one dtype");
-  }
-  const int index = q.get_device_index();
-  for (const Tensor* x : {&k, &v, &k_cache, &v_cache, &lengths})
-    STD_TORCH_CHECK(x->is_cuda() && x->get_device_index() == index, "sinkattn: all tensors must be on one device");
-  for (const auto* x : {&counts, &rotation, &learned_logits, &alibi_slopes})
-    STD_TORCH_CHECK(!*x || ((*x)->is_cuda() && (*x)->get_device_index() == index),
-                    "sinkattn: all tensors must be on one device");
+  STD_TORCH_CHECK(q.is_cuda(), "sinkattn: all tensors must be on one device");
   STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "sinkattn: the CUDA C++ ops take float16 and bfloat16");
-
   const int64_t batch = q.size(0), num_heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
   const int64_t num_kv_heads = v.size(1), v_dim = v.size(3), slots = k_cache.size(2), limit = 1 << 29;
-  STD_TORCH_CHECK(num_kv_heads > 0 && num_heads % num_kv_heads == 0 && tokens < limit && slots < limit &&
-                      has_shape(k, {batch, num_kv_heads, tokens, head_dim}) &&
-                      has_shape(v, {batch, num_kv_heads, tokens, v_dim}) &&
-                      has_shape(k_cache, {batch, num_kv_heads, slots, head_dim}) &&
-                      has_shape(v_cache, {batch, num_kv_heads, slots, v_dim}),
-                  "sinkattn: the shapes of q, k, v, k_cache and v_cache do not fit");
-  STD_TORCH_CHECK(sink_size >= 0 && window_size >= 1 && sink_size <= slots && window_size <= slots - sink_size,
-                  "sinkattn: sink_size and window_size do not fit the cache");
-  STD_TORCH_CHECK(scale > 0, "sinkattn: scale must be positive");
+  STD_TORCH_CHECK(tokens < limit && slots < limit, "sinkattn: the CUDA C++ ops take less than 2^29 tokens and slots");
   STD_TORCH_CHECK(is_aligned(k_cache) && is_aligned(v_cache), "sinkattn: the cache must be aligned to 16 bytes");
-  STD_TORCH_CHECK(has_shape(lengths, {batch}) && lengths.scalar_type() == ScalarType::Long &&
-                      (!counts || (has_shape(*counts, {batch}) && counts->scalar_type() == ScalarType::Long)),
-                  "sinkattn: lengths and counts must be int64 (batch,)");
-  for (const auto* x : {&learned_logits, &alibi_slopes})
-    STD_TORCH_CHECK(!*x || has_shape(**x, {num_heads}), "sinkattn: what is per head must be (num_heads,)");
   if (rotation) {
-    const int64_t half = rotation->dim() == 5 ? rotation->size(4) : 0;
-    STD_TORCH_CHECK(has_shape(*rotation, {batch, tokens, 2, 2, half}) && rotary_start >= 0 &&
-                        rotary_start <= head_dim - 2 * half,
-                    "sinkattn: rotation must be (batch, tokens, 2, 2, r / 2), r dims from rotary_start");
-    STD_TORCH_CHECK(rotation->scalar_type() == ScalarType::Float || rotation->scalar_type() == ScalarType::Double,
-                    "sinkattn: rotation must be float32");
-    c.rotary_start = int(rotary_start), c.rotary_half = int(half);
-    if (half > 0) c.rotation = data_of<float>(*rotation, ScalarType::Float, copies);
+    c.rotary_start = int(rotary_start), c.rotary_half = int(rotation->size(4));
+    if (c.rotary_half > 0) c.rotation = data_of<float>(*rotation, ScalarType::Float, copies);
   }
 
   c.q = q.data_ptr(), c.k = k.data_ptr(), c.v = v.data_ptr();
@@ -150,20 +110,15 @@ Tensor arrivals_of(const Tensor& k_cache, int64_t pairs, cudaStream_t stream) {
   return made;
 }
 
-Tensor decode_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
-                 const Tensor& lengths, const std::optional<Tensor>& counts, const std::optional<Tensor>& rotation,
-                 const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes,
-                 int64_t sink_size, int64_t window_size, double scale, double softcap, int64_t rotary_start,
-                 bool interleaved, bool overlap, int64_t splits, bool cluster) {
+Tensor decode_op(const Tensors& x, const Sizes& sizes, bool overlap, int64_t splits, bool cluster) {
   std::vector<Tensor> copies;
   Params p = {};
-  Tensor out = unpack({q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, sink_size,
-                       window_size, scale, softcap, rotary_start, interleaved}, p, copies);
+  Tensor out = unpack(x, sizes, p, copies);
   STD_TORCH_CHECK(p.tokens == 1, "sinkattn: decode takes one token a row");
-  if (alibi_slopes) p.alibi_slopes = data_of<float>(*alibi_slopes, ScalarType::Float, copies);
+  if (x.alibi_slopes) p.alibi_slopes = data_of<float>(*x.alibi_slopes, ScalarType::Float, copies);
 
-  const int index = q.get_device_index();
-  const Device& device = device_of(index);
+  const int index = x.q.get_device_index();
+  const Device& device = properties_of(index);
   torch::stable::accelerator::DeviceGuard guard(index);
   const Sharing sharing =
       splits >= 0 ? Sharing{int(std::min<int64_t>(splits, 1 << 30)), cluster} : sharing_of(p, device);
@@ -174,40 +129,38 @@ Tensor decode_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   p.overlap = overlap;
   const cudaStream_t stream = stream_of(index);
   if (const int64_t floats = partial_floats(p, sharing)) {
-    copies.push_back(empty(q, {floats}, aoti_torch_dtype_float32())), p.partials = static_cast<float*>(copies.back().data_ptr());
-    copies.push_back(arrivals_of(k_cache, p.batch * p.num_kv_heads, stream));
+    copies.push_back(empty(x.q, {floats}, aoti_torch_dtype_float32()));
+    p.partials = static_cast<float*>(copies.back().data_ptr());
+    copies.push_back(arrivals_of(x.k_cache, p.batch * p.num_kv_heads, stream));
     p.arrivals = static_cast<int*>(copies.back().data_ptr());
   }
   check(decode(p, sharing, device, stream), "launch of decode");
   return out;
 }
 
-Tensor prefill_op(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
-                  const Tensor& lengths, const std::optional<Tensor>& counts, const std::optional<Tensor>& rotation,
-                  const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes,
-                  int64_t sink_size, int64_t window_size, double scale, double softcap, int64_t rotary_start,
-                  bool interleaved, int64_t dense_window) {
+Tensor prefill_op(const Tensors& x, const Sizes& sizes, int64_t dense_window) {
+  const auto& [q, k, v] = std::tie(x.q, x.k, x.v);
   std::vector<Tensor> copies;
   Prefill p = {};
-  Tensor out = unpack({q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, sink_size,
-                       window_size, scale, softcap, rotary_start, interleaved}, p, copies);
+  Tensor out = unpack(x, sizes, p, copies);
   STD_TORCH_CHECK(is_aligned(q) && is_aligned(k) && is_aligned(v) && reinterpret_cast<uintptr_t>(p.rotation) % 16 == 0,
                   "sinkattn: q, k, v and rotation must be aligned to 16 bytes");
   STD_TORCH_CHECK(p.rotary_start % 4 == 0 && p.rotary_half % 4 == 0,
                   "sinkattn: r / 2 and rotary_start must be multiples of 4");
-  STD_TORCH_CHECK(!alibi_slopes && dense_window >= 0, "sinkattn: the CUDA C++ prefill takes no ALiBi");
+  STD_TORCH_CHECK(!x.alibi_slopes && dense_window >= 0, "sinkattn: the CUDA C++ prefill takes no ALiBi");
   STD_TORCH_CHECK(p.v_dim == p.head_dim && serves(p), "sinkattn: the CUDA C++ prefill does not take head_dim ",
                   p.head_dim, ", v_head_dim ", p.v_dim, " and ", p.sink_size, " sinks");
   p.q_token = q.stride(2), p.k_token = k.stride(2), p.v_token = v.stride(2);
-  p.reach = int(std::min(dense_window > 0 ? dense_window : window_size, window_size + p.tokens));  // beyond, nothing is
+  const int64_t reach = dense_window > 0 ? dense_window : sizes.window_size;
+  p.reach = int(std::min(reach, sizes.window_size + p.tokens));  // beyond, nothing is
 
   const int index = q.get_device_index();
-  const Device& device = device_of(index);
+  const Device& device = properties_of(index);
   STD_TORCH_CHECK(device.compute_major == 9, "sinkattn: the CUDA C++ prefill takes GPUs of compute capability 9.0");
   if (p.batch == 0 || p.tokens == 0) return out;
+  torch::stable::accelerator::DeviceGuard guard(index);
   Tensor scratch = empty_like(q, {scratch_elements(p)});
   p.scratch = scratch.data_ptr();
-  torch::stable::accelerator::DeviceGuard guard(index);
   check(prefill(p, device.multiprocessors, stream_of(index)), "launch of prefill");
   return out;
 }
@@ -224,12 +177,7 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
                   "in_features a multiple of 8");
   Linear p = {};
   p.rows = int(x.size(0)), p.in_features = int(x.size(1)), p.out_features = int(weight.size(0));
-  p.activation = activation.empty()          ? Activation::none
-                 : activation == "silu"      ? Activation::silu
-                 : activation == "gelu_tanh" ? Activation::gelu_tanh
-                                             : Activation::gelu;
-  STD_TORCH_CHECK(p.activation != Activation::gelu || activation == "gelu", "sinkattn: unknown activation ",
-                  activation);
+  p.activation = activation_of(activation);
   const int64_t halves = p.activation == Activation::none ? 1 : 2, outputs = weight.size(0) / halves;
   STD_TORCH_CHECK(weight.size(0) % halves == 0, "sinkattn: a gated weight needs an even number of rows");
   const int index = x.get_device_index();
@@ -256,7 +204,7 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
   if (p.rows == 0 || outputs == 0) return out;
   p.out = out.data_ptr();
 
-  const Device& device = device_of(index);
+  const Device& device = properties_of(index);
   STD_TORCH_CHECK(p.rows <= MAX_NARROW_ROWS || device.compute_major == 9, "sinkattn: linear takes more than ",
                   MAX_NARROW_ROWS, " rows on GPUs of compute capability 9.0 alone");
   torch::stable::accelerator::DeviceGuard guard(index);
@@ -267,8 +215,8 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sinkattn, CUDA, m) {
-  m.impl("decode_cuda", TORCH_BOX(&decode_op));
-  m.impl("prefill_cuda", TORCH_BOX(&prefill_op));
+  m.impl("decode_cuda", TORCH_BOX((&with_arguments<decode_op, bool, int64_t, bool>)));
+  m.impl("prefill_cuda", TORCH_BOX((&with_arguments<prefill_op, int64_t>)));
   m.impl("linear", TORCH_BOX(&linear_op));
 }
 

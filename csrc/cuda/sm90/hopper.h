@@ -3,7 +3,7 @@
 
 #include <cuda.h>
 
-#include "numbers.h"
+#include "../numbers.h"
 
 namespace sinkattn::cuda {
 namespace {

@@ -12,9 +12,9 @@
 //   weight must not be what the kernel ahead writes.
 #include <algorithm>
 
-#include "activation.h"
-#include "launch.h"
-#include "numbers.h"
+#include "../activate.h"
+#include "../launch.h"
+#include "../numbers.h"
 
 namespace sinkattn::cuda {
 namespace {
@@ -284,19 +284,10 @@ cudaError_t launch(const Linear& p, const Device& device, cudaStream_t stream) {
   int bytes = 0;
   const int stages = stages_of<TILES>(p, device, &bytes);
   if (stages < 1) return cudaErrorInvalidConfiguration;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(device.multiprocessors);
-  config.blockDim = dim3(THREADS);
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  cudaLaunchAttribute overlap = {};
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &overlap;
-  config.numAttrs = device.compute_major >= 9 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, p, stages);
+  Grid grid(dim3(device.multiprocessors), THREADS, bytes, stream);
+  if (device.compute_major >= 9) grid.overlap();
+  if (const cudaError_t error = grid.allow_shared(kernel)) return error;
+  return cudaLaunchKernelEx(&grid.config, kernel, p, stages);
 }
 
 template <typename T>

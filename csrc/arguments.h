@@ -1,0 +1,74 @@
+// The arguments of decode and prefill, as the schema in sinkattn/backends.py has them, and what both backends refuse.
+#pragma once
+
+#include <optional>
+
+#include "tensors.h"
+
+namespace sinkattn {
+
+struct Tensors {
+  const Tensor &q, &k, &v, &k_cache, &v_cache, &lengths;
+  const std::optional<Tensor>&counts, &rotation, &learned_logits, &alibi_slopes;
+};
+struct Sizes {
+  int64_t sink_size, window_size;
+  double scale, softcap;
+  int64_t rotary_start;
+  bool interleaved;
+};
+
+// `run` with the arguments of the schema, and what follows them.
+template <auto run, class... More>
+Tensor with_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
+                      const Tensor& lengths, const std::optional<Tensor>& counts, const std::optional<Tensor>& rotation,
+                      const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes,
+                      int64_t sink_size, int64_t window_size, double scale, double softcap, int64_t rotary_start,
+                      bool interleaved, More... more) {
+  return run({q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes},
+             {sink_size, window_size, scale, softcap, rotary_start, interleaved}, more...);
+}
+
+// sinkattn/ops.py calls the ops first and words the error where they refuse, so what is refused there has to be refused
+// here, before anything is written: but gradients, which it asks for itself.
+inline void check(const Tensors& x, const Sizes& sizes) {
+  const auto& [q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes] = x;
+  for (const Tensor* tensor : {&q, &k, &v, &k_cache, &v_cache}) {
+    STD_TORCH_CHECK(tensor->dim() == 4 && (tensor->size(3) < 2 || tensor->stride(3) == 1),
+                    "sinkattn: q, k, v, k_cache and v_cache must have 4 dims, the last of stride 1");
+    STD_TORCH_CHECK(tensor->scalar_type() == q.scalar_type(),
+                    "sinkattn: q, k, v, k_cache and v_cache must have one dtype");
+  }
+  const auto device = device_of(q);
+  for (const Tensor* tensor : {&k, &v, &k_cache, &v_cache, &lengths})
+    STD_TORCH_CHECK(device_of(*tensor) == device, "sinkattn: all tensors must be on one device");
+  for (const auto* tensor : {&counts, &rotation, &learned_logits, &alibi_slopes})
+    STD_TORCH_CHECK(!*tensor || device_of(**tensor) == device, "sinkattn: all tensors must be on one device");
+
+  const int64_t batch = q.size(0), num_heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
+  const int64_t num_kv_heads = v.size(1), v_dim = v.size(3), slots = k_cache.size(2);
+  STD_TORCH_CHECK(num_kv_heads > 0 && num_heads % num_kv_heads == 0 &&
+                      has_shape(k, {batch, num_kv_heads, tokens, head_dim}) &&
+                      has_shape(v, {batch, num_kv_heads, tokens, v_dim}) &&
+                      has_shape(k_cache, {batch, num_kv_heads, slots, head_dim}) &&
+                      has_shape(v_cache, {batch, num_kv_heads, slots, v_dim}),
+                  "sinkattn: the shapes of q, k, v, k_cache and v_cache do not fit");
+  STD_TORCH_CHECK(sizes.sink_size >= 0 && sizes.window_size >= 1 && sizes.sink_size <= slots &&
+                      sizes.window_size <= slots - sizes.sink_size,
+                  "sinkattn: sink_size and window_size do not fit the cache");
+  STD_TORCH_CHECK(sizes.scale > 0, "sinkattn: scale must be positive");
+  for (const auto* tensor : {&x.lengths, counts ? &*counts : &x.lengths})
+    STD_TORCH_CHECK(has_shape(*tensor, {batch}) && tensor->scalar_type() == ScalarType::Long,
+                    "sinkattn: lengths and counts must be int64 (batch,)");
+  for (const auto* tensor : {&learned_logits, &alibi_slopes})
+    STD_TORCH_CHECK(!*tensor || has_shape(**tensor, {num_heads}), "sinkattn: what is per head must be (num_heads,)");
+  if (!rotation) return;
+  const int64_t half = rotation->dim() == 5 ? rotation->size(4) : 0;
+  STD_TORCH_CHECK(has_shape(*rotation, {batch, tokens, 2, 2, half}) && sizes.rotary_start >= 0 &&
+                      sizes.rotary_start <= head_dim - 2 * half,
+                  "sinkattn: rotation must be (batch, tokens, 2, 2, r / 2), r dims from rotary_start");
+  STD_TORCH_CHECK(rotation->scalar_type() == ScalarType::Float || rotation->scalar_type() == ScalarType::Double,
+                  "sinkattn: rotation must be float32");
+}
+
+}  // namespace sinkattn

@@ -1,0 +1,128 @@
+// One new token per row in one launch: rotate it, append it, attend over sinks and window. For sm_80 and later.
+//
+// Floor: the bytes of the visible keys and values, read once. What it takes to get there:
+//
+// * A warp takes tiles of 16 slots, in the order in which they lie: the softmax does not mind. Which tiles depends on
+//   nothing that is in memory, so the first loads are on their way before the length of the row is known. What is not
+//   visible is masked afterwards.
+// * Every warp keeps several tiles in flight (cp.async, 16 bytes a lane, whole rows) in shared memory of its own and waits
+//   for nobody else. Products don't mind the order of what they sum over, so 16 bytes of a key are fragments of the tensor
+//   cores as they lie in memory; values need their pairs swapped, which is one byte permutation per register.
+// * Products have 16 rows. A group of up to 8 query heads fills the first 8; the others take what rounding leaves of
+//   queries and weights, so that both are as good as float32 at no cost. Larger groups fill all 16 and round.
+// * The warps of a block meet in shared memory, the blocks of a cluster in that of its first block, and blocks without
+//   a cluster in memory, where the last to arrive combines what all found.
+// * The next kernel may launch at once. Where `overlap` says that the cache is settled, its first tiles are asked for
+//   before the kernel ahead is done.
+//
+// The kernel is in decode_kernel.h, its phases in the other headers; this is how a key head is shared, and the launch.
+#include <algorithm>
+#include <atomic>
+
+#include "decode_kernel.h"
+
+namespace sinkattn::cuda {
+namespace {
+
+// Dynamic shared memory in bytes: tiles, queries of both angles, the new key and value, then what blocks hand over.
+template <int HEAD_DIM, int V_DIM, bool LARGE>
+int shared_bytes(int splits, int group) {
+  using S = Shape<HEAD_DIM, V_DIM, LARGE>;
+  const int handed = LARGE && splits > 1 ? splits * group * (V_DIM + 2) * int(sizeof(float)) : 0;
+  return (S::BLOCK + 2 * S::QUERIES) * 16 + (HEAD_DIM + V_DIM) * 2 + handed;
+}
+
+// `clusters` asked for: launches nothing and says how many clusters run at a time.
+template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE>
+cudaError_t launch(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
+  const auto kernel = decode_kernel<T, HEAD_DIM, V_DIM, WIDE, LARGE>;
+  const int bytes = shared_bytes<HEAD_DIM, V_DIM, LARGE>(sharing.splits, p.group);
+  Grid grid(dim3(sharing.splits, p.num_kv_heads, p.batch), Shape<HEAD_DIM, V_DIM, LARGE>::THREADS, bytes, stream);
+  if (device.compute_major >= 9 && !clusters) grid.overlap();
+  if (sharing.cluster && sharing.splits > 1) grid.cluster(sharing.splits);
+  if (const cudaError_t error = grid.allow_shared(kernel)) return error;
+  if (clusters) return cudaOccupancyMaxActiveClusters(clusters, kernel, &grid.config);
+  const int tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
+  return cudaLaunchKernelEx(&grid.config, kernel, p, (tiles + sharing.splits - 1) / sharing.splits);
+}
+
+// f(shape) for the head dims of the call; returns what it returns, or `otherwise` for dims that are not served.
+template <int HEAD_DIM, int V_DIM>
+struct Dims {
+  static constexpr int head_dim = HEAD_DIM, v_dim = V_DIM;
+};
+template <typename F, typename R>
+R with_dims(const Params& p, R otherwise, F f) {
+  const int dims = p.head_dim * 1024 + p.v_dim;
+  switch (dims) {
+    case 64 * 1025: return f(Dims<64, 64>());
+    case 80 * 1025: return f(Dims<80, 80>());
+    case 96 * 1025: return f(Dims<96, 96>());
+    case 128 * 1025: return f(Dims<128, 128>());
+    case 192 * 1024 + 128: return f(Dims<192, 128>());
+    case 192 * 1025: return f(Dims<192, 192>());
+    case 256 * 1025: return f(Dims<256, 256>());
+    default: return otherwise;
+  }
+}
+
+template <typename T>
+cudaError_t launch_as(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
+  return with_dims(p, cudaErrorInvalidValue, [&](auto dims) {
+    constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
+    const bool large = sharing.cluster;
+    const auto chosen = p.group > 8 ? (large ? launch<T, K, V, true, true> : launch<T, K, V, true, false>)
+                                    : (large ? launch<T, K, V, false, true> : launch<T, K, V, false, false>);
+    return chosen(p, sharing, device, stream, clusters);
+  });
+}
+
+cudaError_t launch_any(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
+  return (p.is_bfloat16 ? launch_as<__nv_bfloat16> : launch_as<__half>)(p, sharing, device, stream, clusters);
+}
+
+// Clusters of so many blocks that run at a time, found once. GPUs of several kinds in one process share the finding.
+int clusters_at_a_time(const Params& p, int size, const Device& device) {
+  static std::atomic<int> found[2][MAX_HEAD_DIM / 16 + 1][MAX_GROUP + 1][MAX_CLUSTER + 1] = {};
+  std::atomic<int>& clusters = found[p.is_bfloat16][p.head_dim / 16][p.group][size];
+  if (clusters == 0) {
+    int count = 0;
+    clusters = launch_any(p, {size, true}, device, nullptr, &count) == cudaSuccess && count > 0 ? count : -1;
+  }
+  return clusters;
+}
+
+}  // namespace
+
+bool serves(const Params& p, Sharing sharing, const Device& device) {
+  if (p.group > MAX_GROUP || p.batch > 65535 || p.num_kv_heads > 65535) return false;
+  if (sharing.splits < 1 || sharing.splits > (sharing.cluster ? MAX_CLUSTER : MAX_SPLITS)) return false;
+  if (sharing.cluster && sharing.splits > 1 && device.compute_major < 9) return false;
+  return with_dims(p, false, [&](auto dims) {
+    constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
+    const auto of_shape = sharing.cluster ? shared_bytes<K, V, true> : shared_bytes<K, V, false>;
+    return of_shape(sharing.splits, p.group) + 1024 + 128 <= device.shared_bytes;  // and what is not dynamic
+  });
+}
+
+Sharing sharing_of(const Params& p, const Device& device) {
+  const int64_t pairs = int64_t(p.batch) * p.num_kv_heads, tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
+  if (pairs == 0 || pairs > device.multiprocessors) return {1, false};
+  int size = MAX_CLUSTER;
+  while (size > 0 && (tiles <= 8 * (size - 1) || !serves(p, {size, true}, device) ||
+                      pairs > clusters_at_a_time(p, size, device)))
+    --size;
+  // Clusters may leave multiprocessors without work, small blocks do not; but to meet in memory takes as long as a
+  // multiprocessor needs for some 128 KB, and the last one has to read what all found.
+  const int splits = int(std::min<int64_t>(2 * device.multiprocessors / pairs, MAX_SPLITS));
+  const int64_t of_one = size > 0 ? tiles / size : 2 * tiles, tile_bytes = KEYS * (p.head_dim + p.v_dim) * 2;
+  const int64_t found_bytes = int64_t(splits) * p.group * (p.v_dim + 2) * 4;
+  if ((of_one - 2 * tiles / splits) * tile_bytes > 128 * 1024 + 6 * found_bytes) return {splits, false};
+  return size > 0 ? Sharing{size, true} : Sharing{1, false};
+}
+
+cudaError_t decode(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream) {
+  return launch_any(p, sharing, device, stream, nullptr);
+}
+
+}  // namespace sinkattn::cuda

@@ -1,0 +1,324 @@
+// The kernel of decode: `fetch`, `turn`, `append`, `attend`, `combine`. No torch in here.
+#pragma once
+
+#include "../launch.h"
+#include "decode_combine.h"
+#include "decode_turn.h"
+
+namespace sinkattn::cuda {
+namespace {
+
+template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE>
+__global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
+    decode_kernel(const __grid_constant__ Params p, int share) {  // share: tiles of a block
+  using S = Shape<HEAD_DIM, V_DIM, LARGE>;
+  constexpr int WARPS = S::WARPS, THREADS = S::THREADS;
+  constexpr int ROWS = WIDE ? 2 : 1;                // softmax rows per lane: heads g and g + 8
+  extern __shared__ __align__(128) uint4 shared[];  // a row of a tile's column is a line; across two, copies are slow
+  __shared__ __align__(8) float softmax[WARPS][MAX_GROUP][2];  // maximum and sum
+  __shared__ uint64_t arrived;
+  __shared__ bool is_last;
+  let_next_launch();
+  const int rank = blockIdx.x, splits = gridDim.x, head = blockIdx.y;
+  const bool clustered = LARGE && splits > 1;
+  if (clustered) {
+    if (rank == 0 && threadIdx.x == 0) expect_bytes(&arrived, splits * p.group * (V_DIM + 2) * 4);
+    cluster_arrive();
+  }
+  const int64_t row = blockIdx.z;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  const int slots = p.sink_size + p.ring_size, begin = rank * share;
+  const bool has_sinks = begin * KEYS < p.sink_size;
+  int end = min(begin + share, (slots + KEYS - 1) / KEYS);
+
+  uint4* staged = shared + warp * S::WARP;
+  T* queries = reinterpret_cast<T*>(shared + S::BLOCK);  // text, then sink
+  T* new_key = queries + 2 * S::QUERIES * 8;
+  T* new_value = new_key + HEAD_DIM;
+  float* handed = reinterpret_cast<float*>(new_value + V_DIM);  // (splits, group, V_DIM), (splits, group, 2)
+
+  // Fetch: tiles, whatever the length of the row is.
+  T* keys = static_cast<T*>(p.k_cache) + row * p.k_cache_row + head * p.k_cache_head;
+  T* values = static_cast<T*>(p.v_cache) + row * p.v_cache_row + head * p.v_cache_head;
+  auto fetch = [&](int tile, int stage) {
+    if (tile < end) {
+      uint4 *key_rows = staged + stage * S::TILE, *value_rows = key_rows + Rows<HEAD_DIM>::SIZE;
+      copy_rows<HEAD_DIM>(keys, p.k_cache_slot, tile * KEYS, slots, lane, key_rows);
+      copy_rows<V_DIM>(values, p.v_cache_slot, tile * KEYS, slots, lane, value_rows);
+    }
+    asm volatile("cp.async.commit_group;" ::: "memory");
+  };
+  const int early = p.overlap ? (S::STAGES > 1 ? S::STAGES - 1 : 1) : 0;  // what is small shall not wait for all
+#pragma unroll 1
+  for (int stage = 0; stage < early; ++stage) fetch(begin + warp + stage * WARPS, stage);
+  wait_for_launch();
+  const int64_t pair = row * p.num_kv_heads + head;
+  if (!LARGE && splits > 1 && threadIdx.x == 0)  // into the L2, long before it is needed
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.arrivals + pair));
+
+  // Turn. What is small is asked for at once, and ahead of tiles, as it would wait behind them: the row's state, its
+  // angles, query, new key and value.
+  const int64_t t = p.lengths[row];
+  const int64_t count = p.counts ? p.counts[row] : 1;
+  // A thread takes a dim (or two) of every SPREAD-th head.
+  constexpr int SPREAD = THREADS >= HEAD_DIM ? THREADS / HEAD_DIM : 1, DIMS = (HEAD_DIM + THREADS - 1) / THREADS;
+  constexpr int HEADS = (WIDE ? 16 : 8) / SPREAD + ((WIDE ? 16 : 8) % SPREAD > 0);
+  const int first_head = DIMS > 1 ? 0 : threadIdx.x / HEAD_DIM, first_dim = threadIdx.x - first_head * HEAD_DIM;
+  Turn turns[DIMS];
+  T query[DIMS][HEADS][2], key[DIMS][2], value[DIMS];  // dims and their partners
+  if (first_head < SPREAD) {
+    const T* q = static_cast<const T*>(p.q) + row * p.q_row + int64_t(head) * p.group * p.q_head;
+    const T* k = static_cast<const T*>(p.k) + row * p.k_row + head * p.k_head;
+    const T* v = static_cast<const T*>(p.v) + row * p.v_row + head * p.v_head;
+#pragma unroll
+    for (int i = 0; i < DIMS; ++i) {
+      const int dim = first_dim + i * THREADS;
+      if (HEAD_DIM % THREADS && dim >= HEAD_DIM) break;
+      turns[i] = Turn(p, row, dim);
+      key[i][0] = k[dim], key[i][1] = k[turns[i].other];
+      if (dim < V_DIM) value[i] = v[dim];
+#pragma unroll
+      for (int h = 0; h < HEADS; ++h) {
+        const T* x = q + (first_head + h * SPREAD) * p.q_head;
+        if (first_head + h * SPREAD < p.group) query[i][h][0] = x[dim], query[i][h][1] = x[turns[i].other];
+      }
+    }
+  }
+#pragma unroll 1
+  for (int stage = early; stage < S::STAGES; ++stage) fetch(begin + warp + stage * WARPS, stage);
+
+  // The queries as fragments: piece (step * 32 + lane) * 2 + half holds 8 dims of a row of the products.
+  if (first_head < SPREAD) {
+#pragma unroll
+    for (int i = 0; i < DIMS; ++i) {
+      const int dim = first_dim + i * THREADS;
+      if (HEAD_DIM % THREADS && dim >= HEAD_DIM) break;
+      if (first_head == 0) {
+        new_key[dim] = from_float<T>(turns[i](key[i], 0));
+        if (dim < V_DIM) new_value[dim] = value[i];
+      }
+      auto write = [&](float x, int h, T* fragments) {
+        T* place = fragments + (dim / 32 * 32 + h % 8 * 4 + dim % 32 / 8) * 16 + dim % 8;
+        const T rounded = from_float<T>(x);
+        place[h / 8 * 8] = rounded;
+        if (!WIDE) place[8] = from_float<T>(x - to_float(rounded));
+      };
+#pragma unroll
+      for (int h = 0; h < HEADS; ++h) {
+        const int member = first_head + h * SPREAD;
+        if (member >= p.group) continue;
+        const float scale = WIDE ? 1 : p.query_scale;  // what is rounded is not scaled before
+        write(turns[i](query[i][h], 0) * scale, member, queries);
+        if (has_sinks) write(turns[i](query[i][h], 1) * scale, member, queries + S::QUERIES * 8);
+      }
+    }
+  }
+  T* out = static_cast<T*>(p.out) + (row * p.num_kv_heads + head) * p.group * V_DIM;
+  if (count == 0) {  // for all that share the key head
+    if (rank == 0)
+      for (int i = threadIdx.x; i < p.group * V_DIM; i += THREADS) out[i] = from_float<T>(0);
+    wait_for_copies<0>();
+    if (clustered) cluster_wait();
+    return;
+  }
+  __syncthreads();
+
+  // Attend. Ages count from the new token, which is 0, back around the ring.
+  const bool in_ring = t >= p.sink_size;
+  const int64_t written = t - p.sink_size;
+  const int ring_slot = written >> 31 ? int(written % p.ring_size) : int(written) % p.ring_size;  // 64 bits take long
+  const int new_slot = in_ring ? p.sink_size + ring_slot : int(t);
+  const int reach = in_ring ? int(min(int64_t(p.window_size), written + 1)) : -slots;  // ages seen of the ring
+  const int sinks = int(min(int64_t(p.sink_size), t + 1));
+  const int seen_from = int(min(t, int64_t(p.sink_size + p.window_size - 1)));  // where the sinks see the query
+  if (t < slots) end = min(end, int(t) / KEYS + 1);                             // further tiles are empty
+  const bool is_full = reach == p.ring_size;                                    // then all is visible
+  const Seen seen = {slots, new_slot, reach, sinks, seen_from};
+
+  const uint4* query_pieces = reinterpret_cast<uint4*>(queries) + lane * 2;
+  auto query_piece = [&](int angle, int step, int half) {  // zero for heads that are not there, or past the last dim
+    const bool inside = g + (WIDE ? 8 * half : 0) < p.group && (HEAD_DIM % 32 == 0 || step * 32 + c * 8 < HEAD_DIM);
+    return inside ? query_pieces[angle * S::QUERIES + step * 64 + half] : make_uint4(0, 0, 0, 0);
+  };
+  constexpr bool KEEP = HEAD_DIM <= 128;  // the text query's in registers
+  uint4 kept[KEEP ? S::K_STEPS : 1][2];
+  if constexpr (KEEP) {
+#pragma unroll
+    for (int i = 0; i < 2 * S::K_STEPS; ++i) kept[i / 2][i % 2] = query_piece(0, i / 2, i % 2);
+  }
+  auto text_query = [&](int step, int half) {
+    if constexpr (KEEP)
+      return kept[step][half];
+    else
+      return query_piece(0, step, half);
+  };
+  auto sink_query = [&](int step, int half) { return query_piece(1, step, half); };
+
+  float top[ROWS], total[ROWS], slope[ROWS], acc[S::V_STEPS * 8][4];
+#pragma unroll
+  for (int r = 0; r < ROWS; ++r) {
+    top[r] = LOWEST, total[r] = 0;
+    const bool has_slope = p.alibi_slopes && g + 8 * r < p.group;
+    slope[r] = has_slope ? p.alibi_slopes[head * p.group + g + 8 * r] * LOG2E : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < S::V_STEPS * 8; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
+
+  // Where the lane's pieces are: of key number g, steps 0 and 1; of values number 2 c and 2 c + 1.
+  const int key_at[2] = {Rows<HEAD_DIM>::place(row_of(g), c), Rows<HEAD_DIM>::place(row_of(g), 4 + c)};
+  const int value_at[2] = {Rows<V_DIM>::place(row_of(2 * c), g), Rows<V_DIM>::place(row_of(2 * c + 1), g)};
+  const bool is_plain = !(p.softcap > 0) && !p.alibi_slopes;
+
+  int stage = 0;
+#pragma unroll 1
+  for (int tile = begin + warp; tile < end; tile += WARPS) {
+    wait_for_copies<S::STAGES - 1>();
+    uint4 *key_rows = staged + stage * S::TILE, *value_rows = key_rows + Rows<HEAD_DIM>::SIZE;
+    const int first = tile * KEYS;
+
+    // Append: the new token takes the place of what its slot held, here and in the cache.
+    if (unsigned(new_slot - first) < KEYS) {
+      __syncwarp();
+      for (int i = lane; i < HEAD_DIM / 8; i += 32) {
+        const uint4 piece = reinterpret_cast<uint4*>(new_key)[i];
+        key_rows[Rows<HEAD_DIM>::place(new_slot - first, i)] = piece;
+        *reinterpret_cast<uint4*>(keys + new_slot * p.k_cache_slot + i * 8) = piece;
+      }
+      for (int i = lane; i < V_DIM / 8; i += 32) {
+        const uint4 piece = reinterpret_cast<uint4*>(new_value)[i];
+        value_rows[Rows<V_DIM>::place(new_slot - first, i)] = piece;
+        *reinterpret_cast<uint4*>(values + new_slot * p.v_cache_slot + i * 8) = piece;
+      }
+    }
+    __syncwarp();
+
+    // Scores: product j is of keys number 8 j ... + 7, of which a lane gets 2 c and 2 c + 1.
+    auto products = [&](float (&score)[2][4], auto query) {
+      float more[2][4] = {};  // sums of their own, as products wait for the sum they add to
+#pragma unroll
+      for (int s = 0; s < S::K_STEPS; ++s) {
+        const uint4 a = query(s, 0), b = query(s, 1);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const bool inside = HEAD_DIM % 32 == 0 || s * 32 + c * 8 < HEAD_DIM;
+          const int place = key_at[s % 2] + s / 2 * Rows<HEAD_DIM>::COLUMN + j * 64;
+          const uint4 key = inside ? key_rows[place] : make_uint4(0, 0, 0, 0);
+          multiply<T>(score[j], a.x, b.x, a.y, b.y, key.x, key.y);
+          multiply<T>(more[j], a.z, b.z, a.w, b.w, key.z, key.w);
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) score[i / 4][i % 4] += more[i / 4][i % 4];
+    };
+    float score[2][4] = {};
+    products(score, text_query);
+    if (first < p.sink_size) {
+      float of_sinks[2][4] = {};
+      products(of_sinks, sink_query);
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (first + row_of(j * 8 + c * 2 + i % 2) < p.sink_size) score[j][i] = of_sinks[j][i];
+    }
+
+    float x[ROWS][2][2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+          x[r][j][e] = WIDE ? score[j][2 * r + e] * p.query_scale : score[j][e] + score[j][2 + e];
+    const bool all = is_full && first + KEYS <= slots;
+    bool hidden[2][2] = {};
+    if (!all || !is_plain) mask(x, hidden, slope, p, seen, first, c);
+    uint32_t weights[4];
+    soften<T>(x, weights, top, total, acc);
+    // Values: what is not visible may hold NaN, which a weight of zero would not undo.
+#pragma unroll
+    for (int j = 0; j < S::V_STEPS; ++j) {
+      uint4 rows[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const bool inside = V_DIM % 64 == 0 || j * 64 + g * 8 < V_DIM;
+        const int place = value_at[r % 2] + j * Rows<V_DIM>::COLUMN + r / 2 * 64;
+        rows[r] = inside ? value_rows[place] : make_uint4(0, 0, 0, 0);
+      }
+      if (!all) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          if (hidden[r / 2][r % 2]) rows[r] = make_uint4(0, 0, 0, 0);
+      }
+      const uint32_t (*words)[4] = reinterpret_cast<uint32_t (*)[4]>(rows);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          const unsigned selector = odd ? 0x7632 : 0x5410;
+          const uint32_t b0 = __byte_perm(words[0][i], words[1][i], selector);
+          const uint32_t b1 = __byte_perm(words[2][i], words[3][i], selector);
+          multiply<T>(acc[j * 8 + i * 2 + odd], weights[0], weights[1], weights[2], weights[3], b0, b1);
+        }
+      }
+    }
+    __syncwarp();  // all have read
+    fetch(tile + S::STAGES * WARPS, stage);
+    stage = stage + 1 == S::STAGES ? 0 : stage + 1;
+  }
+  wait_for_copies<0>();
+  __syncwarp();  // for the lanes' copies are each other's place
+
+  // What the warp found, (group, V_DIM), where its tiles were.
+  store_found<V_DIM>(acc, top, total, p.group, g, c, reinterpret_cast<float*>(staged), softmax[warp]);
+  __syncthreads();
+
+  // Combine: columns, (group, V_DIM), four at a time.
+  const int columns = p.group * V_DIM;
+  auto of_block = [&](int i) {
+    return combine<WARPS>(WARPS, reinterpret_cast<float*>(shared) + i, S::WARP * 4, softmax[0][i / V_DIM],
+                          MAX_GROUP * 2);
+  };
+  if (splits == 1) {
+    for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) finish<T, V_DIM>(p, head, out, i, of_block(i));
+  } else if constexpr (LARGE) {
+    float* handed_softmax = handed + splits * columns;
+    const unsigned there = in_first_block(handed + rank * columns);
+    const unsigned there_softmax = in_first_block(handed_softmax + rank * p.group * 2);
+    const unsigned barrier = in_first_block(&arrived);
+    cluster_wait();  // the first block of the cluster has started
+    for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) {
+      const Combined x = of_block(i);
+      hand_over(there + i * 4, x.sum, barrier);
+      if (i % V_DIM == 0) hand_over(there_softmax + i / V_DIM * 8, make_float2(x.top, x.total), barrier);
+    }
+    if (rank > 0) return;
+    wait_for_bytes(&arrived);
+    for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4)
+      finish<T, V_DIM>(p, head, out, i,
+                       combine<MAX_CLUSTER>(splits, handed + i, columns, handed_softmax + i / V_DIM * 2, p.group * 2));
+  } else {
+    const int64_t pairs = int64_t(p.batch) * p.num_kv_heads;
+    float* found_values = p.partials + pair * splits * columns;
+    float* found_softmax = p.partials + pairs * splits * columns + pair * splits * p.group * 2;
+    for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) {
+      const Combined x = of_block(i);
+      *reinterpret_cast<float4*>(found_values + rank * columns + i) = x.sum;
+      if (i % V_DIM == 0)
+        *reinterpret_cast<float2*>(found_softmax + (rank * p.group + i / V_DIM) * 2) = make_float2(x.top, x.total);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      is_last = count_in(p.arrivals + pair) == splits - 1;
+      if (is_last) p.arrivals[pair] = 0;  // for the next launch
+    }
+    __syncthreads();
+    if (!is_last) return;
+    for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4)
+      finish<T, V_DIM>(p, head, out, i,
+                       combine<8>(splits, found_values + i, columns, found_softmax + i / V_DIM * 2, p.group * 2));
+  }
+}
+
+}  // namespace
+}  // namespace sinkattn::cuda

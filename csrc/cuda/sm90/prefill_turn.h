@@ -1,0 +1,61 @@
+// Phase `turn` of prefill for queries, which go to shared memory. No torch in here.
+#pragma once
+
+#include "prefill_tile.h"
+#include "turn.h"
+
+namespace sinkattn::cuda {
+namespace {
+
+// The queries of a tile, turned by both angles: the share of one of so many threads.
+template <typename T, int DIM>
+__device__ void turn_queries(const Prefill& p, const Tile& tile, int thread, int threads, char* to,
+                             char* sink_queries) {
+  constexpr int JOBS = DIM / 8, AT_ONCE = 1;  // jobs whose loads are in flight
+  const int start = tile.padding + tile.first;
+  const T* q = static_cast<const T*>(p.q) + tile.row * p.q_row + tile.head * p.q_head + start * p.q_token;
+  const float* angles = p.rotation + (int64_t(tile.row) * p.tokens + start) * 4 * p.rotary_half;
+#pragma unroll 1
+  for (int begin = thread; begin < QUERIES * JOBS; begin += threads * AT_ONCE) {
+    uint2 first[AT_ONCE], second[AT_ONCE];
+    float4 cos[AT_ONCE][2], sin[AT_ONCE][2];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int query = (begin + i * threads) / JOBS;
+      const Fours fours = fours_of(p, (begin + i * threads) % JOBS);
+      const bool inside = query < QUERIES && start + query < p.tokens;
+      const uint2* x = reinterpret_cast<const uint2*>(q + query * p.q_token);
+      first[i] = inside ? __ldg(x + fours.first) : make_uint2(0, 0);
+      second[i] = inside ? __ldg(x + fours.second) : make_uint2(0, 0);
+      const bool turns = inside && p.rotation && fours.angle >= 0;
+      const float* angle = angles + query * 4 * p.rotary_half + fours.angle;
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        const float4* from = reinterpret_cast<const float4*>(angle + which * 2 * p.rotary_half);
+        cos[i][which] = turns ? __ldg(from) : make_float4(1, 1, 1, 1);
+        sin[i][which] = turns ? __ldg(from + p.rotary_half / 4) : make_float4(0, 0, 0, 0);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i) {
+      const int query = (begin + i * threads) / JOBS;
+      const Fours fours = fours_of(p, (begin + i * threads) % JOBS);
+      if (query >= QUERIES) break;
+      auto place = [&](int four) {
+        return four / 16 * Shape<DIM>::COLUMN + query * 128 + (four / 2 % 8 ^ query % 8) * 16 + four % 2 * 8;
+      };
+      const int first_place = place(fours.first), second_place = place(fours.second);
+#pragma unroll
+      for (int which = 0; which < 2; ++which) {
+        uint2 x = first[i], y = second[i];
+        turn<T>(x, y, cos[i][which], sin[i][which], p.interleaved);
+        char* there = which == 0 ? to : sink_queries;
+        *reinterpret_cast<uint2*>(there + first_place) = x;
+        *reinterpret_cast<uint2*>(there + second_place) = y;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sinkattn::cuda

@@ -1,0 +1,40 @@
+// What the first launch of prefill hands to the second. No torch in here.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../prefill.h"
+
+namespace sinkattn::cuda {
+
+cudaError_t gather(const Prefill&, cudaStream_t);  // the first launch
+
+namespace {
+
+constexpr int KEYS = 128, SINKS = 16;  // of a tile of keys, or of sinks
+
+// What lies in scratch, each (batch, num_kv_heads, tokens or rows, dim): the chunk's keys, turned, if there is a
+// rotation; the window before the chunk, in the order of the text, up to its last token; the sinks. Of the last two,
+// what is not there is zero.
+__host__ __device__ int ring_rows(const Prefill& p) {
+  return p.window_size < 2 ? KEYS : (p.window_size + KEYS - 2) / KEYS * KEYS;
+}
+__host__ __device__ int sink_rows(const Prefill& p) {
+  return p.sink_size == 0 ? SINKS : (p.sink_size + SINKS - 1) / SINKS * SINKS;
+}
+
+template <typename T>
+struct Scratch {
+  T *turned, *ring_k, *ring_v, *sink_k, *sink_v, *end;
+  __host__ __device__ explicit Scratch(const Prefill& p) {
+    const int64_t heads = int64_t(p.batch) * p.num_kv_heads * p.head_dim;
+    turned = static_cast<T*>(p.scratch);
+    ring_k = turned + (p.rotation ? heads * p.tokens : 0), ring_v = ring_k + heads * ring_rows(p);
+    sink_k = ring_v + heads * ring_rows(p), sink_v = sink_k + heads * sink_rows(p), end = sink_v + heads * sink_rows(p);
+  }
+};
+
+__device__ int count_of(const Prefill& p, int64_t row) { return p.counts ? int(p.counts[row]) : p.tokens; }
+
+}  // namespace
+}  // namespace sinkattn::cuda
