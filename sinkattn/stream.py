@@ -377,7 +377,7 @@ class _Settings:
     processors: LogitsProcessorList = field(compare=False)
 
     @classmethod
-    def of(cls, model: nn.Module, config: GenerationConfig | None, options: dict) -> "_Settings":
+    def of(cls, model: Any, config: GenerationConfig | None, options: dict) -> "_Settings":
         if unknown := [name for name in options if name not in OPTIONS]:
             raise TypeError(f"Stream.generate takes no {unknown[0]!r}; it takes {', '.join(OPTIONS)}")
         given = {name: value for name, value in options.items() if value is not None}
