@@ -102,7 +102,7 @@ class OneCache(RuleBasedStateMachine):
     @precondition(lambda self: all(len(text) > 2 for text in self.texts) and self.cache._all_known)
     @rule(data=st.data())
     def edit(self, data):
-        """A history with one token changed goes on from there, if what follows can be taken back; else nothing is fed."""
+        """A history with one token changed goes on from there, if that can be taken back, or nothing is fed."""
         row = data.draw(st.integers(0, len(self.texts) - 1))
         at = data.draw(st.integers(0, len(self.texts[row]) - 1))
         whole = [text + torch.randint(1, 97, (2,)).tolist() for text in self.texts]
