@@ -2,14 +2,17 @@
 
 import contextlib
 import copy
+import os
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from . import saved
+from .introspect import input_device
 from .rows import Agreement, Plan, Rows, has_state, layers_of
 from .step import Step
 
@@ -50,7 +53,7 @@ class SinkCache(Cache):
     ``cache = SinkCache(model)`` for a model that `patch` was called on; pass it as ``past_key_values`` (``cache``, as
     transformers calls it from 5.24 on) to hold a text over several calls of `generate` or `forward`. Batch size, dtype
     and device are those of the first call. A copy, by `copy.copy` too, is a cache of its own; it can be pickled, and
-    loaded as long as its model is patched in the same process.
+    loaded as long as its model is patched in the same process. `save` and `load` go from one process to another.
 
     `forward` takes new tokens alone. `generate` takes the whole history with what is new, or the new ids alone:
 
@@ -152,8 +155,7 @@ class SinkCache(Cache):
         """Raise ValueError if this cache cannot take `batch` rows of ids on `device`, of the model that has `plan`."""
         if plan is not self.plan:
             raise ValueError("this SinkCache was made for another model, or for an earlier patch of this one")
-        if self.is_torn:
-            raise ValueError("an earlier call was interrupted half-way and left this cache torn; reset() it")
+        self._check_whole()
         if self.seen and batch != self.batch_size:
             raise ValueError(
                 f"this SinkCache holds {self.batch_size} rows and cannot go on with {batch}; reset() it or make another"
@@ -162,6 +164,10 @@ class SinkCache(Cache):
             raise ValueError(
                 f"this SinkCache holds device {self.lengths.device}, the input is on {device}: make a new one"
             )
+
+    def _check_whole(self) -> None:
+        if self.is_torn:
+            raise ValueError("an earlier call was interrupted half-way and left this cache torn; reset() it")
 
     @contextlib.contextmanager
     def open(
@@ -306,6 +312,16 @@ class SinkCache(Cache):
             if other.unfed is None and self.unfed is not None:
                 self.unfed = self.unfed.without(index)
 
+    def repeat(self, n: int) -> "SinkCache":
+        """A cache of its own with n copies of every row: rows ``i * n`` to ``i * n + n - 1`` go on as row i would.
+
+        n: at least 1. Raises ValueError for less, and if the cache is empty or torn.
+        """
+        self._check_holds()
+        if n < 1:
+            raise ValueError(f"n={n}: it needs at least one copy")
+        return self.picked(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(n))
+
     def forget(self, index: Tensor) -> None:
         """Forget the texts of some rows, index (n,) int64, and keep the memory."""
         with self._changing():
@@ -322,6 +338,84 @@ class SinkCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.reorder_cache(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(repeats))
+
+    # Texts outside of the cache.
+
+    def _check_holds(self) -> None:
+        self._check_whole()
+        if self.rows is None or not self.seen:
+            raise ValueError("this SinkCache is empty")
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Save the text in one safetensors file, from which `load` goes on as if it had never ended.
+
+        path: what stands there is replaced once the new file is whole. docs/keeping.md has the format.
+        Raises ValueError if the cache is empty or torn; OSError if the file cannot be written.
+        """
+        saved.write(path, self.texts("cache"))
+
+    @classmethod
+    def load(cls, model: nn.Module, path: str | os.PathLike) -> "SinkCache":
+        """A cache with the text that `save` has put into a file, in any process and from any device.
+
+        model: a model that `patch` was called on, with the sizes and slack of the one that has written the text. What
+            it keeps is learned by feeding it one token. Its weights are not compared.
+        Raises ValueError if the file is damaged or was not written by `save`, and if it does not fit the model, which
+        says what differs; OSError if it cannot be read.
+        """
+        cache = cls(model)
+        network = cast(Any, model)._sinkattn.model
+        texts = saved.read(path, "cache", network.get_input_embeddings().num_embeddings)
+        with torch.inference_mode(False), torch.no_grad():
+            network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=input_device(network)), past_key_values=cache)
+        texts.check_fits(cache.plan, cache.rows.named())
+        cache.become(texts)
+        return cache
+
+    def become(self, texts: saved.Texts) -> None:
+        """Hold texts that fit and nothing else; the text that is there, of one row, shows how the model keeps it."""
+        self.reorder_cache(self.lengths.new_zeros(len(texts)))
+        self.hold(texts, torch.arange(len(texts), device=self.lengths.device))
+        if (columns := texts.about["columns"]) is not None:
+            ids, ended = (texts.on(f"unfed.{name}", self.lengths.device).clone() for name in ("ids", "ended"))
+            self.unfed = Unfed(ids, ended, columns)
+        self.has_places, self.is_searched = texts.about["has_places"], texts.about["is_searched"]
+
+    @torch.no_grad()
+    def texts(self, kind: str, index: Tensor | None = None, more: dict[str, Tensor] | None = None) -> saved.Texts:
+        """What `save` puts into a file. index: (n,) int64, of some rows, whose tensors are then copied in any case and
+        beside what comes next; None for all. more: tensors, (batch, ...) each, that whoever holds the cache adds.
+        """
+        self._check_holds()
+        tensors, columns = {**self.rows.named(), **(more or {})}, None
+        if self.unfed is not None:
+            columns, ids, ended = self.unfed.columns, self.unfed.ids, self.unfed.ended
+            ended = torch.zeros_like(ids[:, 0], dtype=torch.bool) if ended is None else ended
+            tensors |= {"unfed.ids": ids, "unfed.ended": ended}
+        facts = dict(
+            kind=kind,
+            rows=self.batch_size if index is None else len(index),
+            seen=self.seen,
+            has_places=self.has_places,
+            all_known=self._all_known,
+            is_searched=self.is_searched,
+            columns=columns,
+        )
+        about = saved.about_of(self.plan, self.lengths.device, **facts)
+        if index is None:
+            return saved.Texts(about, {name: x.cpu() for name, x in tensors.items()})
+        return saved.Texts(
+            about, *saved.on_host({name: x.index_select(0, index.to(x.device)) for name, x in tensors.items()})
+        )
+
+    def hold(self, texts: saved.Texts, index: Tensor) -> None:
+        """Let the rows `index`, (n,) int64, go on as n texts that fit."""
+        about = texts.about
+        with self._changing(), torch.inference_mode(False), torch.no_grad():
+            for name, mine in self.rows.named().items():
+                mine.index_copy_(0, index.to(mine.device), texts.on(name, mine.device))
+            self._all_known, self.seen = self._all_known and about["all_known"], max(self.seen, about["seen"])
+            self.unfed = None if self.unfed is None else self.unfed.without(index)
 
     # Tokens taken back.
 
@@ -361,8 +455,7 @@ class SinkCache(Cache):
         Returns what undoes it, as long as nothing was fed since.
         """
         self.activate_past_recording()
-        if self.is_torn:
-            raise ValueError("an earlier call was interrupted half-way and left this cache torn; reset() it")
+        self._check_whole()
         room = self.rows.room(refeeds)
         if bool((counts > room).any()):
             at = int((counts > room).nonzero()[0])

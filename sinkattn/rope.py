@@ -5,8 +5,10 @@ queries and keys arrive unturned. The ops turn them by angles computed here in f
 position 4,000,000 as at 5, whatever tables or float32 products the model itself would use.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +42,20 @@ class Rope:
     @property
     def varies(self) -> bool:
         return len(self.frequencies) > 1
+
+    @functools.cached_property
+    def form(self) -> dict[str, Any]:
+        """What tells it from other rotations, for JSON; frequencies by two sums of them."""
+        weights = torch.arange(1, self.frequencies.numel() + 1, dtype=torch.float64)
+        flat = self.frequencies.detach().cpu().flatten()
+        return {
+            "start": self.start,
+            "dims": 2 * self.frequencies.shape[1],
+            "sets": len(self.frequencies),
+            "interleaved": self.interleaved,
+            "axes": None if self.axes is None else self.axes.tolist(),
+            "frequencies": [float(flat.sum()), float(flat @ weights)],
+        }
 
     def up_to(self, capacity: int) -> "Rope":
         """The same rotation in a smaller cache."""

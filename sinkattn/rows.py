@@ -5,11 +5,12 @@ tokens, whatever the padding) and its own ring head; all of that follows from on
 """
 
 import copy
+import functools
 import pickle
 import uuid
 import weakref
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,24 @@ class Plan:
     def capacity(self) -> int:
         return self.sink_size + self.window_size
 
+    @functools.cached_property
+    def form(self) -> dict[str, Any]:
+        """What a saved text must have in common with whoever goes on with it, besides shapes and dtypes, for JSON."""
+        return {
+            "model_type": self.config.model_type,
+            "num_hidden_layers": self.config.get_text_config(decoder=True).num_hidden_layers,
+            "sink_size": self.sink_size,
+            "window_size": self.window_size,
+            "slack": self.slack,
+            "rings": {
+                f"{layer}.{call}": {
+                    "own_window": probed.own_window,
+                    "rotation": None if probed.rope is None else probed.rope.form,
+                }
+                for (layer, call), probed in self.layers.items()
+            },
+        }
+
 
 _plans: "weakref.WeakValueDictionary[str, Plan]" = weakref.WeakValueDictionary()
 
@@ -72,7 +91,7 @@ def _plan_named(name: str) -> Plan:
     if plan is None or plan.spare.is_closed:
         raise pickle.UnpicklingError(
             "this SinkCache belongs to a model that was patched in another process, or is patched no more: "
-            "feed its text to a new SinkCache"
+            "cache.save(path) and SinkCache.load(model, path) go from one to another"
         )
     return plan
 
@@ -205,10 +224,19 @@ class Rows:
         """What layers keep besides rings, (batch, ...) each."""
         return [x for layer in self.layers for x in _states(layer)]
 
+    def named(self) -> dict[str, Tensor]:
+        """All that the rows hold, (batch, ...) each, by the names that saved texts have."""
+        states = {f"state.{i}.{k}": x for i, layer in enumerate(self.layers) for k, x in enumerate(_states(layer))}
+        rings = {
+            f"{name}.{layer}.{call}": getattr(ring, name)
+            for (layer, call), ring in self.rings.items()
+            if ring.is_initialized
+            for name in ("keys", "values")
+        }
+        return {**self._small(), **states, **rings}
+
     def tensors(self) -> list[Tensor]:
-        """All that the rows hold, (batch, ...) each."""
-        rings = [x for ring in self.rings.values() if ring.is_initialized for x in (ring.keys, ring.values)]
-        return [*self._small().values(), *self.states(), *rings]
+        return list(self.named().values())
 
     def _small(self) -> dict[str, Tensor]:
         """What there is of each row but rings and states, by name."""

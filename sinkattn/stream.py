@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -26,12 +27,15 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
+from . import saved
 from .cache import SinkCache
 from .graph import Captured
 from .introspect import input_device
 from .runner import Runner
 
 Rows = Sequence[int] | Tensor
+KEPT = ("logits", "ended", "waiting")  # what saved texts have besides the cache
+LATE = ("late.ids", "late.fed")  # and if something was fed and not yielded yet
 
 
 class Stream:
@@ -204,6 +208,136 @@ class Stream:
         self._late = []
         self._feed(ids.clamp(min=0), fed)
         self._changes = self._cache.changes
+
+    # Texts kept, doubled and moved.
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fork(self, row: int, n: int) -> "Stream":
+        """A new Stream of n rows, each a copy of one row's text: they go on as it would, and each on its own.
+
+        row: which. n: at least 1. Nothing is computed again, and this Stream stays as it is.
+        Raises ValueError for a row that is not there, and for n below 1.
+        """
+        self._check_whole()
+        index = self._index_of([row])
+        if n < 1:
+            raise ValueError(f"n={n}: it needs at least one copy")
+        index, other = index.repeat(n), Stream(self.model)
+        other._cache = self.cache.picked(index)
+        other._follow({name: x.index_select(0, index) for name, x in self._kept().items()})
+        return other
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def save(self, path: str | os.PathLike) -> None:
+        """Save all rows in one safetensors file, from which `load` goes on as if they had never ended.
+
+        Besides the cache it has the logits of the next token, which rows have ended or wait, and the state of torch's
+        generator on the model's device. The generator of a ``generate(seed=...)`` under way is not among them.
+
+        path: what stands there is replaced once the new file is whole. docs/keeping.md has the format.
+        Raises ValueError if nothing was appended, or if the Stream is torn; OSError if the file cannot be written.
+        """
+        saved.write(path, self._texts())
+
+    @classmethod
+    def load(cls, model: nn.Module, path: str | os.PathLike) -> "Stream":
+        """A Stream with the texts that `save` has put into a file, in any process and from any device.
+
+        On the same kind of device it also gives torch's generator the state that it had, so that sampling goes on too.
+
+        model: a model that `patch` was called on, with the sizes and slack of the one that has written the texts. Its
+            weights are not compared.
+        Raises ValueError if the file is damaged or was not written by `save`, and if it does not fit the model, which
+        says what differs; OSError if it cannot be read.
+        """
+        stream = cls(model)
+        texts = saved.read(path, "stream", stream._runner.model.get_input_embeddings().num_embeddings)
+        stream._fill(texts)
+        saved.set_random_state(texts, stream._device)
+        return stream
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def take(self, rows: Rows) -> saved.Texts:
+        """Move the texts of some rows to host memory: the rows wait then, as after `reset`.
+
+        rows: (n,) int64 or a list, each once. From a GPU they are copied beside what comes next. What was fed when an
+        interrupt came, and not yielded yet, belongs to the text, as for `append`.
+        Returns `sinkattn.saved.Texts`, n texts for `put`. Raises ValueError for rows that are not there.
+        """
+        self._check_whole()
+        index, self._late = self._index_of(rows), []
+        texts = self._texts(index)
+        self.reset(rows)
+        return texts
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def put(self, texts: saved.Texts, rows: Rows | None = None) -> None:
+        """Let rows go on with texts that `take` gave, of this Stream or another: as if they had never been away.
+
+        texts: n texts. rows: (n,) int64 or a list, each once, in the texts' order, whatever they hold; None for all. A
+        Stream that holds nothing yet gets n rows.
+        Raises ValueError for rows that are not there, for another number of them than n, and for texts that do not fit
+        the model; nothing is changed then.
+        """
+        self._check_whole()
+        if self._logits is None and rows is None:
+            other = Stream(self.model)
+            other._fill(texts)
+            self._cache = other._cache
+            self._follow(other._kept())
+            return
+        index = self._index_of(range(0 if self._ended is None else len(self._ended)) if rows is None else rows)
+        if len(index) != len(texts):
+            raise ValueError(f"{len(texts)} texts, for {len(index)} rows of the Stream")
+        cache, kept = self.cache, {name: self._kept()[name] for name in KEPT}
+        texts.check_fits(cache.plan, {**cache.rows.named(), **kept})
+        cache.hold(texts, index)
+        for name, x in kept.items():
+            x.index_copy_(0, index, texts.on(name, self._device))
+        self._follow(kept)
+
+    def _kept(self) -> dict[str, Tensor]:
+        """What belongs to the rows besides the cache, (batch, ...) each, by the names of saved texts."""
+        waiting = torch.zeros_like(self._ended)
+        waiting[list(self._waiting)] = True
+        kept = dict(zip(KEPT, (self._logits, self._ended, waiting), strict=True))
+        for ids, *_, fed in self._late:
+            kept |= zip(LATE, (ids, torch.ones_like(self._ended) if fed is None else fed), strict=True)
+        return kept
+
+    def _follow(self, kept: dict[str, Tensor]) -> None:
+        """Go on behind the cache with what belongs to its rows."""
+        self._logits, self._ended = kept["logits"], kept["ended"]
+        self._waiting = set(kept["waiting"].nonzero().flatten().tolist())
+        self._late, self._changes = [], self._cache.changes
+        if LATE[0] in kept:
+            ids, fed = (kept[name] for name in LATE)
+            chosen = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
+            self._late = [(ids, torch.cat((fed.any()[None], ids)).cpu(), chosen, fed)]
+
+    def _texts(self, index: Tensor | None = None) -> saved.Texts:
+        """Copies of some rows, index (n,) int64; of None all, for a file."""
+        self._check_whole()
+        if self._logits is None:
+            raise ValueError("this Stream is empty")
+        texts = self.cache.texts("stream", index, self._kept())
+        if index is None:
+            texts.tensors["generator"] = saved.random_state(self._device)
+        return texts
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _fill(self, texts: saved.Texts) -> None:
+        """Hold texts and nothing else. This Stream is empty: how the model keeps texts is seen by one token."""
+        cache = self._cache
+        logits = self._read(torch.zeros(1, 1, dtype=torch.int64, device=self._device), None, cache)
+        texts.check_fits(cache.plan, {**cache.rows.named(), "logits": logits})
+        cache.become(texts)
+        self._follow({name: texts.on(name, self._device).clone() for name in (*KEPT, *LATE) if name in texts.tensors})
 
     def generate(
         self,
