@@ -363,9 +363,8 @@ class SinkCache(Cache):
         Raises ValueError if the file is damaged or was not written by `save`, and if it does not fit the model, which
         says what differs; OSError if it cannot be read.
         """
-        cache = cls(model)
+        cache, texts = cls(model), saved.read(path, "cache", model)
         network = cast(Any, model)._sinkattn.model
-        texts = saved.read(path, "cache", network.get_input_embeddings().num_embeddings)
         with torch.inference_mode(False), torch.no_grad():
             network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=input_device(network)), past_key_values=cache)
         texts.check_fits(cache.plan, cache.rows.named())

@@ -1,13 +1,31 @@
 """A conversation as the text that a model reads: what every turn adds behind what its cache holds."""
 
+import os
 import re
 from collections.abc import Sequence
-from typing import cast
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from . import saved
+from .stream import Stream
+
+
+class _Turn(NamedTuple):
+    """Where a turn begins: how many messages, characters and ids are before it, and what ended the answer before; and
+    how many characters and ids there are before its answer.
+    """
+
+    messages: int
+    text: int
+    ids: int
+    end: str
+    asked_text: int
+    asked_ids: int
 
 
 class Conversation:
@@ -23,14 +41,16 @@ class Conversation:
 
     system: a system prompt, or None.
 
-    Attributes: messages (list of dicts, as chat templates take them), text (str, what the cache holds).
+    Attributes: messages (list of dicts, as chat templates take them), text (str, what the cache holds), ids (list of
+    int, the same).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, system: str | None = None):
         self.tokenizer = tokenizer
         self.messages = [] if system is None else [{"role": "system", "content": system}]
-        self.text = ""
+        self.text, self.ids = "", cast(list[int], [])
         self._end = ""  # the token that ended the last answer, as text
+        self._turns: list[_Turn] = []
 
     def ask(self, said: str) -> Tensor:
         """Say something to the model: the ids to append to what the cache holds, (1, tokens) int64 on the CPU.
@@ -41,7 +61,9 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": said}]
         new = self._lines(messages) if self.tokenizer.chat_template is None else self._rendered(messages)
         ids = self._ids(new)
-        self.messages, self.text = messages, self.text + new
+        before = len(self.messages), len(self.text), len(self.ids), self._end
+        self.messages, self.text, self.ids = messages, self.text + new, [*self.ids, *ids[0].tolist()]
+        self._turns.append(_Turn(*before, len(self.text), len(self.ids)))
         return ids
 
     def answer(self, ids: Sequence[int], ends: Sequence[int]) -> str:
@@ -53,8 +75,51 @@ class Conversation:
         said = self._decode(ids, skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": said})
         self.text += self._decode(ids)
+        self.ids += ids
         self._end = self._decode(ids[-1:]) if ids and ids[-1] in ends else ""
         return said
+
+    def take_back(self, answer_only: bool = False) -> str:
+        """Take the last turn back, or its answer alone, as if it had not been; returns the user's words.
+
+        `follow` lets the Stream do the same. Raises ValueError if there is no turn.
+        """
+        if not self._turns:
+            raise ValueError("there is no turn yet that could be taken back")
+        turn = self._turns[-1] if answer_only else self._turns.pop()
+        said = self.messages[turn.messages]["content"]
+        if answer_only:
+            messages, text, ids = turn.messages + 1, turn.asked_text, turn.asked_ids
+        else:
+            messages, text, ids = turn[:3]
+        self.messages, self.text, self.ids = self.messages[:messages], self.text[:text], self.ids[:ids]
+        self._end = turn.end
+        return said
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it but the tokenizer, for JSON."""
+        return dict(messages=self.messages, text=self.text, ids=self.ids, end=self._end, turns=self._turns)
+
+    @classmethod
+    def from_json(cls, tokenizer: PreTrainedTokenizerBase, found: Any) -> "Conversation":
+        """What `as_json` gave. Raises ValueError for anything else."""
+        made = cls(tokenizer)
+        try:
+            made.messages, made.text, made.ids, made._end = (found[x] for x in ("messages", "text", "ids", "end"))
+            made._turns = [_Turn(*turn) for turn in found["turns"]]
+            words = [made.text, made._end, *(turn.end for turn in made._turns)]
+            words += [message[key] for message in made.messages for key in ("role", "content")]
+            marks: list[tuple] = [(0, 0, 0)]
+            for turn in made._turns:
+                marks += [turn[:3], (turn.messages + 1, turn.asked_text, turn.asked_ids)]
+            marks.append((len(made.messages), len(made.text), len(made.ids)))
+            is_right = all(isinstance(x, str) for x in words) and all(type(x) is int for x in made.ids)
+            is_right = is_right and all(x <= y for mark in pairwise(marks) for x, y in zip(*mark, strict=True))
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"this is no conversation: {error!r}") from error
+        if not is_right:
+            raise ValueError("this is no conversation: its turns are not where they should be")
+        return made
 
     def _decode(self, ids: Sequence[int], **options: bool) -> str:
         text = self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False, **options)
@@ -101,6 +166,44 @@ class Conversation:
             if ids[: len(front)] == front:
                 break
         return torch.tensor([ids[len(front) :]])
+
+
+def follow(stream: Stream, conversation: Conversation) -> bool:
+    """Let a Stream of one text hold what is left of its conversation, after `Conversation.take_back`.
+
+    Tokens are taken back where the cache still can (`Stream.rewind`). Else the text is read anew, from its first token
+    on, which gives the same and takes as long as reading it takes. Returns whether it was.
+    """
+    if not conversation.ids:
+        stream.reset()
+        return False
+    try:
+        stream.rewind(int(cast(Tensor, stream.lengths)[0]) - len(conversation.ids))
+    except ValueError:
+        stream.reset()
+        stream.append(conversation.ids)
+        return True
+    return False
+
+
+def save(path: str | os.PathLike, stream: Stream, conversation: Conversation) -> None:
+    """`Stream.save`, with the conversation that the Stream holds: `load` goes on with both."""
+    texts = stream.texts()
+    texts.about["conversation"] = conversation.as_json()
+    saved.write(path, texts)
+
+
+def load(
+    path: str | os.PathLike, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Stream, Conversation]:
+    """A Stream and its conversation from a file that `save` has written. Raises what `Stream.load` raises."""
+    texts = saved.read(path, "stream", model)
+    if "conversation" not in texts.about:
+        raise ValueError(f"{path} holds no conversation, only texts: Stream.load goes on with them")
+    conversation = Conversation.from_json(tokenizer, texts.about["conversation"])
+    if texts.tensors["lengths"].tolist() != [len(conversation.ids)]:
+        raise ValueError(f"{path} holds another text than its conversation")
+    return Stream.of(model, texts), conversation
 
 
 def behind_end(text: str, end: str) -> str:

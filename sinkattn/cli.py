@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import io
-import itertools
 import logging
 import platform
+import re
 import signal
 import sys
 import warnings
@@ -239,16 +239,14 @@ def chat(
 ) -> None:
     """Talk to a model, turn after turn through one cache, as long as you like.
 
-    Ctrl-C ends an answer; an empty line or Ctrl-D ends the conversation.
+    Ctrl-C ends an answer; an empty line or Ctrl-D ends the conversation. /help lists what else can be said.
     """
     with _errors_in_a_line():
         sampling = _sampling(temperature, top_k, top_p, repetition_penalty)
         system = None if system is None else _utf8("--system", lambda: system)
         stream, tokenizer = _open(model, device, dtype, sink_size, window_size, backend)
-        from .chat import Conversation, ends_of
-
-        conversation, ends = Conversation(tokenizer, system), ends_of(stream.model, tokenizer)
-        for turn in itertools.count():
+        talk = _Chat(stream, tokenizer, system, max_new_tokens, seed, sampling)
+        while True:
             try:
                 said = _utf8("standard input", lambda: console.input("[bold green]you:[/bold green] "))
             except (EOFError, KeyboardInterrupt):
@@ -256,11 +254,82 @@ def chat(
                 return
             if not said:
                 return
-            stream.append(conversation.ask(said))
-            steps = stream.generate(
-                max_new_tokens, eos_token_id=ends, seed=None if seed is None else seed + turn, **sampling
-            )
-            conversation.answer(list(_printed(tokenizer, steps)), ends)
+            talk.take(said)
+
+
+class _Chat:
+    """A conversation at the terminal, and what can be done with it besides talking."""
+
+    def __init__(self, stream, tokenizer, system, max_new_tokens, seed, sampling):
+        from . import chat
+
+        self.chat, self.stream, self.tokenizer, self.system = chat, stream, tokenizer, system
+        self.max_new_tokens, self.seed, self.sampling = max_new_tokens, seed, sampling
+        self.conversation, self.ends = chat.Conversation(tokenizer, system), chat.ends_of(stream.model, tokenizer)
+        self.answers = 0
+        self.commands = {
+            "/retry": (self.retry, "answer the last turn anew"),
+            "/undo": (self.undo, "take the last turn back"),
+            "/reset": (self.reset, "begin a new conversation"),
+            "/save PATH": (self.save, "save the conversation, and all that the model keeps of it, in a file"),
+            "/load PATH": (self.load, "go on with a conversation from a file"),
+            "/help": (self.help, "this list"),
+        }
+
+    def take(self, said: str) -> None:
+        """Do what a line says. A line that begins with a slash and a word is a command, and its error ends nothing."""
+        if not re.match(r"/\w+(\s|$)", said):
+            self.stream.append(self.conversation.ask(said))
+            self.answer()
+            return
+        name, _, rest = said.partition(" ")
+        try:
+            for usage, (run, _) in self.commands.items():
+                if usage.split()[0] == name:
+                    if bool(rest.strip()) != usage.endswith(" PATH"):
+                        raise ValueError(f"say {usage}")
+                    run(*[Path(rest.strip()).expanduser()] * usage.endswith(" PATH"))
+                    return
+            raise ValueError(f"{name} is no command; /help lists them")
+        except (ValueError, OSError) as error:
+            _print_line("error:", "red", error)
+
+    def answer(self) -> None:
+        seed = None if self.seed is None else self.seed + self.answers
+        self.answers += 1
+        steps = self.stream.generate(self.max_new_tokens, eos_token_id=self.ends, seed=seed, **self.sampling)
+        self.conversation.answer(list(_printed(self.tokenizer, steps)), self.ends)
+
+    def retry(self) -> None:
+        self.conversation.take_back(answer_only=True)
+        self.follow()
+        self.answer()
+
+    def undo(self) -> None:
+        said = self.conversation.take_back()
+        self.follow()
+        console.print(Text(f"taken back: {said}", "dim"))
+
+    def follow(self) -> None:
+        if self.chat.follow(self.stream, self.conversation):
+            tokens = len(self.conversation.ids)
+            console.print(Text(f"the cache could not take so much back: {tokens:,} tokens were read anew", "dim"))
+
+    def reset(self) -> None:
+        self.stream.reset()
+        self.conversation = self.chat.Conversation(self.tokenizer, self.system)
+
+    def save(self, path: Path) -> None:
+        self.chat.save(path, self.stream, self.conversation)
+        console.print(Text(f"saved in {path}", "dim"))
+
+    def load(self, path: Path) -> None:
+        self.stream, self.conversation = self.chat.load(path, self.stream.model, self.tokenizer)
+        console.print(Text(f"{len(self.conversation.messages)} messages, {len(self.conversation.ids):,} tokens", "dim"))
+
+    def help(self) -> None:
+        for usage, (_, meaning) in self.commands.items():
+            console.print(Text(f"{usage:<12}{meaning}"))
 
 
 @app.command()

@@ -13,20 +13,20 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors.torch
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import __version__
 from .rows import Plan
 
 VERSION = 1  # of the format
 LONGEST = 2**52  # tokens: positions up to here are exact in float64
-FACTS = {  # of `Texts.about`, and their types
+FACTS: dict[str, Any] = {  # of `Texts.about`, and their types
     "version": int, "kind": str, "made_by": dict, "device": str, "form": dict, "rows": int, "seen": int,
     "has_places": bool, "all_known": bool, "is_searched": bool, "columns": (int, type(None)),
 }  # fmt: skip
@@ -57,9 +57,11 @@ class Texts:
 
     def on(self, name: str, device: torch.device) -> Tensor:
         """A tensor on a device, behind what its stream has under way."""
-        if device.type == "cuda":
-            for event in self.ready:
+        for event in self.ready:
+            if device.type == "cuda":
                 torch.cuda.current_stream(device).wait_event(event)
+            else:
+                event.synchronize()
         return self.tensors[name].to(device, non_blocking=True)
 
     def check_fits(self, plan: Plan, held: dict[str, Tensor]) -> None:
@@ -151,7 +153,7 @@ def _checksum(about: str, tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         x = tensors[name]
         found = zlib.crc32(f"{name} {x.dtype} {tuple(x.shape)}".encode(), found)
-        found = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy(), found)
+        found = zlib.crc32(x.reshape(-1).view(torch.uint8).numpy().data, found)
     return f"{found:08x}"
 
 
@@ -185,10 +187,10 @@ def write(path: str | os.PathLike, texts: Texts) -> None:
             os.close(folder)
 
 
-def read(path: str | os.PathLike, kind: str, vocabulary: int) -> Texts:
-    """Texts of a file, checked but for the model that they fit.
+def read(path: str | os.PathLike, kind: str, model: nn.Module) -> Texts:
+    """Texts of a file, checked but for whether they fit the model.
 
-    kind: "cache" or "stream". vocabulary: how many ids the model embeds.
+    kind: "cache" or "stream". model: that embeds the ids.
     Raises ValueError for a file that is damaged, is no such file, or is of another kind; OSError if there is none.
     """
     with open(path, "rb"):  # OSError says what is wrong with the path
@@ -202,7 +204,7 @@ def read(path: str | os.PathLike, kind: str, vocabulary: int) -> Texts:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         if metadata.get("crc32") != _checksum(metadata["sinkattn"], tensors):
             raise ValueError("its checksum is not that of what it holds")
-        _check(about, tensors, vocabulary)
+        _check(about, tensors, cast(Any, model).get_input_embeddings().num_embeddings)
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no texts that can go on, or is damaged: {error}") from error
     return Texts(about, tensors)

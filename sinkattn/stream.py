@@ -228,8 +228,6 @@ class Stream:
         other._follow({name: x.index_select(0, index) for name, x in self._kept().items()})
         return other
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def save(self, path: str | os.PathLike) -> None:
         """Save all rows in one safetensors file, from which `load` goes on as if they had never ended.
 
@@ -239,7 +237,7 @@ class Stream:
         path: what stands there is replaced once the new file is whole. docs/keeping.md has the format.
         Raises ValueError if nothing was appended, or if the Stream is torn; OSError if the file cannot be written.
         """
-        saved.write(path, self._texts())
+        saved.write(path, self.texts())
 
     @classmethod
     def load(cls, model: nn.Module, path: str | os.PathLike) -> "Stream":
@@ -252,8 +250,12 @@ class Stream:
         Raises ValueError if the file is damaged or was not written by `save`, and if it does not fit the model, which
         says what differs; OSError if it cannot be read.
         """
+        return cls.of(model, saved.read(path, "stream", model))
+
+    @classmethod
+    def of(cls, model: nn.Module, texts: saved.Texts) -> "Stream":
+        """`load`, once the file is read."""
         stream = cls(model)
-        texts = saved.read(path, "stream", stream._runner.model.get_input_embeddings().num_embeddings)
         stream._fill(texts)
         saved.set_random_state(texts, stream._device)
         return stream
@@ -269,7 +271,7 @@ class Stream:
         """
         self._check_whole()
         index, self._late = self._index_of(rows), []
-        texts = self._texts(index)
+        texts = self.texts(index)
         self.reset(rows)
         return texts
 
@@ -300,6 +302,18 @@ class Stream:
             x.index_copy_(0, index, texts.on(name, self._device))
         self._follow(kept)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def texts(self, index: Tensor | None = None) -> saved.Texts:
+        """What `save` puts into a file. index: (n,) int64, of some rows, see `SinkCache.texts`; None for all."""
+        self._check_whole()
+        if self._logits is None:
+            raise ValueError("this Stream is empty")
+        texts = self.cache.texts("stream", index, self._kept())
+        if index is None:
+            texts.tensors["generator"] = saved.random_state(self._device)
+        return texts
+
     def _kept(self) -> dict[str, Tensor]:
         """What belongs to the rows besides the cache, (batch, ...) each, by the names of saved texts."""
         waiting = torch.zeros_like(self._ended)
@@ -318,16 +332,6 @@ class Stream:
             ids, fed = (kept[name] for name in LATE)
             chosen = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
             self._late = [(ids, torch.cat((fed.any()[None], ids)).cpu(), chosen, fed)]
-
-    def _texts(self, index: Tensor | None = None) -> saved.Texts:
-        """Copies of some rows, index (n,) int64; of None all, for a file."""
-        self._check_whole()
-        if self._logits is None:
-            raise ValueError("this Stream is empty")
-        texts = self.cache.texts("stream", index, self._kept())
-        if index is None:
-            texts.tensors["generator"] = saved.random_state(self._device)
-        return texts
 
     @torch.inference_mode(False)
     @torch.no_grad()

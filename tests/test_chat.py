@@ -1,5 +1,6 @@
 """Conversations: what every turn puts behind what the cache holds, by chat templates of all kinds; 50 real turns."""
 
+import json
 import random
 import re
 from pydoc_data import topics
@@ -10,8 +11,8 @@ import transformers
 from typer.testing import CliRunner
 
 import real
-from sinkattn import Stream, cli, models
-from sinkattn.chat import Conversation
+from sinkattn import Stream, cli, models, patch
+from sinkattn.chat import Conversation, load, save
 
 END = "<end>"
 FOR = "{% for m in messages %}"
@@ -166,6 +167,123 @@ def test_ids_are_those_of_the_whole_text(scheme, space):
         ids += answer
     whole = f"{space}user: one > yes</s>{space}user: two > yes</s>{space}user: three > yes</s>"
     assert ids == ids_of(whole)
+
+
+# -------------------------------------------------------------------------------------------- turns that are taken back
+
+
+@pytest.mark.parametrize("template", [CHATML, STRICT, None])
+def test_a_turn_taken_back_has_not_been(template):
+    """What a later turn adds is what it adds where the turn, or its answer, was never there; so it is in JSON."""
+    tokenizer = tokenizer_for(template)
+    ends, ids_of = [tokenizer.eos_token_id], lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    one, other = Conversation(tokenizer), Conversation(tokenizer)
+    with pytest.raises(ValueError, match="no turn yet"):
+        one.take_back()
+    for said, answer in (("a", "It is"), ("b", "Yes<end>"), ("c", "")):
+        for _ in range(2):
+            one.ask("x")
+            one.answer(ids_of("no<end>"), ends)
+        assert one.take_back() == one.take_back() == "x"
+        asked, again = one.ask(said), other.ask(said)
+        assert asked.tolist() == again.tolist()
+        one.answer(ids_of("wrong<end>"), ends)
+        assert one.take_back(answer_only=True) == said
+        for x in (one, other):
+            x.answer(ids_of(answer), ends)
+        assert one.as_json() == other.as_json()
+        assert tokenizer.decode(one.ids, clean_up_tokenization_spaces=False).removeprefix("<s>") == one.text
+        one = Conversation.from_json(tokenizer, json.loads(json.dumps(one.as_json())))
+
+
+def chat(*lines: str, window: int = 400, options: tuple = ()) -> list[str]:
+    """What is printed behind each line, of a chat with the model that ships."""
+    result = CliRunner().invoke(
+        cli.app,
+        ["chat", "demo", "--max-new-tokens", "9", "--window-size", str(window), *options],
+        input="\n".join((*lines, "", "")),
+    )
+    assert result.exit_code == 0, result.output
+    said = result.output.split("you: ")
+    assert len(said) == len(lines) + 2 and not said[0]
+    return [x.strip("\n") for x in said[1:-1]]
+
+
+@pytest.mark.parametrize("window", [400, 12])
+def test_undo_and_retry(window):
+    """Greedy answers are as if the turn had not been: where tokens are taken back, and where the text is read anew."""
+    plain = chat("def f(x):", "import os", "class A:", window=window)
+    found = chat("def f(x):", "x = [1, 2]", "/undo", "import os", "/retry", "class A:", window=window)
+    assert [found[i] for i in (0, 3, 5)] == plain
+    assert ("read anew" in found[2]) == (window == 12) and "read anew" not in found[4]  # of up to slack tokens
+    assert "taken back: x = [1, 2]" in found[2] and found[4].endswith(plain[1])
+    first = chat("x = [1, 2]", "/undo", "/undo", "def f(x):", "/reset", "/retry", "def f(x):", window=window)
+    assert first[3] == plain[0] == first[6] and "no turn yet" in first[2] and "no turn yet" in first[5]
+
+
+def test_retry_samples_anew():
+    options = ("--temperature", "3", "--seed", "5")
+    found = chat("def f(x):", "/retry", "/retry", options=options)
+    assert len(set(found)) == 3 and chat("def f(x):", "/retry", "/retry", options=options) == found
+
+
+@pytest.mark.parametrize("window", [400, 12])
+def test_a_saved_conversation_goes_on(window, tmp_path):
+    """In another chat as in the first one, sampled too; what was said there can be taken back here."""
+    path, options = str(tmp_path / "a talk"), ("--temperature", "2")
+    first = chat("def f(x):", "import os", f"/save {path}", "class A:", "x = 1", window=window, options=options)
+    later = chat("y = 2", f"/load {path}", "class A:", "x = 1", window=window, options=options)
+    assert later[2:] == first[3:] and f"saved in {path}" in first[2].replace("\n", " ")
+    assert "4 messages" in later[1]
+    greedy = chat(f"/load {path}", "/undo", "/undo", "def f(x):", window=window)
+    assert greedy[3] == chat("def f(x):", window=window)[0]
+
+
+def test_commands_that_fail_end_nothing(tmp_path):
+    (tmp_path / "damaged").write_bytes(b"?")
+    lines = ("/save", "/nonesuch", "/reset all", f"/load {tmp_path / 'damaged'}", f"/load {tmp_path / 'nowhere'}",
+             f"/save {tmp_path / 'x'}", f"/load {tmp_path}", "/usr/bin/env", "/help")  # fmt: skip
+    found = chat(*lines)
+    for text, part in zip(
+        found[:7],
+        (
+            "say /save PATH",
+            "/nonesuch is no command",
+            "say /reset",
+            "damaged holds no",
+            "No such file",
+            "is empty",
+            "director",
+        ),
+        strict=True,
+    ):
+        assert text.startswith("error: ") and part in text and "\n" not in text
+    assert not found[7].startswith("error") and all(f"/{x}" in found[8] for x in ("retry", "undo", "save PATH"))
+
+
+def test_files_without_the_right_conversation(tmp_path):
+    model, tokenizer = models.load("demo", "cpu", "float32")
+    with patch(model, 4, 60):
+        stream, conversation, path = Stream(model), Conversation(tokenizer), tmp_path / "x"
+        stream.append(conversation.ask("def f(x):"))
+        stream.save(path)
+        with pytest.raises(ValueError, match="no conversation, only texts"):
+            load(path, model, tokenizer)
+        save(path, stream, conversation)
+        assert load(path, model, tokenizer)[1].as_json() == conversation.as_json()
+        for change in (
+            lambda x: x.pop("ids"), lambda x: x.update(text=5), lambda x: x.update(messages=[{}]), lambda x: x.clear(),
+            lambda x: x.update(turns=[[0, 0, 0, "", 10**9, 3]]), lambda x: x.update(turns=[[-1, 0, 0, "", 1, 1]]),
+            lambda x: x.update(ids=["1"] * len(conversation.ids)), lambda x: x.update(turns=[3]),
+        ):  # fmt: skip
+            found = json.loads(json.dumps(conversation.as_json()))
+            change(found)
+            with pytest.raises(ValueError, match="this is no conversation"):
+                Conversation.from_json(tokenizer, found)
+        conversation.answer([5], [])
+        save(path, stream, conversation)
+        with pytest.raises(ValueError, match="another text than its conversation"):
+            load(path, model, tokenizer)
 
 
 # -------------------------------------------------------------------------------------------------------- a real model

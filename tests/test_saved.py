@@ -1,4 +1,4 @@
-"""Texts kept, moved and doubled: they go on to the bit as if nothing had been, and a damaged file is one clear error."""
+"""Texts kept, moved and doubled go on to the bit as if nothing had been, and a damaged file is one clear error."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ import sweep
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, patch, saved
 from test_pictures import Shown, vision_model
-from tiny import FAMILIES, ROPES, tiny
+from tiny import FAMILIES, ROPES, SLIDING, tiny
 
 S, W, SLACK = 4, 10, 5
 C = S + W
@@ -47,7 +47,7 @@ def padded(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("name", [*FAMILIES, *ROPES, *HYBRIDS])
 def test_a_loaded_cache_goes_on(name, tmp_path):
-    """To the bit, for rows of several lengths, also where tokens were and are taken back; and it is the oracle's text."""
+    """To the bit, for rows of several lengths, also where tokens are taken back; and it is the oracle's text."""
     model, plain = made(name), made(name)
     ids, more = ids_of(2, 3 * C), ids_of(2, 2 * C)
     mask = torch.ones_like(ids)
@@ -220,6 +220,41 @@ def test_nothing_to_save(tmp_path):
         Stream.load(model, tmp_path / "text")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_from_a_gpu_and_back(tmp_path):
+    """Sampled text goes on there to the bit; on the CPU greedy text goes on as the oracle says; rows come and go."""
+    model, plain = made("llama").cuda(), made("llama")
+    ids = ids_of(2, 3 * C)
+    with patch(model, S, W):
+        stream = Stream(model)
+        stream.append(ids)
+        for _ in stream.generate(5, do_sample=True):
+            pass
+        stream.save(tmp_path / "text")
+        expected = torch.stack(list(stream.generate(2 * C, do_sample=True)))
+        loaded = Stream.load(model, tmp_path / "text")
+        assert torch.equal(torch.stack(list(loaded.generate(2 * C, do_sample=True))), expected)
+        loaded, texts = Stream.load(model, tmp_path / "text"), []
+        for row in (1, 0):
+            texts.append(loaded.take([row]))
+            assert all(x.is_pinned() for x in texts[-1].tensors.values())
+        for row in (1, 0):
+            loaded.put(texts.pop(0), [row])
+        alone = Stream.load(model, tmp_path / "text")
+        for found, same in zip(loaded.generate(C, do_sample=False), alone.generate(C, do_sample=False), strict=True):
+            assert torch.equal(found, same)
+    cpu = made("llama")
+    with patch(cpu, S, W):
+        loaded = Stream.load(cpu, tmp_path / "text")
+        held = [row.tolist() for row in loaded.cache.rows.last(5)]
+        texts = [row.tolist() + last for row, last in zip(ids, held, strict=True)]
+        for step in loaded.generate(C, do_sample=False):
+            for text, token in zip(texts, step.tolist(), strict=True):
+                logits = streaming_logits(plain, torch.tensor([text]), S, W)[0, -1]
+                assert logits.max() - logits[token] < 1e-3
+                text.append(token)
+
+
 # ------------------------------------------------------------------------------------------------------ fork and moves
 
 
@@ -354,6 +389,7 @@ def saved_texts(tmp_path: Path) -> tuple:
     return model, tmp_path / "cache", tmp_path / "stream"
 
 
+THETA = dict(rope_type="default", rope_theta=20000.0)
 OTHERS = {
     "sinks": (dict(), dict(sink_size=3), "sink_size is 4, the model's 3"),
     "window": (dict(), dict(window_size=9), "window_size is 10, the model's 9"),
@@ -364,11 +400,7 @@ OTHERS = {
     "own window": (dict(sliding_window=5), dict(), "rings 0.0 own_window is 6, the model's 5"),
     "dtype": (dict(), dict(), "float32, the model's .* in torch.bfloat16"),
     "vocabulary": (dict(vocab_size=90), dict(), "from -1 to 89|logits of a row"),
-    "frequencies": (
-        dict(rope_parameters={x: dict(rope_type="default", rope_theta=20000.0) for x in ("full_attention", "sliding_attention")}),
-        dict(),
-        "rotation frequencies 0 is",
-    ),
+    "frequencies": (dict(rope_parameters=dict.fromkeys(SLIDING, THETA)), dict(), "rotation frequencies 0 is"),
 }  # fmt: skip
 
 
