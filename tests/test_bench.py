@@ -513,6 +513,27 @@ def test_endless_generation(endless, monkeypatch):
     assert output.startswith("import os") and len(output) > 60
 
 
+def test_many_chats():
+    """Every chat says what it says alone, whatever rows it sat in."""
+    import many_chats
+
+    from sinkattn import Stream, models, patch
+    from sinkattn.chat import Conversation, ends_of
+
+    output = run(many_chats.main, "--chats", 5, "--rows", 2, "--max-new-tokens", 3, "--window-size", 20)
+    assert "5 chats over 2 rows" in output
+    network, tokenizer = models.load("demo", "cpu", "float32")
+    asked, ends = [many_chats.QUESTIONS[i % 2 : 2 + i % 2] for i in range(7)], ends_of(network, tokenizer)
+    with patch(network, 4, 12):
+        found, away = many_chats.serve(Stream(network), tokenizer, asked, 3, 15)
+        for questions, chat, texts in zip(asked, found, away, strict=True):
+            stream, alone = Stream(network), Conversation(tokenizer)
+            for question in questions:
+                stream.append(alone.ask(question))
+                alone.answer([int(x) for x in stream.generate(15, do_sample=False, eos_token_id=ends)], ends)
+            assert chat.ids == alone.ids and texts.tensors["lengths"].tolist() == [len(chat.ids)]
+
+
 def test_generate_bench(tmp_path):
     """Every method gives a row, and the text's length does not matter to memory."""
     pytest.importorskip("triton")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from safetensors import safe_open
 
 import sweep
@@ -113,26 +114,30 @@ def test_rows_that_have_ended_stay_so(tmp_path):
                 assert torch.equal(Stream.load(model, tmp_path / "text")._ended, stream._ended)
 
 
+class Interrupting(transformers.generation.BaseStreamer):
+    """Ctrl-C between the feeding of a token and its yield."""
+
+    def put(self, value):
+        raise KeyboardInterrupt
+
+    def end(self):
+        pass
+
+
 def test_what_an_interrupt_left_is_yielded_first(tmp_path):
     model = made("llama")
     with patch(model, S, W):
         stream = Stream(model)
         stream.append(ids_of(2, 12))
-        ids, _, _ = stream._choose(next_settings(stream), False, None)
-        stream._feed(ids, None)
-        stream._late, stream._changes = [(ids, None, None, None)], stream.cache.changes
+        copied = stream.fork(0, 1), stream.fork(1, 1)  # they choose the same, and are not interrupted
+        with pytest.raises(KeyboardInterrupt):
+            next(stream.generate(5, do_sample=False, streamer=Interrupting()))
         stream.save(tmp_path / "text")
         loaded, forks = Stream.load(model, tmp_path / "text"), stream.fork(1, 3)
         expected = torch.stack(list(stream.generate(5, do_sample=False)))
-        assert torch.equal(expected[0], ids)
+        assert expected[0].tolist() == [int(next(x.generate(1, do_sample=False))) for x in copied]
         assert torch.equal(torch.stack(list(loaded.generate(5, do_sample=False))), expected)
         assert torch.equal(torch.stack(list(forks.generate(5, do_sample=False))), expected[:, [1, 1, 1]])
-
-
-def next_settings(stream):
-    from sinkattn.stream import _Settings
-
-    return _Settings(False, None, None, None, None, (), 0)
 
 
 def test_an_answer_that_is_not_fed_yet(tmp_path):
@@ -169,8 +174,6 @@ torch.save((logits, sampled), folder + "/found.pt")
 @pytest.mark.parametrize("name", ["falcon_h1"])  # with rings and states
 def test_another_process(name, tmp_path):
     made(name).save_pretrained(tmp_path)
-    import transformers
-
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids, more = ids_of(2, 2 * C), ids_of(2, 9)
     torch.save(more, tmp_path / "ids.pt")
