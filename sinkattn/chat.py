@@ -197,13 +197,14 @@ def load(
     path: str | os.PathLike, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Stream, Conversation]:
     """A Stream and its conversation from a file that `save` has written. Raises what `Stream.load` raises."""
-    texts = saved.read(path, "stream", model)
+    stream, texts = Stream(model), saved.read(path, "stream", model)
     if "conversation" not in texts.about:
         raise ValueError(f"{path} holds no conversation, only texts: Stream.load goes on with them")
     conversation = Conversation.from_json(tokenizer, texts.about["conversation"])
     if texts.tensors["lengths"].tolist() != [len(conversation.ids)]:
         raise ValueError(f"{path} holds another text than its conversation")
-    return Stream.of(model, texts), conversation
+    stream.become(texts)
+    return stream, conversation
 
 
 def behind_end(text: str, end: str) -> str:

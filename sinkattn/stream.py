@@ -250,15 +250,14 @@ class Stream:
         Raises ValueError if the file is damaged or was not written by `save`, and if it does not fit the model, which
         says what differs; OSError if it cannot be read.
         """
-        return cls.of(model, saved.read(path, "stream", model))
-
-    @classmethod
-    def of(cls, model: nn.Module, texts: saved.Texts) -> "Stream":
-        """`load`, once the file is read."""
         stream = cls(model)
-        stream._fill(texts)
-        saved.set_random_state(texts, stream._device)
+        stream.become(saved.read(path, "stream", model))
         return stream
+
+    def become(self, texts: saved.Texts) -> None:
+        """`load` into a Stream that is empty, once the file is read."""
+        self._fill(texts)
+        saved.set_random_state(texts, self._device)
 
     @torch.inference_mode(False)
     @torch.no_grad()
