@@ -123,7 +123,8 @@ def on_host(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list["torch.
 
 def _random(device: torch.device) -> tuple[Any, tuple]:
     """Where torch keeps the state of its generator for a device, and the arguments that name it there."""
-    return (torch, ()) if device.type == "cpu" else (torch.get_device_module(device), (device,))
+    module = torch if device.type == "cpu" else torch.get_device_module(device)
+    return module, () if device.type in ("cpu", "mps") else (device,)
 
 
 def random_state(device: torch.device) -> Tensor:

@@ -223,7 +223,7 @@ def test_nothing_to_save(tmp_path):
         Stream.load(model, tmp_path / "text")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_from_a_gpu_and_back(tmp_path):
     """Sampled text goes on there to the bit; on the CPU greedy text goes on as the oracle says; rows come and go."""
     model, plain = made("llama").cuda(), made("llama")
