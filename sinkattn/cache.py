@@ -13,7 +13,8 @@ from transformers import Cache
 
 from . import saved
 from .introspect import input_device
-from .rows import Agreement, Plan, Rows, has_state, layers_of
+from .rings import Plan, has_state, layers_of
+from .rows import Agreement, Rows
 from .step import Step
 
 

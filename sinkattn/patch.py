@@ -23,8 +23,9 @@ from .introspect import input_device, untouched
 from .models import trained_length
 from .observe import Observer
 from .probe import Recorder, probe
+from .rings import Plan, SinkLayer
 from .rope import ProbedLayer, UnsupportedModelError
-from .rows import Plan, SinkLayer
+from .rows import SpareRows
 from .runner import CHUNK, Runner
 from .verify import Verification
 
@@ -95,7 +96,7 @@ class Handle:
         with untouched(model):
             check = Verification(model, sink_size, window_size)
             context, route, layers = self._reach(sink_size + window_size)
-            plan = Plan(sink_size, window_size, prefill, backend, model.config, True, layers, route, slack)
+            plan = Plan(sink_size, window_size, prefill, backend, model.config, True, layers, route, slack, SpareRows())
             _check_backend(plan)
             check.learn(context, plan)
             self.runner = Runner(model, check.small(), cuda_graph)

@@ -1,189 +1,21 @@
-"""What a batch of texts keeps on its devices: pinned sinks and a ring of recent tokens for each attention, and lengths.
+"""What a batch of texts keeps on its device: the rings of all layers, and of each text its length and its ids.
 
 Memory is allocated once, at capacity. Every row of the batch has its own length, its own sinks (its first S real
 tokens, whatever the padding) and its own ring head; all of that follows from one tensor, `lengths`.
 """
 
 import copy
-import functools
-import pickle
-import uuid
-import weakref
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from .reference import held_positions
-from .rope import ProbedLayer
+from .rings import Plan, has_state, layers_of, states_of
 
 BASE = 6364136223846793005  # of digests, modulo 2^64: odd, so that a digest can be taken back
 INVERSE = (pow(BASE, -1, 2**64) + 2**63) % 2**64 - 2**63  # of BASE, as an int64
 PIECE = 8  # tokens: a text that is but one piece of so many, over and over, tells nothing
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a patched model attends: the keywords of `patch`, and what was found out about it.
-
-    config: of the model.
-    continues: whether layers with a state of their own go on exactly with several tokens at once; if not, all input but
-        the first is fed token by token.
-    layers: every attention of a step, by (layer index, how often that layer attended before in the step).
-    route: how the attention is reached, a row of `patch.ROUTES`.
-    slack: tokens that can be taken back at any time.
-    spare: keeps what no cache uses any more for the next one.
-    name: by which a pickled cache finds the plan of its model again, in this process.
-    """
-
-    sink_size: int
-    window_size: int
-    prefill: str
-    backend: str
-    config: PreTrainedConfig
-    continues: bool
-    layers: dict[tuple[int, int], ProbedLayer]
-    route: str
-    slack: int
-    spare: "SpareRows" = field(default_factory=lambda: SpareRows())
-    name: str = field(init=False, default_factory=lambda: uuid.uuid4().hex)
-
-    def __post_init__(self):
-        _plans[self.name] = self
-
-    def __deepcopy__(self, memo) -> "Plan":
-        return self  # copies of a cache go on with the same model
-
-    def __reduce__(self):
-        return _plan_named, (self.name,)
-
-    @property
-    def capacity(self) -> int:
-        return self.sink_size + self.window_size
-
-    @functools.cached_property
-    def form(self) -> dict[str, Any]:
-        """What a saved text must have in common with whoever goes on with it, besides shapes and dtypes, for JSON."""
-        return {
-            "model_type": self.config.model_type,
-            "num_hidden_layers": self.config.get_text_config(decoder=True).num_hidden_layers,
-            "sink_size": self.sink_size,
-            "window_size": self.window_size,
-            "slack": self.slack,
-            "rings": {
-                f"{layer}.{call}": {
-                    "own_window": probed.own_window,
-                    "rotation": None if probed.rope is None else probed.rope.form,
-                }
-                for (layer, call), probed in self.layers.items()
-            },
-        }
-
-
-_plans: "weakref.WeakValueDictionary[str, Plan]" = weakref.WeakValueDictionary()
-
-
-def _plan_named(name: str) -> Plan:
-    plan = _plans.get(name)
-    if plan is None or plan.spare.is_closed:
-        raise pickle.UnpicklingError(
-            "this SinkCache belongs to a model that was patched in another process, or is patched no more: "
-            "cache.save(path) and SinkCache.load(model, path) go from one to another"
-        )
-    return plan
-
-
-class SinkLayer(CacheLayerMixin):
-    """Keys and values of one attention: (batch, num_kv_heads, S + R, head_dim) each, slots as in `reference.slot_of`.
-
-    R = W + slack: what leaves the window stays in the ring for `slack` tokens, unseen unless tokens are taken back.
-
-    A layer whose own sliding window is not larger than W keeps that window: the same ring with no sinks. One whose
-    window lies between W and S + W sees the sinks for as long as they are nearer than that: sink_reach, else None.
-    """
-
-    is_compileable = False  # so that `generate` makes no masks of its own
-
-    def __init__(self, probed: ProbedLayer, plan: Plan):
-        super().__init__()
-        self.probed, self.rope, own = probed, probed.rope, probed.own_window
-        self.sink_size, self.window_size, self.sink_reach = plan.sink_size, plan.window_size, None
-        self.slack = plan.slack
-        self.is_dense = plan.prefill == "dense"
-        if own is not None and own < plan.capacity:
-            if own > plan.window_size and not self.is_dense:
-                self.sink_reach = own
-            else:
-                self.sink_size, self.window_size, self.is_dense = 0, own, False
-
-    def allocate(self, key_states: Tensor, value_states: Tensor) -> None:
-        slots = self.sink_size + self.window_size + self.slack
-        with torch.inference_mode(False):  # so that the buffers can be written in and out of it
-            self.keys, self.values = (
-                torch.zeros(*x.shape[:2], slots, x.shape[3], dtype=x.dtype, device=x.device)
-                for x in (key_states, value_states)
-            )
-        self.is_initialized = True
-
-    lazy_initialization = allocate
-
-    def fits(self, key_states: Tensor) -> bool:
-        """Whether new keys have the dtype and the device of the buffers."""
-        return key_states.dtype == self.keys.dtype and key_states.device == self.keys.device
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        return key_states, value_states  # handed through: `Step.attend` appends
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0  # what a step shows to the model: an empty cache
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.2x
-
-    def reset(self) -> None:
-        pass  # what is seen follows from the lengths
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take other rows, in place if there are as many of them."""
-        if self.is_initialized:
-            picked = [x.index_select(0, beam_idx.to(x.device)) for x in (self.keys, self.values)]
-            if len(beam_idx) == len(self.keys):
-                self.keys.copy_(picked[0])
-                self.values.copy_(picked[1])
-            else:
-                self.keys, self.values = picked
-
-
-class StatefulSinkLayer(LinearAttentionLayer, SinkLayer):
-    """A layer that attends and has a state besides (Falcon-H1, Zamba): transformers' own holds the state."""
-
-    is_compileable = False
-
-    def __init__(self, probed: ProbedLayer, plan: Plan, own: LinearAttentionLayer):
-        SinkLayer.__init__(self, probed, plan)
-        states = {"number_of_states": own.number_of_states} if hasattr(own, "number_of_states") else {}
-        LinearAttentionLayer.__init__(self, **states)
-
-    def reset(self) -> None:
-        LinearAttentionLayer.reset(self)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
-        SinkLayer.reorder_cache(self, beam_idx)
-
-
-def _states(layer) -> list[Tensor]:
-    """The tensors, batch first, that a layer of transformers' keeps as its state."""
-    held = (getattr(layer, name, None) for name in ("conv_states", "recurrent_states"))
-    return [x for h in held for x in (h.values() if isinstance(h, dict) else [h]) if isinstance(x, Tensor)]
 
 
 class Rows:
@@ -222,11 +54,11 @@ class Rows:
 
     def states(self) -> list[Tensor]:
         """What layers keep besides rings, (batch, ...) each."""
-        return [x for layer in self.layers for x in _states(layer)]
+        return [x for layer in self.layers for x in states_of(layer)]
 
     def named(self) -> dict[str, Tensor]:
         """All that the rows hold, (batch, ...) each, by the names that saved texts have."""
-        states = {f"state.{i}.{k}": x for i, layer in enumerate(self.layers) for k, x in enumerate(_states(layer))}
+        states = {f"state.{i}.{k}": x for i, layer in enumerate(self.layers) for k, x in enumerate(states_of(layer))}
         rings = {
             f"{name}.{layer}.{call}": getattr(ring, name)
             for (layer, call), ring in self.rings.items()
@@ -492,21 +324,3 @@ class SpareRows:
 
 def _stream_of(device: torch.device) -> int | None:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-
-
-def has_state(layers: list) -> bool:
-    """Whether any layer has a state besides keys and values."""
-    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
-
-
-def layers_of(plan: Plan) -> tuple[list, dict[tuple[int, int], SinkLayer]]:
-    """Rings for everything that attends, and transformers' own layers where there is a state and no ring."""
-    made, rings = DynamicCache(config=plan.config).layers, {}
-    for (index, call), probed in sorted(plan.layers.items()):
-        own = made[index] if index < len(made) else None
-        stateful = call == 0 and isinstance(own, LinearAttentionCacheLayerMixin)
-        ring = StatefulSinkLayer(probed, plan, own) if stateful else SinkLayer(probed, plan)
-        rings[index, call] = ring
-        if call == 0:
-            made[index : index + 1] = [ring]
-    return made, rings

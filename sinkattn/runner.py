@@ -32,7 +32,7 @@ from .introspect import (
 )
 from .outputs import copied, cut, finished, joined, without_cache
 from .pictures import Pictures
-from .rows import Plan
+from .rings import Plan
 
 # What a step may be given and still be the one that was captured
 PLAIN = {"input_ids", "attention_mask", *CACHE_NAMES, "use_cache", "return_dict", "position_ids", "cache_position",

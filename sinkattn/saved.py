@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import __version__
-from .rows import Plan
+from .rings import Plan
 
 VERSION = 1  # of the format
 LONGEST = 2**52  # tokens: positions up to here are exact in float64

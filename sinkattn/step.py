@@ -16,8 +16,8 @@ from torch import Tensor
 from . import ops
 from .observe import AttentionRecord
 from .reference import append, attention, held_positions, rotate
+from .rings import SinkLayer
 from .rope import Rope
-from .rows import SinkLayer
 from .watch import Watch
 
 

@@ -4,31 +4,16 @@ import functools
 import inspect
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    GenerationConfig,
-    InfNanRemoveLogitsProcessor,
-    LogitNormalization,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    RepetitionPenaltyLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
 from . import saved
 from .cache import SinkCache
+from .choice import Choice
 from .graph import Captured
 from .introspect import input_device
 from .runner import Runner
@@ -371,7 +356,7 @@ class Stream:
         self._check_whole()
         if self._logits is None or len(self._waiting) == len(self._ended):
             raise ValueError("an empty prompt: append() at least one token first")
-        settings = _Settings.of(self.model, generation_config, options)
+        settings = Choice.of(self.model, generation_config, options)
         generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
         with torch.inference_mode(False), torch.no_grad():
             self._ended.fill_(False)
@@ -381,7 +366,7 @@ class Stream:
     def _steps(
         self,
         max_new_tokens: int | None,
-        settings: "_Settings",
+        settings: Choice,
         generator: torch.Generator | None,
         streamer: BaseStreamer | None,
     ) -> Iterator[Tensor]:
@@ -430,7 +415,7 @@ class Stream:
                 streamer.end()
 
     def _choose(
-        self, settings: "_Settings", watched: bool, generator: torch.Generator | None
+        self, settings: Choice, watched: bool, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The next ids, (batch,); if watched, which rows take them, (batch,) bool, and for the host any, and ids."""
         if settings.do_sample:
@@ -440,11 +425,14 @@ class Stream:
         kind = settings, watched, self._cache.rows
         if kind != self._settings:  # captured at the second token of the same settings
             self._choice, self._settings = None, kind
-        elif self._choice is None and settings.may_be_captured and self._runner.why_eager is None:
+        elif self._choice is None and self._may_capture(settings):
             self._choice = Captured(lambda: self._next_ids(settings, watched), self._device)
         return self._next_ids(settings, watched) if self._choice is None else self._choice()
 
-    def _next_ids(self, settings: "_Settings", watched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _may_capture(self, settings: Choice) -> bool:
+        return self._device.type == "cuda" and settings.may_be_captured and self._runner.why_eager is None
+
+    def _next_ids(self, settings: Choice, watched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         is_plain = not (settings.processors or settings.do_sample)  # then the largest is the largest in any dtype
         scores = self._logits
         if not is_plain:
@@ -487,49 +475,3 @@ class Stream:
 @functools.cache
 def _aside(device: torch.device) -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)
-
-
-OPTIONS = (
-    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
-    "repetition_penalty", "suppress_tokens", "remove_invalid_values", "renormalize_logits", "eos_token_id",
-    "pad_token_id",
-)  # fmt: skip
-CAPTURED = (  # what looks at nothing but the scores and the ids that are held, and never waits for the GPU
-    RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
-)  # fmt: skip
-STATELESS = (
-    *CAPTURED, EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, MinPLogitsWarper,
-    SuppressTokensLogitsProcessor, TopHLogitsWarper, TypicalLogitsWarper,
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """How the next ids are chosen. told: all that `generate` would be told, as text. processors: transformers' own."""
-
-    told: str
-    do_sample: bool
-    ends: tuple[int, ...]
-    pad: int
-    processors: LogitsProcessorList = field(compare=False)
-
-    @classmethod
-    def of(cls, model: Any, config: GenerationConfig | None, options: dict) -> "_Settings":
-        if unknown := [name for name in options if name not in OPTIONS]:
-            raise TypeError(f"Stream.generate takes no {unknown[0]!r}; it takes {', '.join(OPTIONS)}")
-        given = {name: value for name, value in options.items() if value is not None}
-        config, _ = model._prepare_generation_config(config, **given)
-        processors = model._get_logits_processor(config, input_ids_seq_length=1, device=model.device, model_kwargs={})
-        for processor in processors:
-            if not isinstance(processor, STATELESS):
-                raise ValueError(
-                    f"the generation config asks for a {type(processor).__name__}, which needs more of the text than a "
-                    "Stream keeps: use generate(), or leave it out"
-                )
-        ends = () if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
-        pad = config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]
-        return cls(config.to_json_string(use_diff=False), bool(config.do_sample), tuple(ends), int(pad), processors)
-
-    @property
-    def may_be_captured(self) -> bool:
-        return all(isinstance(processor, CAPTURED) for processor in self.processors)

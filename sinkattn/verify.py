@@ -17,8 +17,9 @@ from .cache import SinkCache
 from .introspect import input_device, rewind
 from .observe import Observer
 from .precise import HALF, Precise
+from .rings import Plan
 from .rope import UnsupportedModelError
-from .rows import Plan, SpareRows
+from .rows import SpareRows
 from .runner import Runner
 
 SINKS, WINDOW, BEHIND = 4, 12, 4  # of the small cache that the text runs through; tokens that it holds no more

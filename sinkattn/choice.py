@@ -1,0 +1,67 @@
+"""How a Stream chooses its tokens: by those of transformers' processors that need no more text than it keeps."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    GenerationConfig,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopHLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+OPTIONS = (
+    "do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff",
+    "repetition_penalty", "suppress_tokens", "remove_invalid_values", "renormalize_logits", "eos_token_id",
+    "pad_token_id",
+)  # fmt: skip
+CAPTURED = (  # what looks at nothing but the scores and the ids that are held, and never waits for the GPU
+    RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
+)  # fmt: skip
+STATELESS = (
+    *CAPTURED, EpsilonLogitsWarper, EtaLogitsWarper, InfNanRemoveLogitsProcessor, LogitNormalization, MinPLogitsWarper,
+    SuppressTokensLogitsProcessor, TopHLogitsWarper, TypicalLogitsWarper,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next ids are chosen. told: all that `generate` would be told, as text. processors: transformers' own."""
+
+    told: str
+    do_sample: bool
+    ends: tuple[int, ...]
+    pad: int
+    processors: LogitsProcessorList = field(compare=False)
+
+    @classmethod
+    def of(cls, model: Any, config: GenerationConfig | None, options: dict) -> "Choice":
+        if unknown := [name for name in options if name not in OPTIONS]:
+            raise TypeError(f"Stream.generate takes no {unknown[0]!r}; it takes {', '.join(OPTIONS)}")
+        given = {name: value for name, value in options.items() if value is not None}
+        config, _ = model._prepare_generation_config(config, **given)
+        processors = model._get_logits_processor(config, input_ids_seq_length=1, device=model.device, model_kwargs={})
+        for processor in processors:
+            if not isinstance(processor, STATELESS):
+                raise ValueError(
+                    f"the generation config asks for a {type(processor).__name__}, which needs more of the text than a "
+                    "Stream keeps: use generate(), or leave it out"
+                )
+        ends = () if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
+        pad = config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]
+        return cls(config.to_json_string(use_diff=False), bool(config.do_sample), tuple(ends), int(pad), processors)
+
+    @property
+    def may_be_captured(self) -> bool:
+        return all(isinstance(processor, CAPTURED) for processor in self.processors)
