@@ -151,7 +151,7 @@ def test_attention_taken_away_by_the_config(fuse):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_autocast(name, fuse):
     """Patched outside and inside of autocast: as near to float32 as the unpatched model under autocast."""
-    ids, model = random_ids(1, 12), tiny(name)
+    ids, model = random_ids(8, 12), tiny(name)
 
     def error(found):  # of most tokens: experts may be chosen otherwise
         return ((found.double() - exact).square().mean(-1).sqrt().median() / exact.std()).item()
@@ -164,7 +164,7 @@ def test_autocast(name, fuse):
             with torch.autocast("cpu", torch.bfloat16, enabled=inside):
                 handle = patch(model, S, 60, fuse=fuse)
             with torch.autocast("cpu", torch.bfloat16):
-                assert error(model(ids).logits) < 2 * own
-                assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 15)
+                assert error(model(ids).logits) < 1.5 * own
+                assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (8, 15)
             assert relative_error(model(ids).logits, exact) < EXACT
             handle.remove()

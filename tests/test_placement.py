@@ -165,10 +165,10 @@ def test_a_step_is_one_graph(dtype, device):
         assert torch.equal(cache.rows.ids, plain.rows.ids) and torch.equal(cache.rows.digest, plain.rows.digest)
 
 
-QUANTISED = {
-    "load_in_4bit": ("bitsandbytes", lambda: transformers.BitsAndBytesConfig(load_in_4bit=True)),
-    "load_in_8bit": ("bitsandbytes", lambda: transformers.BitsAndBytesConfig(load_in_8bit=True)),
-    "int8 weights": ("torchao", lambda: transformers.TorchAoConfig(_int8_weight_only())),
+QUANTISED = {  # library, config, error relative to the spread: 8 bits are activations too, rounded row by row
+    "load_in_4bit": ("bitsandbytes", lambda: transformers.BitsAndBytesConfig(load_in_4bit=True), 0.05),
+    "load_in_8bit": ("bitsandbytes", lambda: transformers.BitsAndBytesConfig(load_in_8bit=True), 0.08),
+    "int8 weights": ("torchao", lambda: transformers.TorchAoConfig(_int8_weight_only()), 0.05),
 }
 
 
@@ -181,7 +181,7 @@ def _int8_weight_only():
 @pytest.mark.parametrize("how", list(QUANTISED))
 def test_quantised_weights(how, tmp_path):
     """Of models quantised while they load: patched and unpatched they are the same function, to its own rounding."""
-    library, config = QUANTISED[how]
+    library, config, tolerance = QUANTISED[how]
     pytest.importorskip(library, reason=f"{library} is not installed")
     tiny("llama", hidden_size=128, intermediate_size=128).save_pretrained(tmp_path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -193,7 +193,7 @@ def test_quantised_weights(how, tmp_path):
         with patch(model, S, W):
             for size in (1, 5, ids.shape[1]):
                 found = fed(model, ids, size)
-                assert (found - expected).float().square().mean().sqrt() / expected.float().std() < 0.05
+                assert (found - expected).float().square().mean().sqrt() / expected.float().std() < tolerance
             assert model.generate(ids, max_new_tokens=3).shape == (1, 2 * C + 3)
 
 
