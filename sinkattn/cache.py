@@ -5,6 +5,7 @@ import copy
 import os
 import weakref
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -62,8 +63,9 @@ class SinkCache(Cache):
       with the ids that it holds, and by a digest with those that it has forgotten. What was fed as embeddings is
       unknown and agrees with anything.
     - Ids whose first three tokens are those of the text, or more than half of those that can be compared, are a history
-      that was edited or cut. Where it differs in its last tokens, these are taken back (see `crop`); else ValueError,
-      which says from which token on it differs.
+      that was edited or cut. The tokens from where it differs are taken back, if they can be (see `crop`) and what is
+      before them are 8 tokens or half of the text; else ValueError, which says from which token on it differs.
+      Pictures are not compared, only the ids at their places.
     - Other ids are new. So are all if the text is one piece of at most 8 tokens over and over (blank lines, silence),
       which tells nothing. An attention_mask with as many more columns as `seen` says by itself that its ids are new.
 
@@ -437,11 +439,14 @@ class SinkCache(Cache):
         A positive number is the columns that stay, as it was in transformers before 5.18; 0 does nothing. A row that a
         step fed nothing (as it had ended) loses n tokens as well.
 
-        While a row has never been longer than its cache, all of it can be taken back, later the last ``slack`` tokens
-        of `patch`, counted from the longest that it has been. Raises ValueError for more, and for models with a state;
-        the cache is then as it was.
+        While a row has never been longer than S + W + slack, or than slack and the window of a layer that has a smaller
+        one of its own, all of it can be taken back, later the last ``slack`` tokens of `patch`, counted from the
+        longest that it has been. Raises ValueError for more, and for models with a state; TypeError for what is no
+        number; the cache is then as it was.
         """
-        taken = -tokens_to_remove if tokens_to_remove <= 0 else max(self.seen - tokens_to_remove, 0)
+        if not isinstance(tokens_to_remove, Integral) or isinstance(tokens_to_remove, bool):
+            raise TypeError(f"crop({tokens_to_remove!r}): it needs a whole number of tokens")
+        taken = -int(tokens_to_remove) if tokens_to_remove <= 0 else max(self.seen - int(tokens_to_remove), 0)
         if taken == 0:
             return
         if self.rows is None:

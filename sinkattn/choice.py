@@ -26,6 +26,10 @@ OPTIONS = (
     "repetition_penalty", "suppress_tokens", "remove_invalid_values", "renormalize_logits", "eos_token_id",
     "pad_token_id",
 )  # fmt: skip
+PLAIN = {  # other ways to generate, and what they are where nobody asks for them
+    "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "penalty_alpha": 0.0, "dola_layers": None,
+    "stop_strings": None, "max_time": None, "prompt_lookup_num_tokens": None, "assistant_early_exit": None,
+}  # fmt: skip
 CAPTURED = (  # what looks at nothing but the scores and the ids that are held, and never waits for the GPU
     RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
 )  # fmt: skip
@@ -51,6 +55,12 @@ class Choice:
             raise TypeError(f"Stream.generate takes no {unknown[0]!r}; it takes {', '.join(OPTIONS)}")
         given = {name: value for name, value in options.items() if value is not None}
         config, _ = model._prepare_generation_config(config, **given)
+        for name, plain in PLAIN.items():
+            if getattr(config, name, None) not in (None, plain):
+                raise ValueError(f"{name}={getattr(config, name)!r}: a Stream samples or takes the likeliest token")
+        ends = () if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
+        told = config.to_json_string(use_diff=False)
+        config._eos_token_tensor = torch.tensor(ends, device=model.device) if ends else None
         processors = model._get_logits_processor(config, input_ids_seq_length=1, device=model.device, model_kwargs={})
         for processor in processors:
             if not isinstance(processor, STATELESS):
@@ -58,9 +68,8 @@ class Choice:
                     f"the generation config asks for a {type(processor).__name__}, which needs more of the text than a "
                     "Stream keeps: use generate(), or leave it out"
                 )
-        ends = () if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
         pad = config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]
-        return cls(config.to_json_string(use_diff=False), bool(config.do_sample), tuple(ends), int(pad), processors)
+        return cls(told, bool(config.do_sample), tuple(ends), int(pad), processors)
 
     @property
     def may_be_captured(self) -> bool:

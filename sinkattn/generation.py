@@ -10,6 +10,7 @@ from transformers import GenerationMixin, StoppingCriteriaList
 
 from .cache import SinkCache, Unfed
 from .introspect import CACHE, named
+from .rows import Agreement
 from .runner import Runner, is_plain
 
 BY_TOKEN = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")  # a column for each token
@@ -17,13 +18,15 @@ BY_TOKEN = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_i
 
 @dataclass
 class _Call:
-    """A `generate` under way. has_positions: whether the caller gave some. held: columns of its ids that the cache has
-    read. cache: what it feeds, by beams or not."""
+    """A `generate` under way. has_positions: whether the caller gave some. width: of its ids, columns; held: those that
+    the cache has read. cache: what it feeds. is_search: by beams. is_assisted: by candidates."""
 
     has_positions: bool
+    width: int = 0
     held: int = 0
     cache: SinkCache | None = None
     is_search: bool = False
+    is_assisted: bool = False
 
 
 class _Running(threading.local):
@@ -39,15 +42,14 @@ _running = _Running()
 class _Stops(StoppingCriteriaList):
     """What may end a text, asked once a token: the cache hears which rows have ended, and what was not fed yet."""
 
-    def __init__(self, criteria: StoppingCriteriaList, cache: SinkCache):
+    def __init__(self, criteria: StoppingCriteriaList, cache: SinkCache, width: int):
         super().__init__(criteria)
-        self.cache, self.done, self.columns = cache, None, 0
+        self.cache, self.done, self.width = cache, None, width
         self.pads = any(hasattr(x, "eos_token_id") for x in criteria)  # as `generate` tells
 
     def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
         self.cache.ended = self.done  # before this choice
-        self.columns += 1
-        self.cache.unfed = Unfed(input_ids[:, -1:], self.cache.ended, self.columns)
+        self.cache.unfed = Unfed(input_ids[:, -1:], self.cache.ended, input_ids.shape[1] - self.width)
         done = super().__call__(input_ids, scores, **kwargs)
         if self.pads and len(input_ids) > 1:
             self.done = done if self.done is None else self.done | done
@@ -81,12 +83,13 @@ class Generation:
         """The model's own `generate` with a SinkCache: one of its own, or yours, which may hold a text, see there.
 
         Without an attention_mask, pad ids are padding wherever they stand, as in transformers, unless they also end a
-        text or were chosen in an answer. Raises ValueError for what contradicts itself or the text, before anything is
-        fed but the last token of an answer.
+        text, or were chosen in an answer and cannot be taken back any more. Raises ValueError for what contradicts
+        itself or the text, before anything is fed but the last token of an answer.
         """
         if kwargs.get("cache_implementation") is not None:
             raise ValueError("cache_implementation: a patched model brings its own cache; leave it out")
         kwargs = named(CACHE, kwargs)
+        self._refuse(args, kwargs)
         cache, given = kwargs.get(CACHE), inputs if inputs is not None else kwargs.get("input_ids")
         holds_text = isinstance(cache, SinkCache) and bool(cache.seen)  # forward refuses other caches
         seen, changes, undo = (cache.seen, cache.changes, None) if holds_text else (0, 0, None)
@@ -112,10 +115,16 @@ class Generation:
             kwargs |= {} if inputs is not None else {"input_ids": ids}
         is_assistant = getattr(kwargs.get("generation_config"), "is_assistant", False)  # its positions count padding
         has_positions = kwargs.get("position_ids") is not None and not is_assistant
-        outer, call = _running.call, _Call(has_positions, held)
+        outer, call = _running.call, _Call(has_positions, 0 if ids is None else ids.shape[1], held)
+        before = cache.changes if isinstance(cache, SinkCache) else 0
         _running.call = call
         try:
             output = self._generate(inputs, *args, **kwargs)
+        except BaseException:
+            call.is_search &= call.cache is not None and call.cache.changes != before
+            if call.is_assisted and call.cache is not None and call.cache.changes != before:
+                call.cache.tear()  # candidates that nobody has chosen may stand in it
+            raise
         finally:
             _running.call = outer
             if call.cache is not None:
@@ -129,6 +138,17 @@ class Generation:
             if sequences is not None:
                 sequences[:, : given.shape[1]] = given.repeat_interleave(len(sequences) // len(given), dim=0)
         return output
+
+    def _refuse(self, args: tuple, kwargs: dict) -> None:
+        """Raise ValueError for what cannot be right over a SinkCache, or would leave the model changed."""
+        config, mask = kwargs.get("generation_config") or (args[0] if args else None), kwargs.get("attention_mask")
+        told = lambda name: next((x for x in (kwargs.get(name), getattr(config, name, None)) if x is not None), None)  # noqa: E731
+        if told("assistant_early_exit"):
+            raise ValueError("assistant_early_exit runs a part of the model, whose other layers a SinkCache waits for")
+        if isinstance(kwargs.get(CACHE), SinkCache) and told("use_cache") is False:
+            raise ValueError("use_cache=False feeds the whole text again at every token: leave it out, or the cache")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            raise ValueError("attention_mask must be a tensor, (batch, columns)")
 
     def _pad_of(self, args: tuple, kwargs: dict) -> int | None:
         """The id that `generate` takes for padding wherever it stands, None if there is none."""
@@ -206,18 +226,22 @@ class Generation:
                 row for row, tells_nothing in zip(rows, cache.rows.are_one_piece(), strict=True) if not tells_nothing
             ]
             if telling and all(row.can_follow for row in rows):
+                new = [row.count - row.length + row.back for row in rows]
+                if max(new) == width and min(new) < width:
+                    raise ValueError(
+                        f"row {new.index(width)} of input_ids has a text, and this SinkCache holds none for it: "
+                        "reset() it or make another"
+                    )
                 back, undo = torch.tensor([row.back for row in rows], device=cache.lengths.device), None
                 if any(row.back for row in rows):
                     undo = cache.take_back(back, refeeds=True)
-                    rows = cache.compare(ids, real)
-                kwargs["attention_mask"] = self._history(cache, rows, real).to(ids.dtype)
+                kwargs["attention_mask"] = self._history(cache, new, real).to(ids.dtype)
                 return undo
             if any(row.seems_meant for row in telling):
                 at = next(i for i, row in enumerate(rows) if not row.can_follow)
                 raise ValueError(
                     f"row {at} of input_ids differs from the text that this SinkCache holds {rows[at].difference}, and "
-                    f"it can take back {rows[at].room} tokens now, not {rows[at].back}: reset() it or make another, or "
-                    f"patch() with a larger slack. If all ids are new, say so by an attention_mask of ({batch}, "
+                    f"{self._why_not(cache, rows[at])}. If all ids are new, say so by an attention_mask of ({batch}, "
                     f"{seen + width})"
                 )
         if cache.is_searched:
@@ -232,17 +256,26 @@ class Generation:
         kwargs["attention_mask"] = torch.cat((before, real), dim=1).to(ids.dtype)
         return None
 
-    def _history(self, cache: SinkCache, rows: list, real: Tensor) -> Tensor:
-        """Let `generate` slice the history off ids that begin with it; returns the mask, (batch, width)."""
-        width, new = real.shape[1], [row.count - row.length for row in rows]
-        if max(new) == width and any(row.length for row in rows):
-            raise ValueError(
-                f"row {new.index(width)} of input_ids has a text, and this SinkCache holds none for it: reset() it or "
-                "make another"
+    def _why_not(self, cache: SinkCache, row: Agreement) -> str:
+        if cache.has_state:
+            return "a model with a state takes no tokens back: reset() it or make another"
+        if not row.is_same:
+            return "what is forgotten cannot be taken back: reset() it or make another"
+        if row.back > row.room:
+            return (
+                f"it can take back {row.room} tokens now, not {row.back}: reset() it or make another, or patch() with "
+                "a larger slack"
             )
+        return f"too little of it agrees to take {row.back} tokens back: crop() or reset() it, or make another"
+
+    def _history(self, cache: SinkCache, new: list[int], real: Tensor) -> Tensor:
+        """Let `generate` slice the history off ids that begin with it; returns the mask, (batch, width). new: tokens
+        of each row behind it.
+        """
+        width = real.shape[1]
         cache.seen = width - max(new)
-        columns, new = torch.arange(width, device=real.device), torch.tensor(new, device=real.device)
-        return torch.where(columns < cache.seen, real, columns >= width - new[:, None])
+        columns, behind = torch.arange(width, device=real.device), torch.tensor(new, device=real.device)
+        return torch.where(columns < cache.seen, real, columns >= width - behind[:, None])
 
     def _drop_pads(self, cache: SinkCache, pad: int) -> None:
         """Take pad ids out of the last answer, as `generate` does if it is given the whole text, if they can be."""
@@ -332,7 +365,7 @@ class Generation:
         """`GenerationMixin._get_stopping_criteria`: the cache hears what they say."""
         criteria, call = self._stopping_criteria(*args, **kwargs), _running.call
         is_heard = call is not None and call.cache is not None and not call.is_search
-        return _Stops(criteria, call.cache) if is_heard else criteria
+        return _Stops(criteria, call.cache, call.width) if is_heard else criteria
 
     def candidate_generator(self, *args, **kwargs):
         """`GenerationMixin._get_candidate_generator`: no more candidates at a time than can be taken back.
@@ -341,6 +374,9 @@ class Generation:
         """
         generator = self._candidates(*args, **kwargs)
         handle = getattr(getattr(generator, "assistant_model", None), "_sinkattn", None)
+        if self.runner.plan.prefill == "dense":
+            raise ValueError("prefill='dense' attends candidates otherwise than tokens alone: patch() with 'streaming'")
+        _running.call.is_assisted = True
         most = min(x.plan.slack for x in (self.runner, handle) if x is not None)
         propose = generator.get_candidates
         if most < 1:

@@ -16,6 +16,8 @@ from .rings import Plan, has_state, layers_of, states_of
 BASE = 6364136223846793005  # of digests, modulo 2^64: odd, so that a digest can be taken back
 INVERSE = (pow(BASE, -1, 2**64) + 2**63) % 2**64 - 2**63  # of BASE, as an int64
 PIECE = 8  # tokens: a text that is but one piece of so many, over and over, tells nothing
+FIRST = 3  # tokens of every text whose ids are kept at least, to know it by
+SURE = 8  # tokens that begin as the row's, or half of that, tell that what differs behind them was edited
 
 
 class Rows:
@@ -23,9 +25,9 @@ class Rows:
 
     layers: one per layer of the model, as transformers' `Cache` has them. rings: whatever attends, as in `Plan.layers`.
     lengths: (batch,) int64. peak: (batch,) int64, the largest that a row's length was before tokens were taken back.
-    ids: (batch, S + R + 1) int64, the first S and the last K = max(S, W) of a row's text, by slot as in
-        `reference.slot_of`, R = K + 1 + slack, -1 where there is none or none is known. Slots from the next token on
-        may hold anything, and so may the last column, for what is not kept.
+    ids: (batch, S' + R' + 1) int64, the first S' = max(S, 3) of a row's text and the last R' - 1, by slot as in
+        `reference.slot_of`, R' = max(S', W) + 1 + slack, -1 where there is none or none is known. Slots from the next
+        token on may hold anything, and so may the last column, for what is not kept.
     digest: (batch,) int64, of all ids of a row, those that are forgotten too: ``d * BASE + id``, modulo 2^64.
     Where images have given tokens three positions (M-RoPE): tops, like ids, the largest up to each token, -1 where that
         is its place in the text; anchor, (batch, 3), those of token C - 1.
@@ -36,8 +38,8 @@ class Rows:
 
     def __init__(self, plan: Plan, batch: int, device: torch.device):
         self.layers, self.rings = layers_of(plan)
-        self.sink_size, self.slack, self.kept = plan.sink_size, plan.slack, max(plan.window_size, plan.sink_size)
-        self.ring_size = self.kept + 1 + plan.slack
+        self.plan, self.slack, self.sink_size = plan, plan.slack, max(plan.sink_size, FIRST)
+        self.ring_size = max(plan.window_size, self.sink_size) + 1 + plan.slack
         self.smallest = min(ring.sink_size + ring.window_size + ring.slack for ring in self.rings.values())
         with torch.inference_mode(False):
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -116,7 +118,9 @@ class Rows:
 
     def held(self) -> Tensor:
         """The ids that stand in the cache, (batch, S + R) int64 in no order, -1 for none."""
-        return self.ids[:, :-1].scatter(1, self._slots(self._next(self.slack + 1)), -1)
+        ids, positions = self.known()
+        is_out = (positions >= self.plan.sink_size) & (positions < self.lengths[:, None] - self.plan.window_size)
+        return ids.masked_fill((positions < 0) | is_out, -1)
 
     def _next(self, n: int) -> Tensor:
         """The n positions from the row's length on, (batch, n) int64."""
@@ -165,7 +169,8 @@ class Rows:
     def known(self) -> tuple[Tensor, Tensor]:
         """The ids that are held, and their positions, (batch, S + R) int64 each: -1 where there is none."""
         ids, positions = self.ids[:, :-1], held_positions(self.lengths, self.sink_size, self.ring_size)
-        is_gone = (positions >= self.sink_size) & (positions < self.lengths[:, None] - self.kept)
+        oldest = torch.maximum(self.peak, self.lengths + 1)[:, None] - self.ring_size  # of those not overwritten
+        is_gone = (positions >= self.sink_size) & (positions < oldest)
         return ids, positions.masked_fill((ids < 0) | is_gone, -1)
 
     def compare(self, ids: Tensor, counts: Tensor, with_digest: bool) -> list["Agreement"]:
@@ -262,7 +267,9 @@ class Agreement(NamedTuple):
     @property
     def can_follow(self) -> bool:
         """Whether the text is the row's, perhaps edited, so that it goes on once `back` tokens are taken back."""
-        return bool(self.is_same) and (self.goes_on or self.seems_meant) and self.back <= self.room
+        kept = self.length - self.back
+        is_sure = self.goes_on or (self.seems_meant and (kept >= SURE or 2 * kept >= self.length))
+        return bool(self.is_same) and is_sure and self.back <= self.room
 
     @property
     def seems_meant(self) -> bool:
@@ -277,6 +284,8 @@ class Agreement(NamedTuple):
     @property
     def difference(self) -> str:
         """Where the text differs from the row's, in words."""
+        if self.goes_on:
+            return "in nothing, so that there is nothing new behind it"
         if self.first < min(self.length, self.count):
             return f"from token {self.first} on"
         return f"from token {self.count} on, where it ends" if self.count < self.length else "in what is forgotten"

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .rings import Plan
+from .rows import FIRST
 
 VERSION = 1  # of the format
 LONGEST = 2**52  # tokens: positions up to here are exact in float64
@@ -234,7 +235,8 @@ def _check(about: dict[str, Any], tensors: dict[str, Tensor], vocabulary: int) -
         raise ValueError(f"its header has sink_size, window_size and slack {sizes}")
     if rows < 1 or not 0 < seen <= LONGEST:
         raise ValueError(f"its header has {rows} rows of {seen} columns")
-    slots = sizes[0] + max(sizes[:2]) + 1 + sizes[2] + 1
+    first = max(sizes[0], FIRST)
+    slots = first + max(first, sizes[1]) + 1 + sizes[2] + 1
     known: dict[str, tuple] = {  # shape behind the rows, dtype, least, most
         "lengths": ((), torch.int64, 0, seen),
         "peak": ((), torch.int64, 0, LONGEST),

@@ -85,8 +85,8 @@ class Stream:
         """Add new tokens to the text: new ones only, any number.
 
         input_ids: (batch, tokens) or (tokens,) of any integer dtype, or lists. attention_mask: like input_ids, 0 for
-        left padding; None for none. rows: which rows get them, (n,) int64 or a list, each once, with input_ids
-        (n, tokens); None for all.
+        left padding; None for none. rows: which rows get them, (n,) int64 or a list, each once, or a mask (batch,)
+        bool, with input_ids (n, tokens); None for all.
         Raises TypeError for what are no ids; ValueError for an empty prompt, in any row, another batch size, rows that
         are not there, right padding or ids the model has no embedding for. Nothing is fed then.
         """
@@ -171,7 +171,10 @@ class Stream:
         """
         self._check_whole()
         index = self._index_of(range(0 if self._ended is None else len(self._ended)) if rows is None else rows)
-        taken = torch.as_tensor(n, device=self._device)
+        try:
+            taken = torch.as_tensor(n, device=self._device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"n={n!r}: it needs a number of tokens, or one for each row") from error
         if taken.is_floating_point() or taken.dtype == torch.bool or taken.dim() > 1 or bool((taken < 0).any()):
             raise ValueError(f"n={n}: it needs a number of tokens, or one for each row")
         if taken.dim() == 1 and len(taken) != len(index):
@@ -465,8 +468,13 @@ class Stream:
         ).logits[:, -1]
 
     def _index_of(self, rows: Rows) -> Tensor:
-        index = torch.as_tensor(list(rows) if isinstance(rows, range) else rows, dtype=torch.int64).flatten().tolist()
+        named = torch.as_tensor(list(rows) if isinstance(rows, range) else rows)
         held = 0 if self._ended is None else len(self._ended)
+        if named.dtype == torch.bool:
+            if named.shape != (held,):
+                raise ValueError(f"rows is a mask {tuple(named.shape)}: this Stream holds {held} rows")
+            named = named.nonzero()
+        index = named.long().flatten().tolist()
         if not index or len(set(index)) < len(index) or min(index) < 0 or max(index) >= held:
             raise ValueError(f"rows={index}: this Stream holds {held} rows, name some of them, each once")
         return torch.tensor(index, device=self._device)

@@ -74,8 +74,35 @@ def test_sampling_keeps_the_distribution():
         assert 0.5 * (shares[0] - shares[1]).abs().sum() < 0.35  # total variation; by chance about 0.1
 
 
+class Stops:
+    """A streamer that fails at the n-th time."""
+
+    def __init__(self, n):
+        self.left = n
+
+    def put(self, ids):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyError("full")
+
+    def end(self):
+        pass
+
+
+def test_interrupted_behind_candidates():
+    """Those may stand in the cache, and nobody has chosen them: it is torn."""
+    model, ids = made(), torch.randint(1, 97, (1, 8)).repeat(1, 3)
+    with patch(model, S, W):
+        cache = SinkCache(model)
+        with pytest.raises(KeyError):
+            model.generate(ids, past_key_values=cache, streamer=Stops(1), prompt_lookup_num_tokens=4, **GREEDY)
+        assert cache.is_torn
+
+
 def test_what_cannot_be_assisted():
     model = made()
+    with patch(model, S, W, prefill="dense"), pytest.raises(ValueError, match="prefill='dense'"):
+        model.generate(torch.randint(1, 97, (1, 9)), prompt_lookup_num_tokens=3, **GREEDY)
     with patch(model, S, W, slack=0), pytest.raises(ValueError, match="with slack, their number at a time"):
         model.generate(torch.randint(1, 97, (1, 9)), prompt_lookup_num_tokens=3, **GREEDY)
 

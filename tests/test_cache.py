@@ -44,13 +44,14 @@ def test_ids_by_slot(model, sinks, window):
             text += new[tokens - (tokens if counts is None else int(counts[i])) :]
         held, at = rows.known()
         for i, text in enumerate(texts):
-            kept = {p: text[p] for p in range(len(text)) if p < sinks or p >= len(text) - rows.kept}
+            first, oldest = max(sinks, 3), len(text) + 1 - rows.ring_size
+            kept = {p: text[p] for p in range(len(text)) if p < first or p >= oldest}
             assert {int(p): int(x) for p, x in zip(at[i], held[i], strict=True) if p >= 0} == {
                 p: x for p, x in kept.items() if x >= 0
             }
             digest = functools.reduce(lambda d, x: (d * BASE + x) % 2**64, text, 0)
             assert int(rows.digest[i]) % 2**64 == digest
-    assert rows.ring_size > rows.kept >= window and rows.ids.shape == (3, sinks + rows.ring_size + 1)
+    assert rows.ring_size > window + plan.slack and rows.ids.shape == (3, max(sinks, 3) + rows.ring_size + 1)
     rows.forget(torch.tensor([1]))
     assert rows.lengths.tolist() == [len(texts[0]), 0, len(texts[2])] and (rows.known()[1][1] == -1).all()
 

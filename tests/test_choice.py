@@ -56,6 +56,11 @@ def test_what_a_stream_cannot_choose_by(model):
     for name in ("num_beams", "max_length", "temprature"):
         with pytest.raises(TypeError, match=f"takes no '{name}'; it takes do_sample"):
             stream.generate(5, **{name: 3})
-    with pytest.raises(ValueError, match="NoRepeatNGramLogitsProcessor, which needs more of the text"):
-        stream.generate(5, generation_config=transformers.GenerationConfig(no_repeat_ngram_size=3))
+    for told, message in (
+        (dict(no_repeat_ngram_size=3), "NoRepeatNGramLogitsProcessor, which needs more of the text"),
+        (dict(bad_words_ids=[[5, 6]]), "NoBadWordsLogitsProcessor, which needs more of the text"),
+        (dict(num_beams=3), "num_beams=3: a Stream"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            stream.generate(5, generation_config=transformers.GenerationConfig(**told))
     assert len(list(stream.generate(5, top_k=None, eos_token_id=[]))) == 5

@@ -130,6 +130,9 @@ def test_more_than_can_be_taken_back(slack):
             hook.remove()
             with pytest.raises(ValueError, match=f"can take back {slack - 1} "):
                 cache.crop(-slack)
+        for wrong in (1.5, -1.5, None, "a", True, torch.tensor(-1)):
+            with pytest.raises(TypeError, match="whole number"):
+                cache.crop(wrong)
         cache.crop(0)
         cache.crop(99)  # as it was once: columns that stay
         assert cache.seen == 41
@@ -205,9 +208,19 @@ def test_rewind():
         go_on(1)
         for n, rows, message in (
             (SLACK + 1, None, "can take back"), (1, [3], "rows="), (-1, None, "n=-1"), (1.0, None, "n=1.0"),
-            ([1, 1], [0], "2 numbers, for 1 rows"), (1000, [0], "row 0 holds"),
+            ("a", None, "n='a'"), ([1, 1], [0], "2 numbers, for 1 rows"), (1000, [0], "row 0 holds"),
         ):  # fmt: skip
             with pytest.raises(ValueError, match=message):
                 stream.rewind(n, rows)
         stream.rewind(0)
+        stream.rewind(1, torch.tensor([False, True, False]))
+        del texts[1][-1:]
         go_on(1)
+        again = Stream(model)
+        again.append(texts[0][:18])
+        again.rewind(15)  # a token that was taken back is no repetition
+        found = [ids.item() for ids in again.generate(4, repetition_penalty=5.0)]
+        prompt = torch.tensor([texts[0][:3]])
+        assert (
+            found == model.generate(prompt, max_new_tokens=4, do_sample=False, repetition_penalty=5.0)[0, 3:].tolist()
+        )

@@ -160,7 +160,9 @@ def test_edits_in_one_row(model):
             assert again.lengths.tolist() == [43] * 3
         else:
             cache.rows.peak.fill_(1000)  # as if it had been longer
-            with pytest.raises(ValueError, match=f"row 1 of input_ids differs .* from token {at} on"):
+            with pytest.raises(
+                ValueError, match="row 1 of input_ids differs .* what is forgotten cannot be taken back"
+            ):
                 model.generate(edited, past_key_values=cache, **GREEDY)
 
 
@@ -392,3 +394,49 @@ def test_prompt_tuning():
             handle.remove()
         del model.prepare_inputs_for_generation
     assert not hasattr(model, "_sinkattn")
+
+
+@pytest.mark.parametrize("sinks", [0, 1, 2, 4])
+def test_new_ids_that_begin_like_the_text(sinks):
+    """A few tokens the same, as of a chat template: neither the text is lost nor theirs, an error asks which it is."""
+    model = tiny("llama")
+    with patch(model, sinks, W, slack=8):
+        for length in (20, 60):
+            ids = random_ids(1, length)
+            for same in (1, 3, 7):
+                cache = SinkCache(model)
+                text = model.generate(ids, past_key_values=cache, **GREEDY)
+                new = torch.cat((ids[:, :same], torch.tensor([[80, 81, 82]])), dim=1)
+                before = cache.lengths.tolist()
+                if same == 1:  # less than half of it, and less than three
+                    model.generate(new, past_key_values=cache, **GREEDY)
+                    assert cache.lengths.tolist() == [text.shape[1] + 4 + 9]
+                    continue
+                with pytest.raises(ValueError, match="If all ids are new, say so by an attention_mask"):
+                    model.generate(new, past_key_values=cache, **GREEDY)
+                assert cache.lengths.tolist() == before
+
+
+def test_failing_calls_lose_nothing(model):
+    """A search that does not fit, a row that has nothing, a step without a cache, a model cut short."""
+    ids, new = random_ids(1, 12), torch.tensor([[80, 81, 82]])
+    cache = SinkCache(model)
+    text = model.generate(ids, past_key_values=cache, **GREEDY)
+    for wrong, message in (
+        (dict(num_beams=2), "holds 1 rows"),
+        (dict(use_cache=False), "use_cache=False"),
+        (dict(assistant_early_exit=1), "assistant_early_exit"),
+        (dict(attention_mask=[[1, 1, 1]]), "attention_mask must be a tensor"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(new, past_key_values=cache, **{**GREEDY, **wrong})
+    answer = model.generate(new, past_key_values=cache, **GREEDY)[0, 3:]
+    assert follows(torch.cat((text, new), dim=1)[0], answer)
+    cache, ids = SinkCache(model), random_ids(1, 20)
+    mask = torch.stack((torch.ones(20), torch.zeros(20))).long()
+    with torch.no_grad():
+        model(ids.expand(2, -1), attention_mask=mask, past_key_values=cache)
+    given = torch.cat((ids[:, :17], torch.tensor([[80, 81, 82, 83]])), dim=1).expand(2, -1)
+    with pytest.raises(ValueError, match="row 1 of input_ids has a text, and this SinkCache holds none for it"):
+        model.generate(given, attention_mask=torch.ones_like(given), past_key_values=cache, **GREEDY)
+    assert cache.lengths.tolist() == [20, 0] and cache.seen == 20
