@@ -116,4 +116,6 @@ def _restore(module: nn.Module, state: tuple) -> None:
         else:
             vars(module)[name] = value
     for name, content in contents.items():
-        module._buffers[name].copy_(content)
+        buffer = module._buffers[name]
+        with torch.inference_mode(buffer.is_inference()):  # those made in it can be written to in it alone
+            buffer.copy_(content)

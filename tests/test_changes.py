@@ -168,3 +168,19 @@ def test_autocast(name, fuse):
                 assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (8, 15)
             assert relative_error(model(ids).logits, exact) < EXACT
             handle.remove()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_made_in_inference_mode(inside):
+    """Patched within it or outside: served, and taken off again."""
+    ids = torch.randint(1, 97, (1, 30))
+    expected = streaming_logits(tiny("llama"), ids, 4, 10)
+    with torch.inference_mode():
+        model = tiny("llama")
+        if inside:
+            with patch(model, 4, 10):
+                found = model(ids).logits
+    if not inside:
+        with patch(model, 4, 10), torch.no_grad():
+            found = model(ids).logits
+    assert relative_error(found, expected) < 1e-4

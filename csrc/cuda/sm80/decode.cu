@@ -83,8 +83,8 @@ cudaError_t launch_any(const Params& p, Sharing sharing, const Device& device, c
 
 // Clusters of so many blocks that run at a time, found once. GPUs of several kinds in one process share the finding.
 int clusters_at_a_time(const Params& p, int size, const Device& device) {
-  static std::atomic<int> found[2][MAX_HEAD_DIM / 16 + 1][MAX_GROUP + 1][MAX_CLUSTER + 1] = {};
-  std::atomic<int>& clusters = found[p.is_bfloat16][p.head_dim / 16][p.group][size];
+  static std::atomic<int> found[2][2][MAX_HEAD_DIM / 16 + 1][MAX_GROUP + 1][MAX_CLUSTER + 1] = {};
+  std::atomic<int>& clusters = found[p.is_bfloat16][p.v_dim == p.head_dim][p.head_dim / 16][p.group][size];
   if (clusters == 0) {
     int count = 0;
     clusters = launch_any(p, {size, true}, device, nullptr, &count) == cudaSuccess && count > 0 ? count : -1;
