@@ -133,20 +133,22 @@ class Conversation:
         # system prompt. The cache keeps them as they were; what follows an answer is read off another one.
         return behind_end(self.behind_answer(messages[:-2], messages[-1:]), self._end)
 
-    def behind_answer(self, before: list[dict], after: list[dict]) -> str:
+    def behind_answer(self, before: list[dict], after: list[dict], add_generation_prompt: bool = True) -> str:
         """What the template writes behind an answer between these messages."""
         mark = str(uuid4().int)
         messages = [*before, {"role": "assistant", "content": mark}, *after]
-        _, found, text = self._render(messages).rpartition(mark)
+        _, found, text = self._render(messages, add_generation_prompt).rpartition(mark)
         if not found:
             raise ValueError("the chat template does not show an answer before the last turn: it serves one turn only")
         return text
 
-    def _render(self, messages: list[dict]) -> str:
+    def _render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         from jinja2 import TemplateError
 
         try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except TemplateError as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
         return cast(str, text)  # not tokenized

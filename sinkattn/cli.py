@@ -332,6 +332,22 @@ class _Chat:
             console.print(Text(f"{usage:<12}{meaning}"))
 
 
+def _turn(tokenizer, said: str, system: str | None, is_first: bool) -> str:
+    """What a turn adds to the text; a later one behind an answer and the end of turn that the template gives it."""
+    from .chat import Conversation, behind_end
+
+    conversation = Conversation(tokenizer, system)
+    if is_first or tokenizer.chat_template is None:
+        conversation.messages *= is_first
+        conversation.ask(said)
+        return conversation.text
+    before = [*conversation.messages, {"role": "user", "content": "Hello"}]
+    closing = conversation.behind_answer(before, [], add_generation_prompt=False).strip()
+    eos = tokenizer.eos_token
+    end = eos if eos and closing.startswith(eos) else "".join(closing.split()[:1])
+    return behind_end(conversation.behind_answer(before, [{"role": "user", "content": said}]), end)
+
+
 @app.command()
 def info() -> None:
     """Print versions, devices, backends, and what is missing."""

@@ -142,6 +142,30 @@ def test_chat_feeds_the_difference_of_whole_conversations(template_end, tmp_path
     assert whole.startswith(tokenizer.decode(sum(fed, [])))
 
 
+@pytest.mark.parametrize(
+    ("template", "end", "right"),
+    [
+        (
+            "{% for m in messages %}{% if m.role == 'assistant' and loop.last and not add_generation_prompt %}"
+            "(A: think. {{ m.content }})~{% else %}({{ m.role }}: {{ m.content }})~{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %}(assistant: {% endif %}",
+            ")~",
+            ")~(user: And then?)~(assistant: ",
+        ),
+        (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>\n{% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}",
+            "<end>",
+            "<end>\n<user>And then?<end>\n<assistant>",
+        ),
+    ],
+)
+def test_text_between_two_answers(template, end, right):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(models.MODEL)
+    tokenizer.chat_template = template
+    assert end + cli._turn(tokenizer, "And then?", None, False) == right
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
