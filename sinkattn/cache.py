@@ -2,10 +2,10 @@
 
 import contextlib
 import copy
+import operator
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from numbers import Integral
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -444,9 +444,11 @@ class SinkCache(Cache):
         longest that it has been. Raises ValueError for more, and for models with a state; TypeError for what is no
         number; the cache is then as it was.
         """
-        if not isinstance(tokens_to_remove, Integral) or isinstance(tokens_to_remove, bool):
-            raise TypeError(f"crop({tokens_to_remove!r}): it needs a whole number of tokens")
-        taken = -int(tokens_to_remove) if tokens_to_remove <= 0 else max(self.seen - int(tokens_to_remove), 0)
+        try:
+            columns = operator.index(tokens_to_remove)  # a tensor of one whole number has one, too
+        except TypeError as error:
+            raise TypeError(f"crop({tokens_to_remove!r}): it needs a whole number of tokens") from error
+        taken = -columns if columns <= 0 else max(self.seen - columns, 0)
         if taken == 0:
             return
         if self.rows is None:

@@ -70,7 +70,7 @@ def test_the_four_ways_are_what_they_say(chunk):
     for name, logits in expected.items():
         with Reader(model, name, 4, 10, front, batch=3) as reader:
             found = torch.cat([reader.feed(piece) for piece in ids.split(chunk, dim=1)], dim=1)
-            assert relative_error(found, logits) < 2e-5, name
+            assert relative_error(found, logits) < 1e-4, name
             reader.reset()
             targets = ids[:, 1:]
             loss = cross_entropy(logits[:, :-1].mT, targets, reduction="none")
@@ -88,7 +88,7 @@ def test_only_some_columns():
             some = [reader.feed(piece, torch.tensor([1, 6])) for piece in ids.split(8, dim=1)]
             none = reader.feed(ids[:, :3], torch.arange(0))
         wanted = torch.tensor([8 * i + j for i in range(5) for j in (1, 6)])
-        assert relative_error(torch.cat(some, dim=1), every[:, wanted]) < 2e-5
+        assert relative_error(torch.cat(some, dim=1), every[:, wanted]) < 1e-4
         assert none.shape[:2] == (1, 0)
 
 
@@ -98,7 +98,7 @@ def test_the_plain_definition():
     with torch.no_grad():
         expected = streaming_logits(model, ids, 3, 7)
         found = model.lm_head(plain_forward(model, ids, 3, 7, chunk=16))
-        assert relative_error(found, expected) < 1e-5  # the oracle's angles are float32
+        assert relative_error(found, expected) < 5e-5  # the oracle's angles are float32
         start = 55 - 3 * 6  # layers * (W - 1) tokens earlier
         positions = torch.cat((torch.arange(3), torch.arange(start, 60)))
         later = model.lm_head(plain_forward(model, ids[:, positions], 3, 7, positions, chunk=4))
@@ -120,16 +120,16 @@ def test_sink_logits_in_training_in_streaming_and_by_definition(tmp_path):
     assert all(layer.self_attn.sinks.grad.abs().min() > 0 for layer in model.model.layers)
     with torch.no_grad():
         expected = model.lm_head(plain_forward(model, ids, 0, 30))
-        assert relative_error(logits.detach(), expected) < 1e-5
+        assert relative_error(logits.detach(), expected) < 5e-5
         streamed = model.lm_head(plain_forward(model, ids, 4, 10))
         assert relative_error(streamed, expected) > 1e-2
         with patch(model, 4, 10):
-            assert relative_error(model(ids).logits, streamed) < 1e-5
+            assert relative_error(model(ids).logits, streamed) < 5e-5
         model.save_pretrained(tmp_path)
         transformers.AutoTokenizer.from_pretrained(demo.MODEL).save_pretrained(tmp_path)
         again, _, front = open_model(str(tmp_path), "cpu", "float32")
         assert isinstance(again, SinkLlama) and front == 1
-        assert relative_error(again(ids, use_cache=False).logits, expected) < 1e-5
+        assert relative_error(again(ids, use_cache=False).logits, expected) < 5e-5
         without = [layer.self_attn.sinks.data.fill_(-1e4) for layer in model.model.layers]
         assert len(without) == 3 and relative_error(model(ids, use_cache=False).logits, expected) > 1e-2
 

@@ -101,7 +101,7 @@ def test_what_was_returned_stays(captures):
         cache, kept = SinkCache(model), []
         for piece in ids.split(1, dim=1):
             kept.append(model(piece, past_key_values=cache).logits)
-        assert relative_error(torch.cat(kept, dim=1), model(ids).logits) < 2e-5
+        assert relative_error(torch.cat(kept, dim=1), model(ids).logits) < 1e-4
     assert sum(captures) == 29  # all but the first
 
 

@@ -14,7 +14,7 @@ from tiny import FAMILIES, ROPES, tiny
 S, W = 4, 10
 C = S + W
 # Largest error of logits relative to their spread, by dtype: float32 as asked of every family
-TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 0.25, torch.float16: 0.03}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}
 
 
 @pytest.mark.parametrize("device", DEVICES)

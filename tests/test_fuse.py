@@ -75,9 +75,9 @@ def test_fused_or_not_is_rounding(name):
             pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([30, *[1] * 12], dim=1)]
             logits[fuse] = torch.cat(pieces, dim=1)
     assert (
-        relative_error(logits["layers"], logits["none"]) < 1e-5
+        relative_error(logits["layers"], logits["none"]) < 5e-5
     )  # some norms of transformers are float32 in any dtype
-    assert relative_error(logits["attention"], logits["none"]) < 1e-5
+    assert relative_error(logits["attention"], logits["none"]) < 5e-5
 
 
 def test_what_has_another_form_is_left_alone():
@@ -94,7 +94,7 @@ def test_what_has_another_form_is_left_alone():
         with patch(model, S, W) as handle, torch.no_grad():
             kinds = [type(x).__name__ for x in handle.runner.fused.replaced]
             assert (kinds.count("Attention"), kinds.count("Layer")) == (2, layers)
-            assert relative_error(model(ids).logits, expected) < 2e-5
+            assert relative_error(model(ids).logits, expected) < 1e-4
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -109,7 +109,7 @@ def test_hooks_are_called_wherever_they_are(device):
             hook.remove()
             is_list = isinstance(model.get_submodule(name), torch.nn.ModuleList)
             assert len(heard) >= (not is_list), name
-            assert relative_error(logits, expected) < 1e-5
+            assert relative_error(logits, expected) < 5e-5
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -148,7 +148,7 @@ def test_weights_that_change_while_patched(device):
         reference = copy.deepcopy(other)
         reference.model.layers[1].self_attn.q_proj.weight.data *= factors[0]
         reference.model.layers[1].self_attn.k_proj.weight.data *= factors[1]
-        assert relative_error(found, streaming_logits(reference, text, S, W)) < 2e-5
+        assert relative_error(found, streaming_logits(reference, text, S, W)) < 1e-4
     assert len(seen) == 3 * 7
 
 

@@ -110,7 +110,7 @@ def test_inference_mode_and_none_share_a_cache(model):
     third = model(ids[:, 11:], past_key_values=cache).logits
     with torch.no_grad():
         expected = model(ids).logits
-    assert relative_error(torch.cat((first, second, third.detach()), dim=1), expected) < 2e-5
+    assert relative_error(torch.cat((first, second, third.detach()), dim=1), expected) < 1e-4
 
 
 @pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModel])
@@ -129,5 +129,5 @@ def test_loaders(loader, tmp_path):
         found, prompt, twin = torch.cat(outputs, dim=1), model(ids)[0], tiny("llama")
         if loader is AutoModel:
             found, prompt = twin.lm_head(found), twin.lm_head(prompt)
-        assert relative_error(found, streaming_logits(twin, ids, S, W)) < 2e-5
-        assert relative_error(prompt, twin(ids).logits) < 2e-5
+        assert relative_error(found, streaming_logits(twin, ids, S, W)) < 1e-4
+        assert relative_error(prompt, twin(ids).logits) < 1e-4

@@ -64,12 +64,12 @@ def test_code_beside_the_weights(remote, alibi):
     with patch(model, S, W) as handle, torch.no_grad():
         assert handle.plan.route == "watch"
         for size in (1, 7, C + 1, ids.shape[1]):
-            assert relative_error(fed(model, ids[:1], size), expected) < 2e-5, f"chunks of {size}"
+            assert relative_error(fed(model, ids[:1], size), expected) < 1e-4, f"chunks of {size}"
         for size in (1, 9, ids.shape[1]):
             together = fed(model, ids, size, mask)
             for row, kept in enumerate(mask.bool()):
                 alone = streaming_logits(twin, ids[row : row + 1, kept], S, W)
-                assert relative_error(together[row : row + 1, kept], alone) < 2e-5, f"row {row}, chunks of {size}"
+                assert relative_error(together[row : row + 1, kept], alone) < 1e-4, f"row {row}, chunks of {size}"
         greedy = model.generate(ids[:1], attention_mask=mask[:1], do_sample=False, max_new_tokens=30)
     logits = streaming_logits(twin, greedy, S, W)[:, ids.shape[1] - 1 : -1]
     assert torch.equal(logits.argmax(-1), greedy[:, ids.shape[1] :])
@@ -101,7 +101,7 @@ def test_query_scaled_by_position(step):
         last = 1 + 0.5 * math.log(1 + (C - 1) // step)
         assert handle.plan.layers[0, 0].query_scales[[0, C - 1]].tolist() == pytest.approx([1, last])
         for size in (1, 9, ids.shape[1]):
-            assert relative_error(fed(model, ids, size), expected) < 2e-5, f"chunks of {size}"
+            assert relative_error(fed(model, ids, size), expected) < 1e-4, f"chunks of {size}"
 
 
 def test_query_scaled_by_the_length_of_the_cache():
@@ -116,7 +116,7 @@ def test_chunked_attention():
     model = sweep.build("llama4_text", attention_chunk_size=C)
     expected = streaming_logits(copy.deepcopy(model), ids, S, W)
     with patch(model, S, W):
-        assert relative_error(fed(model, ids, 9), expected) < 2e-5
+        assert relative_error(fed(model, ids, 9), expected) < 1e-4
     for size in (C - 1, W, 5):
         with pytest.raises(UnsupportedModelError, match="chunks below S"):
             patch(sweep.build("llama4_text", attention_chunk_size=size), S, W)
@@ -158,4 +158,4 @@ def test_images_are_refused():
         with pytest.raises(ValueError, match="those after them"):
             model(ids, past_key_values=cache, token_type_ids=types)
         expected = model(torch.cat((ids, ids), dim=1)).logits
-        assert relative_error(model(ids, past_key_values=cache).logits, expected[:, 12:]) < 2e-5
+        assert relative_error(model(ids, past_key_values=cache).logits, expected[:, 12:]) < 1e-4

@@ -196,8 +196,8 @@ def test_long_prompts_go_through_in_chunks(chunk):
         assert_same(model(ids), whole)
         as_tuple = model(ids, return_dict=False, use_cache=False)
     assert widths == {"layer": [8] * 6 + [2], "body": [50], "head": [1]}
-    assert len(as_tuple) == 1 and relative_error(as_tuple[0], whole.logits) < 2e-5
-    assert relative_error(whole.logits[:1], streaming_logits(tiny("llama"), ids[:1], S, 10)) < 2e-5
+    assert len(as_tuple) == 1 and relative_error(as_tuple[0], whole.logits) < 1e-4
+    assert relative_error(whole.logits[:1], streaming_logits(tiny("llama"), ids[:1], S, 10)) < 1e-4
 
 
 MODELS = {}

@@ -127,21 +127,21 @@ def test_exact(kind, parts):
         return torch.cat([model(x, **more, past_key_values=cache).logits for x, more in pieces(size)], dim=1)
 
     with patch(model, S, 70):
-        assert relative_error(model(ids, **pictures).logits, dense) < 2e-5
+        assert relative_error(model(ids, **pictures).logits, dense) < 1e-4
         for size in (1, 7):
-            assert relative_error(fed(size), dense) < 2e-5
+            assert relative_error(fed(size), dense) < 1e-4
     with patch(model, S, W):
         whole = model(ids, **pictures).logits
         if kind != "qwen3_vl":  # which adds to hidden states of pictures between layers, out of the oracle's sight
-            assert relative_error(whole, streaming_logits(twin, ids, S, W, oracle)) < 2e-5
+            assert relative_error(whole, streaming_logits(twin, ids, S, W, oracle)) < 1e-4
         for size in (1, 5, C):
-            assert relative_error(fed(size), whole) < 2e-5
+            assert relative_error(fed(size), whole) < 1e-4
         greedy = model.generate(ids, **pictures, **GREEDY)
         longer = torch.nn.functional.pad(pictures["mm_token_type_ids"], (0, 6))
         logits = model(greedy, **{**pictures, "mm_token_type_ids": longer}).logits
         assert torch.equal(logits[:, ids.shape[1] - 1 : -1, 1:92].argmax(-1) + 1, greedy[:, ids.shape[1] :])
         text_alone = text(3 * C)
-        assert relative_error(model(text_alone).logits, streaming_logits(twin, text_alone, S, W)) < 2e-5
+        assert relative_error(model(text_alone).logits, streaming_logits(twin, text_alone, S, W)) < 1e-4
 
 
 TURNS = {  # what two turns show
@@ -286,5 +286,5 @@ def test_a_row_that_starts_anew_counts_anew():
         cache.forget(torch.tensor([0]))
         assert cache.top.tolist() == [-1, 11]
         found = torch.cat([model(x.expand(2, -1), past_key_values=cache).logits for x in after.split(11, dim=1)], dim=1)
-        assert relative_error(found[:1], model(after).logits) < 2e-5
-        assert relative_error(found[1:], goes_on) < 2e-5
+        assert relative_error(found[:1], model(after).logits) < 1e-4
+        assert relative_error(found[1:], goes_on) < 1e-4

@@ -36,8 +36,8 @@ def test_offloaded_weights(where, tmp_path):
         accelerate.disk_offload(model, tmp_path, execution_device="cpu")
     assert next(model.parameters()).is_meta
     with patch(model, S, W), torch.no_grad():
-        assert relative_error(fed(model, ids, 1), expected) < 2e-5
-        assert relative_error(fed(model, ids, 9), expected) < 2e-5
+        assert relative_error(fed(model, ids, 1), expected) < 1e-4
+        assert relative_error(fed(model, ids, 9), expected) < 1e-4
         greedy = model.generate(ids, do_sample=False, max_new_tokens=5)
         stream = Stream(model)
         stream.append(ids)
@@ -58,7 +58,7 @@ def test_layers_on_several_devices(tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map=devices)
     with patch(model, S, W):
         found = fed(model, ids.to(0), 9)
-    assert relative_error(found.cpu(), expected) < 2e-5
+    assert relative_error(found.cpu(), expected) < 1e-4
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ with torch.no_grad():
     for size in (1, 9, ids.shape[1]):
         cache = SinkCache(model)
         found = torch.cat([model(x, past_key_values=cache).logits for x in ids.split(size, dim=1)], dim=1)
-        assert relative_error(found, expected) < 2e-5, size
+        assert relative_error(found, expected) < 1e-4, size
     assert cache.layers[0].keys.shape[1] == 1  # of two key heads
     assert model.generate(ids, max_new_tokens=3).shape == (1, ids.shape[1] + 3)
 print("exact")
@@ -107,17 +107,17 @@ def test_adapters():
     expected = streaming_logits(wrapped, ids, S, W)
     assert relative_error(expected, plain) > 0.1
     with patch(wrapped, S, W), torch.no_grad():
-        assert relative_error(wrapped(ids).logits, expected) < 2e-5
-        assert relative_error(fed(wrapped, ids, 1), expected) < 2e-5
+        assert relative_error(wrapped(ids).logits, expected) < 1e-4
+        assert relative_error(fed(wrapped, ids, 1), expected) < 1e-4
         greedy = wrapped.generate(input_ids=ids, do_sample=False, max_new_tokens=5)
         assert torch.equal(greedy[:, :-5], ids)
         with wrapped.disable_adapter():
-            assert relative_error(wrapped(ids).logits, plain) < 2e-5
+            assert relative_error(wrapped(ids).logits, plain) < 1e-4
     likeliest = streaming_logits(wrapped, greedy, S, W)[:, -6:-1].argmax(-1)
     assert torch.equal(likeliest, greedy[:, -5:])
     with torch.no_grad():
         dense = wrapped(ids).logits
-        assert relative_error(wrapped.merge_and_unload()(ids).logits, dense) < 2e-5  # the patch has left nothing behind
+        assert relative_error(wrapped.merge_and_unload()(ids).logits, dense) < 1e-4  # the patch has left nothing behind
 
 
 def test_adapters_inside():
@@ -127,7 +127,7 @@ def test_adapters_inside():
     inside.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     expected = streaming_logits(inside, ids, S, W)
     with patch(inside, S, W):
-        assert relative_error(fed(inside, ids, 5), expected) < 2e-5
+        assert relative_error(fed(inside, ids, 5), expected) < 1e-4
 
 
 @pytest.mark.slow
@@ -142,9 +142,9 @@ def test_compiled(order):
     with torch.no_grad():
         dense = compiled(ids).logits if order == "compiled first" else model(ids).logits
         with patch(compiled if order == "compiled first" else model, S, W):
-            assert relative_error(compiled(ids).logits, expected) < 2e-5
-            assert relative_error(fed(compiled, ids[:, : C + 4], 1), expected[:, : C + 4]) < 2e-5
-        assert relative_error(compiled(ids).logits, dense) < 2e-5
+            assert relative_error(compiled(ids).logits, expected) < 1e-4
+            assert relative_error(fed(compiled, ids[:, : C + 4], 1), expected[:, : C + 4]) < 1e-4
+        assert relative_error(compiled(ids).logits, dense) < 1e-4
 
 
 @pytest.mark.parametrize("device", DEVICES)

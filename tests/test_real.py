@@ -81,7 +81,7 @@ def loss_past_the_wrap(dtype, device: str, fused: str, sink_size: int = 4) -> fl
 def test_the_oracle_in_one_pass_is_the_oracle():
     model, ids = tiny("llama"), torch.randint(1, 97, (1, 50))
     expected = oracle.streaming_logits(model, ids, 4, 10)
-    assert oracle.relative_error(real.streaming_logits(model, ids, 4, 10), expected) < 2e-5
+    assert oracle.relative_error(real.streaming_logits(model, ids, 4, 10), expected) < 1e-4
     assert model.config._attn_implementation == "eager"
 
 

@@ -130,10 +130,10 @@ def test_more_than_can_be_taken_back(slack):
             hook.remove()
             with pytest.raises(ValueError, match=f"can take back {slack - 1} "):
                 cache.crop(-slack)
-        for wrong in (1.5, -1.5, None, "a", True, torch.tensor(-1)):
+        for wrong in (1.5, -1.5, None, "a", torch.tensor(-1.0)):
             with pytest.raises(TypeError, match="whole number"):
                 cache.crop(wrong)
-        cache.crop(0)
+        cache.crop(torch.tensor(0))
         cache.crop(99)  # as it was once: columns that stay
         assert cache.seen == 41
 
@@ -147,14 +147,14 @@ def test_a_short_text_goes_back_to_any_token():
         expected = model(ids[:, 2:9], past_key_values=(SinkCache(model))).logits.shape
         cache.crop(2)
         found = model(ids[:, 2:], past_key_values=cache).logits
-        assert expected[1] == 7 and relative_error(found, model(ids).logits[:, 2:]) < 1e-5
+        assert expected[1] == 7 and relative_error(found, model(ids).logits[:, 2:]) < 5e-5
         model(ids[:, :1], past_key_values=cache)
         with pytest.raises(ValueError, match=f"can take back {SLACK} "):
             cache.crop(2)
         empty = SinkCache(model)
         model(ids, past_key_values=empty)
         empty.crop(-ids.shape[1])
-        assert relative_error(model(ids, past_key_values=empty).logits, model(ids).logits) < 1e-5
+        assert relative_error(model(ids, past_key_values=empty).logits, model(ids).logits) < 5e-5
 
 
 def test_models_with_a_state_say_so():

@@ -24,7 +24,7 @@ def test_half_precision_runs_in_float32(name, dtype):
         weights = {key: x.clone() for key, x in model.state_dict().items()}
         expected = model.float()(ids).logits
     assert found.dtype == torch.float32 and native.dtype == dtype
-    assert relative_error(found, expected) < 1e-5 < relative_error(native, expected)
+    assert relative_error(found, expected) < 5e-5 < relative_error(native, expected)
     assert all(x.dtype == dtype for x in weights.values())
 
 
@@ -57,11 +57,11 @@ def test_windows_of_a_layers_own(name, own, S, W):
     with torch.no_grad():
         dense = model(ids[:, : S + W]).logits
         with patch(model, S, W):
-            assert relative_error(model(ids[:, : S + W]).logits, dense) < 2e-5
-            assert relative_error(model(ids).logits, expected) < 2e-5
+            assert relative_error(model(ids[:, : S + W]).logits, dense) < 1e-4
+            assert relative_error(model(ids).logits, expected) < 1e-4
             cache = SinkCache(model)
             pieces = [model(x, past_key_values=cache).logits for x in ids.split([W, 1, 1, ids.shape[1] - W - 2], dim=1)]
-            assert relative_error(torch.cat(pieces, dim=1), expected) < 2e-5
+            assert relative_error(torch.cat(pieces, dim=1), expected) < 1e-4
 
 
 def test_a_named_backend_does_not_take_what_it_cannot():
