@@ -35,6 +35,7 @@ def helped(request):
         else:
             draft = made(0.0 if request.param == "itself" else 0.003)
             draft.generation_config.num_assistant_tokens = 20  # more than can be taken back
+            draft.generation_config.assistant_confidence_threshold = 0.0  # however unsure of them it is
             if request.param == "unpatched":
                 yield model, dict(assistant_model=draft)
             else:
