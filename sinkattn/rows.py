@@ -122,17 +122,13 @@ class Rows:
         is_out = (positions >= self.plan.sink_size) & (positions < self.lengths[:, None] - self.plan.window_size)
         return ids.masked_fill((positions < 0) | is_out, -1)
 
-    def _next(self, n: int) -> Tensor:
-        """The n positions from the row's length on, (batch, n) int64."""
-        return self.lengths[:, None] + torch.arange(n, device=self.lengths.device)
-
     def room(self, refeeds: bool) -> Tensor:
         """How many tokens can be taken back now, (batch,) int64. refeeds: whether the first of them is fed again."""
         if self.has_state:
             return torch.zeros_like(self.lengths)
-        spare = self.slack + refeeds + self.lengths - torch.maximum(self.peak, self.lengths)
-        has_wrapped = torch.maximum(self.peak, self.lengths) > self.smallest
-        return torch.where(has_wrapped, torch.minimum(spare.clamp(min=0), self.lengths), self.lengths)
+        peak = torch.maximum(self.peak, self.lengths)
+        spare = (self.slack + refeeds + self.lengths - peak).clamp(min=0)
+        return torch.where(peak > self.smallest, torch.minimum(spare, self.lengths), self.lengths)
 
     def take_back(self, counts: Tensor, most: int) -> None:
         """Let the rows end earlier, by counts, (batch,) int64, of at most `room` and `most`.
@@ -143,8 +139,9 @@ class Rows:
         """
         torch.maximum(self.peak, self.lengths, out=self.peak)
         self.lengths.sub_(counts)
-        ids = self.ids.gather(1, self._slots(self._next(most)))  # what is taken back comes first
-        exponents = counts[:, None] - 1 - torch.arange(most, device=ids.device)
+        behind = torch.arange(most, device=counts.device)
+        ids = self.ids.gather(1, self._slots(self.lengths[:, None] + behind))  # what is taken back comes first
+        exponents = counts[:, None] - 1 - behind
         self.digest.sub_(_digest(ids, exponents)).mul_(_powers(most, ids.device, INVERSE)[counts])
 
     def top(self) -> Tensor:

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-import transformers
 
+from helpers import plain
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, patch
 from tiny import FAMILIES, ROPES, tiny
@@ -158,12 +158,7 @@ def test_a_short_text_goes_back_to_any_token():
 
 
 def test_models_with_a_state_say_so():
-    config = transformers.FalconH1Config(
-        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8,
-        mamba_chunk_size=16, eos_token_id=None, pad_token_id=0, bos_token_id=1,
-    )  # fmt: skip
-    model = transformers.FalconH1ForCausalLM(config).eval()
+    model = copy.deepcopy(plain("falcon_h1"))
     with patch(model, S, W), torch.no_grad():
         cache = SinkCache(model)
         model(ids_of(1, 9), past_key_values=cache)
