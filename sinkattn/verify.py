@@ -17,7 +17,7 @@ from .cache import SinkCache
 from .introspect import input_device, rewind
 from .observe import Observer
 from .precise import HALF, Precise
-from .rings import Plan
+from .rings import Plan, StatefulSinkLayer, layers_of
 from .rope import UnsupportedModelError
 from .rows import SpareRows
 from .runner import Runner
@@ -215,12 +215,19 @@ class Verification:
                 hook.remove()
 
     def _judge(self, observer: Observer, gave: dict[nn.Module, Tensor], later: list[int]) -> None:
-        """Compare what attention modules gave by themselves with what was observed of them."""
+        """Compare what attention modules gave by themselves with what was observed of them.
+
+        One with a state of its own (Zaya's convolves keys) gives other keys where the sinks meet the window.
+        """
         first = self.capacity if self.steady == self.capacity else 0
-        tokens = [*range(first), *later]
-        for (layer_idx, _), module in observer.attending.items():
+        rings = layers_of(self.plan)[1]
+        for key, module in observer.attending.items():
+            behind = [] if isinstance(rings[key], StatefulSinkLayer) else later
+            tokens, layer_idx = [*range(first), *behind], key[0]
+            if not tokens:
+                continue
             found, expected = observer.of[module].output[0].double(), gave[module].double()
-            expected = torch.cat((expected[2, :first], expected[3:, -1]))
+            expected = torch.cat((expected[2, :first], expected[3 : 3 + len(behind), -1]))
             size = expected.square().mean(-1).sqrt()
             error = (found[tokens] - expected).square().mean(-1).sqrt() / size.clamp_min(1e-2 * size.max())
             worst = error.argmax().item()

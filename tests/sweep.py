@@ -111,7 +111,7 @@ VARIANTS = {  # the same type in another form
 SAMPLE = [  # what CI checks
     *("llama", "mistral", "qwen2", "qwen3_moe", "gemma2", "gemma3_text", "gemma3n_text", "gpt_oss", "gpt_neox", "mpt"),
     *("gpt_neox_japanese", "gptj", "codegen", "falcon", "falcon (ALiBi)", "bloom", "stablelm", "phi", "cohere2"),
-    *("deepseek_v3", "jamba", "falcon_h1", "qwen3_next", "llama4_text", "gpt2"),
+    *("deepseek_v3", "jamba", "falcon_h1", "qwen3_next", "llama4_text", "zaya", "gpt2"),
 ]
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "models"
