@@ -21,6 +21,7 @@ MAX_HEAD_DIM = 256
 CUDA_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))  # of csrc/cuda
 CUDA_MAX_GROUP = 16
 CUDA_PREFILL_HEAD_DIMS, CUDA_PREFILL_MAX_SINKS = (64, 128), 128
+CUDA_FEW = 16  # tokens of a row that its decode takes, where the ring has room for all of them beside the window
 
 
 class Tensors(NamedTuple):
@@ -236,9 +237,16 @@ def _refused_by_triton(op: str, t: Tensors) -> str | None:
     return _refused_by_kernels(op, t)
 
 
+def _is_few(t: Tensors, s: Sizes) -> bool:
+    """Whether the decode of csrc/cuda takes a prefill: no token then takes the slot of one that another sees."""
+    tokens, ring_size = t.q.shape[2], t.k_cache.shape[2] - s.sink_size
+    fits = 0 < tokens <= CUDA_FEW and s.dense_window == 0 and ring_size >= s.window_size + tokens - 1
+    return fits and _refused_by_cuda("decode", t) is None and is_large(t.q.device.index)
+
+
 def _is_in_cuda_prefill(t: Tensors, s: Sizes) -> bool:
     """Whether csrc/cuda takes a prefill."""
-    return (
+    return _is_few(t, s) or (
         t.q.dtype in (torch.float16, torch.bfloat16)
         and t.q.shape[3] == t.v.shape[3] in CUDA_PREFILL_HEAD_DIMS
         and s.sink_size <= CUDA_PREFILL_MAX_SINKS

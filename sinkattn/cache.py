@@ -105,6 +105,7 @@ class SinkCache(Cache):
         self.ended: Tensor | None = None  # (batch,) bool, rows that `generate` feeds nothing any more
         self.unfed: Unfed | None = None  # what it chose last
         self.is_searched = False  # whether the rows are the beams of a search
+        self.are_checked = False  # whether ids that come are known to be right: the model has proposed or chosen them
         self.is_torn = False
 
     def _use(self, rows: Rows) -> None:
@@ -210,7 +211,7 @@ class SinkCache(Cache):
         if is_captured:
             self.is_torn = False
             return
-        self.rows.is_warm = step.tokens == 1 and step.is_fixed
+        self.rows.ran(step.tokens, step.is_fixed)
         self.has_places = step.has_places
         self.count(step.tokens, ids is not None)
 
@@ -250,7 +251,7 @@ class SinkCache(Cache):
 
     def end_turn(self, is_search: bool) -> None:
         """`generate` is over: what it chose last stays unfed, in a tensor of its own. is_search: whether by beams."""
-        self.ended, self.is_searched = None, self.is_searched or is_search
+        self.ended, self.is_searched, self.are_checked = None, self.is_searched or is_search, False
         if self.unfed is not None:
             self.unfed = self.unfed._replace(ids=self.unfed.ids.clone())
 

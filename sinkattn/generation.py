@@ -1,5 +1,6 @@
 """What transformers' `generate` asks of a patched model: its cache, its inputs, and turns over one cache."""
 
+import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,6 +116,8 @@ class Generation:
             kwargs |= {} if inputs is not None else {"input_ids": ids}
         is_assistant = getattr(kwargs.get("generation_config"), "is_assistant", False)  # its positions count padding
         has_positions = kwargs.get("position_ids") is not None and not is_assistant
+        if holds_text:
+            cache.are_checked = is_assistant  # what is new was chosen
         outer, call = _running.call, _Call(has_positions, 0 if ids is None else ids.shape[1], held)
         before = cache.changes if isinstance(cache, SinkCache) else 0
         _running.call = call
@@ -378,7 +381,8 @@ class Generation:
             raise ValueError("prefill='dense' attends candidates otherwise than tokens alone: patch() with 'streaming'")
         _running.call.is_assisted = True
         most = min(x.plan.slack for x in (self.runner, handle) if x is not None)
-        propose = generator.get_candidates
+        propose, cache = generator.get_candidates, _running.call.cache
+        times = itertools.count()
         if most < 1:
             raise ValueError("assisted generation takes candidates back: patch() with slack, their number at a time")
 
@@ -387,6 +391,7 @@ class Generation:
                 if hasattr(generator, name):
                     setattr(generator, name, min(getattr(generator, name), most))
             ids, logits = propose(input_ids, *args, **kwargs)
+            cache.are_checked = next(times) > 0  # behind the prompt, what is fed was chosen or proposed
             return ids[:, : input_ids.shape[1] + most], None if logits is None else logits[:, :most]
 
         generator.get_candidates = get_candidates

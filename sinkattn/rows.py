@@ -10,9 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .graph import Captured
 from .reference import held_positions
 from .rings import Plan, has_state, layers_of, states_of
 
+FEW = 16  # tokens a row: steps of so many may be captured
 BASE = 6364136223846793005  # of digests, modulo 2^64: odd, so that a digest can be taken back
 INVERSE = (pow(BASE, -1, 2**64) + 2**63) % 2**64 - 2**63  # of BASE, as an int64
 PIECE = 8  # tokens: a text that is but one piece of so many, over and over, tells nothing
@@ -32,8 +34,9 @@ class Rows:
     Where images have given tokens three positions (M-RoPE): tops, like ids, the largest up to each token, -1 where that
         is its place in the text; anchor, (batch, 3), those of token C - 1.
     smallest: slots of the smallest ring and its sinks, tokens: until then nothing is overwritten.
-    captured: a one-token step over these tensors (`graph.Captured`), or None. captured_for, is_masked: what it was
-        captured with, see `Runner.replay`. is_warm: whether a one-token step has run and left everything in place.
+    captured: steps over these tensors (`graph.Captured`), by their tokens. captured_for: what they were captured with;
+        masked: tokens of those whose mask is not all True, see `Runner.replay`. warm: tokens of the steps that have run
+        and left everything in place.
     """
 
     def __init__(self, plan: Plan, batch: int, device: torch.device):
@@ -49,10 +52,22 @@ class Rows:
             self.anchor = torch.zeros(batch, 3, dtype=torch.int64, device=device)
         self.has_state = has_state(self.layers)
         self.stream = _stream_of(device)
-        self.captured, self.captured_for, self.is_masked, self.is_warm = None, None, False, False
+        self.drop_captured()
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "captured": None}  # another process needs a graph of its own
+        return {**vars(self), "captured": {}}  # another process needs graphs of its own
+
+    def drop_captured(self) -> None:
+        """Nothing that was captured holds any more: tensors are in other places."""
+        self.captured: dict[int, Captured] = {}
+        self.captured_for, self.masked, self.warm = None, set(), set()
+
+    def ran(self, tokens: int, is_fixed: bool) -> None:
+        """A step of so many tokens has run. is_fixed: whether states of layers stayed where they were."""
+        if self.has_state and (tokens > 1 or not is_fixed):
+            self.warm.clear()
+        elif tokens <= FEW:
+            self.warm.add(tokens)
 
     def states(self) -> list[Tensor]:
         """What layers keep besides rings, (batch, ...) each."""
@@ -229,7 +244,8 @@ class Rows:
                 getattr(self, name).copy_(x)
             return self
         other = copy.copy(self)
-        vars(other).update(taken, captured=None, is_warm=False)
+        vars(other).update(taken)
+        other.drop_captured()
         return other
 
 
@@ -309,7 +325,7 @@ class SpareRows:
         self.is_closed = False
 
     def put(self, rows: Rows) -> None:
-        if rows.captured is not None and not self.is_closed:
+        if rows.captured and not self.is_closed:
             self.rows = rows
 
     def take(self, batch: int, device: torch.device) -> Rows | None:

@@ -57,6 +57,7 @@ class Runner:
         self.fused: Fused | None = None
         self.why_eager = None if cuda_graph else "cuda_graph=False"
         self._refused = not cuda_graph  # for good, while `why_eager` may change with hooks and devices
+        self._takes_one = False  # whether steps of more tokens cannot be captured
         self._forward = model.forward
         self._version, self._seen, self._changes = 0, None, -1  # see `look`
         self._attending: dict[nn.Module, nn.Module] = {}
@@ -116,10 +117,12 @@ class Runner:
         mask = self._mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
         if cache.ended is not None and tokens == 1:
             mask = ~cache.ended[:, None].to(given.device)
-        if tokens == 1 and self.may_replay(kwargs, cache):
+        if (tokens == 1 or cache.are_checked) and self.may_replay(kwargs, cache, tokens):
             output = self.replay(cache, ids, mask)
             if output is not None:
-                return finished(copied(output, cache), self.model, kwargs.get("return_dict"))
+                kept = output.logits if tokens == 1 else output.logits[:, -(kwargs.get("logits_to_keep") or tokens) :]
+                output = copied(type(output)(**{**output, "logits": kept}), cache)
+                return finished(output, self.model, kwargs.get("return_dict"))
         mask = None if mask is None else mask.bool()
         is_at_hand = given.device.type == "cpu" and not torch.compiler.is_compiling()
         if ids is not None and (tokens > 1 or is_at_hand):
@@ -265,15 +268,17 @@ class Runner:
             pieces.append(self._step(chunk, cache, chunk_mask, chunk_places, forward=forward, ids=chunk_ids))
         return joined(pieces, batch, widths)
 
-    # A step of one token, captured.
+    # Steps of one token a row, or a few, captured.
 
-    def may_replay(self, kwargs: dict, cache: SinkCache) -> bool:
-        """Whether a one-token step is one that a CUDA graph holds, as far as the host can tell."""
+    def may_replay(self, kwargs: dict, cache: SinkCache, tokens: int) -> bool:
+        """Whether a step of one token or a few is one that a CUDA graph holds, as far as the host can tell."""
         if self._changes != changes.made() and not torch.compiler.is_compiling():
             self.look()
-        if self.why_eager is not None or not cache.seen or not cache.rows.is_warm:
+        if self.why_eager is not None or not cache.seen or tokens not in cache.rows.warm:
             return False
         if not is_plain(kwargs):
+            return False
+        if tokens > 1 and (self._takes_one or not isinstance(kwargs.get("logits_to_keep") or 0, int)):
             return False
         return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
@@ -310,41 +315,57 @@ class Runner:
 
     @torch.no_grad()
     def replay(self, cache: SinkCache, ids: Tensor, mask: Tensor | None):
-        """One token a row as a graph, which is captured if there is none: for whoever knows that `may_replay`.
+        """A few tokens a row as a graph, which is captured if there is none: for whoever knows that `may_replay`.
 
-        ids, mask: (batch, 1). Returns the model's output, which the next step overwrites, or None if the step could not
-        be captured and has not run.
+        ids, mask: (batch, tokens). Returns the model's output, which the next step overwrites, or None if the step
+        could not be captured and has not run.
         """
         device = ids.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        rows, wanted = cache.rows, (self._version, cache.has_places, autocast)
-        if rows.captured is None or rows.captured_for != wanted:
+        rows, wanted, tokens = cache.rows, (self._version, cache.has_places, autocast), ids.shape[1]
+        if rows.captured_for != wanted:
+            rows.captured.clear()
+            rows.captured_for = wanted
+        if tokens not in rows.captured:
             try:
-                run = functools.partial(self._one_token, cache)
-                rows.captured = Captured(run, ids.device, ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
+                run = functools.partial(self._few_tokens, cache)
+                rows.captured[tokens] = Captured(run, ids.device, ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
             except RuntimeError as error:
-                self.why_eager, self._refused = f"capturing its step failed: {error}", not is_shortage(error)
-                logger.info("steps of %s run eagerly: %s", type(self.model).__name__, self.why_eager)
+                self._cannot_capture(error, tokens)
                 return None
             finally:
                 cache.cancel()
-            rows.captured_for, rows.is_masked = wanted, False
-        if mask is None and rows.is_masked:
-            rows.captured.inputs["mask"].fill_(True)
-        rows.is_masked = mask is not None
+            rows.masked.discard(tokens)
+        captured = rows.captured[tokens]
+        if mask is None and tokens in rows.masked:
+            captured.inputs["mask"].fill_(True)
+            rows.masked.remove(tokens)
+        elif mask is not None:
+            rows.masked.add(tokens)
         cache.tear()
-        output = rows.captured(ids=ids) if mask is None else rows.captured(ids=ids, mask=mask)
-        cache.count(1, are_known=True)
+        output = captured(ids=ids) if mask is None else captured(ids=ids, mask=mask)
+        cache.count(tokens, are_known=True)
         return output
 
+    def _cannot_capture(self, error: RuntimeError, tokens: int) -> None:
+        """Steps of so many tokens run eagerly from now on; for good, unless it was for want of memory."""
+        why, name = f"capturing its step failed: {error}", type(self.model).__name__
+        if tokens > 1:
+            self._takes_one = True
+            logger.info("steps of several tokens of %s run eagerly: %s", name, why)
+            return
+        self.why_eager, self._refused = why, not is_shortage(error)
+        logger.info("steps of %s run eagerly: %s", name, why)
+
     def next_logits(self, cache: SinkCache, ids: Tensor, mask: Tensor | None) -> Tensor | None:
-        """`forward` of one token a row and nothing else, for `Stream`: the logits, (batch, 1, vocabulary), which the
-        next step overwrites; None if it has to go by `forward`.
+        """`forward` of a few tokens a row and nothing else, for `Stream`: the logits, (batch, tokens, vocabulary),
+        which the next step overwrites; None if it has to go by `forward`.
         """
-        output = self.replay(cache, ids, mask) if cache.plan is self.plan and self.may_replay({}, cache) else None
+        may_replay = cache.plan is self.plan and self.may_replay({}, cache, ids.shape[1])
+        output = self.replay(cache, ids, mask) if may_replay else None
         return None if output is None else output.logits
 
-    def _one_token(self, cache: SinkCache, ids: Tensor, mask: Tensor):
+    def _few_tokens(self, cache: SinkCache, ids: Tensor, mask: Tensor):
         """What is captured: a step over the cache, on the device."""
         part = {"input_ids": ids, self.cache_name: cache, "use_cache": True, "return_dict": True}
         part |= {"attention_mask": mask} if cache.has_state else {}
@@ -392,6 +413,7 @@ class Runner:
         batch, tokens = given.shape[:2]
         part = self._at_zero(part, forward)
         with cache.open(tokens, mask, batch, given.device, places) as step:
+            step.is_captured = is_captured
             # states of layers that transformers keeps must be writable in and out of inference mode
             with current.of(step), torch.inference_mode(False), torch.no_grad():
                 output = (forward or self._forward)(**part)

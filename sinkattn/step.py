@@ -34,6 +34,7 @@ class Step:
     """
 
     is_probe = False
+    is_captured = False  # whether it is recorded, and what it is given was checked when it ran
 
     def __init__(self, cache, tokens: int, mask: Tensor | None, places: Tensor | None):
         self.cache, self.plan, self.rows, self.tokens = cache, cache.plan, cache.rows, tokens
@@ -80,7 +81,7 @@ class Step:
 
     def mask(self, mask_function, local_size, device) -> None:
         """Raise ValueError if a transformers mask function shows any token of the step what comes after it."""
-        if self.tokens == 1:
+        if self.tokens == 1 or self.is_captured:
             return
         query = torch.arange(self.tokens - 1, device=device)[None]
         rows = torch.arange(len(self.positions), device=device)[:, None]
@@ -112,7 +113,7 @@ class Step:
             )
         if not layer.is_initialized or not layer.fits(key):
             layer.allocate(key, value)
-            self.rows.captured = None
+            self.rows.drop_captured()
         probed, asked = layer.probed, query.shape[2]
         if asked < self.tokens:  # Gemma-3n, Gemma-4: layers that share keys look at the last tokens alone
             query = torch.nn.functional.pad(query, (0, 0, self.tokens - asked, 0))

@@ -36,6 +36,65 @@ def captures(monkeypatch):
     return ran
 
 
+class Repeated:
+    """Stands for `graph.Captured` on a CPU: a replay runs the step anew, of inputs at fixed places."""
+
+    def __init__(self, run, device, **inputs):
+        self.run, self.inputs = run, {name: x.clone() for name, x in inputs.items()}
+
+    def __call__(self, **inputs):
+        for name, x in inputs.items():
+            self.inputs[name].copy_(x)
+        return self.run(**self.inputs)
+
+
+@pytest.fixture
+def repeated(monkeypatch, captures):
+    """Steps on a CPU take the way of captured ones. Gives `captures`."""
+    monkeypatch.setattr("sinkattn.runner.Captured", Repeated)
+    monkeypatch.setattr("sinkattn.runner.why_eager", lambda model: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return captures
+
+
+def test_steps_of_few_tokens(repeated):
+    """Assisted texts are those without graphs, and most of their steps are captured, of several tokens too."""
+    model, draft = tiny("llama"), tiny("llama")
+    ids, asked = random_ids(1, 20), dict(max_new_tokens=60, do_sample=False, repetition_penalty=1.3)
+    draft.generation_config.num_assistant_tokens = 5
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    texts = []
+    for cuda_graph in (True, False):
+        with patch(model, S, W, cuda_graph=cuda_graph), patch(draft, S, W, cuda_graph=cuda_graph):
+            cache, before = SinkCache(model), len(repeated)
+            texts.append(model.generate(ids, past_key_values=cache, assistant_model=draft, **asked))
+            texts.append(model.generate(texts[-1], past_key_values=cache, prompt_lookup_num_tokens=3, **asked))
+            texts.append(model.generate(ids, **asked))
+            assert (len(repeated) > before) == cuda_graph
+            if cuda_graph:
+                assert {1, 4, 6} <= set(cache.rows.captured) and all(repeated)
+    for a, b in zip(texts[:3], texts[3:], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_ids_of_the_user_are_looked_at(repeated):
+    """A short input of the user's is no captured step: its ids may be wrong."""
+    model, asked = tiny("llama"), dict(max_new_tokens=8, do_sample=False)
+    with patch(model, S, W), torch.no_grad():
+        cache = SinkCache(model)
+        for _ in range(3):
+            model.generate(random_ids(1, 4), past_key_values=cache, prompt_lookup_num_tokens=3, **asked)
+        seen = cache.seen
+        with pytest.raises(ValueError, match="reach from"):
+            model(torch.tensor([[5, 97, 3, 4]]), past_key_values=cache)
+        with pytest.raises(ValueError, match="reach from"):
+            model.generate(
+                torch.tensor([[5, 97, 3, 4]]), past_key_values=cache, prompt_lookup_num_tokens=3,
+                attention_mask=torch.ones(1, seen + 5, dtype=torch.int64), **asked,
+            )  # fmt: skip
+        assert not cache.is_torn
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt_neox", "gpt_oss", "deepseek_v3"])
 def test_captured_steps_write_the_same(name, captures):

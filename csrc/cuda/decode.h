@@ -1,4 +1,4 @@
-// The function that launches decode. No torch in here.
+// The function that launches decode, and prefill of few tokens. No torch in here.
 #pragma once
 
 #include "call.h"
@@ -10,17 +10,19 @@ constexpr int MAX_GROUP = 16;   // query heads that share a key head
 constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_SPLITS = 64;  // small blocks that share a key head of a row
 constexpr int MAX_CLUSTER = 8;  // large ones
+constexpr int MAX_FEW = 16;     // tokens of a row
 
-struct Params : Call {        // of one token a row
+struct Params : Call {  // of one token a row, or a few: R >= W + tokens - 1, so that none takes a slot that another sees
+  int64_t q_token, k_token, v_token;
   const float* alibi_slopes;  // (num_heads,); null for none
-  // Of several small blocks a key head: what each finds, (batch, num_kv_heads, splits, group, v_dim) and (batch,
-  // num_kv_heads, splits, group, 2), and how many have, (batch, num_kv_heads), zero between launches.
+  // Of several small blocks a key head: what each finds, (batch, tokens, num_kv_heads, splits, group, v_dim) and (...,
+  // splits, group, 2), and how many have, (batch, tokens, num_kv_heads), zero between launches.
   float* partials;
   int* arrivals;
   bool overlap;  // the cache may be read before the kernel ahead is done
 };
 
-// How a key head of a row is shared: by so many small blocks, two to a multiprocessor, that meet in memory, or by a
+// How a key head of a token is shared: by so many small blocks, two to a multiprocessor, that meet in memory, or by a
 // cluster of large ones, a multiprocessor each, that meet faster. Clusters of more than one are sm_90's first.
 struct Sharing {
   int splits;
@@ -36,7 +38,7 @@ Sharing sharing_of(const Params&, const Device&);
 // Floats of `partials`; 0 for none.
 inline int64_t partial_floats(const Params& p, Sharing sharing) {
   if (sharing.cluster || sharing.splits == 1) return 0;
-  return int64_t(p.batch) * p.num_kv_heads * sharing.splits * p.group * (p.v_dim + 2);
+  return int64_t(p.batch) * p.tokens * p.num_kv_heads * sharing.splits * p.group * (p.v_dim + 2);
 }
 
 cudaError_t decode(const Params&, Sharing, const Device&, cudaStream_t);

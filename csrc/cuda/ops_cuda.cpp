@@ -110,11 +110,12 @@ Tensor arrivals_of(const Tensor& k_cache, int64_t pairs, cudaStream_t stream) {
   return made;
 }
 
-Tensor decode_op(const Tensors& x, const Sizes& sizes, bool overlap, int64_t splits, bool cluster) {
+// Decode, of one token a row or a few.
+Tensor decode_few(const Tensors& x, const Sizes& sizes, bool overlap, int64_t splits, bool cluster) {
   std::vector<Tensor> copies;
   Params p = {};
   Tensor out = unpack(x, sizes, p, copies);
-  STD_TORCH_CHECK(p.tokens == 1, "sinkattn: decode takes one token a row");
+  p.q_token = x.q.stride(2), p.k_token = x.k.stride(2), p.v_token = x.v.stride(2);
   if (x.alibi_slopes) p.alibi_slopes = data_of<float>(*x.alibi_slopes, ScalarType::Float, copies);
 
   const int index = x.q.get_device_index();
@@ -123,22 +124,36 @@ Tensor decode_op(const Tensors& x, const Sizes& sizes, bool overlap, int64_t spl
   const Sharing sharing =
       splits >= 0 ? Sharing{int(std::min<int64_t>(splits, 1 << 30)), cluster} : sharing_of(p, device);
   STD_TORCH_CHECK(serves(p, sharing, device), "sinkattn: the CUDA C++ decode does not take head_dim ", p.head_dim,
-                  ", v_head_dim ", p.v_dim, ", groups of ", p.group, ", ", p.batch, " rows and ", sharing.splits,
+                  ", v_head_dim ", p.v_dim, ", groups of ", p.group, ", ", p.batch, " rows of ", p.tokens,
+                  " tokens, a ring of ", p.ring_size, " for a window of ", p.window_size, " and ", sharing.splits,
                   sharing.cluster ? " splits in a cluster" : " splits", " on this GPU");
-  if (p.batch == 0) return out;
+  if (p.batch == 0 || p.tokens == 0) return out;
   p.overlap = overlap;
   const cudaStream_t stream = stream_of(index);
   if (const int64_t floats = partial_floats(p, sharing)) {
     copies.push_back(empty(x.q, {floats}, aoti_torch_dtype_float32()));
     p.partials = static_cast<float*>(copies.back().data_ptr());
-    copies.push_back(arrivals_of(x.k_cache, p.batch * p.num_kv_heads, stream));
+    copies.push_back(arrivals_of(x.k_cache, int64_t(p.batch) * p.tokens * p.num_kv_heads, stream));
     p.arrivals = static_cast<int*>(copies.back().data_ptr());
   }
   check(decode(p, sharing, device, stream), "launch of decode");
   return out;
 }
 
+Tensor decode_op(const Tensors& x, const Sizes& sizes, bool overlap, int64_t splits, bool cluster) {
+  STD_TORCH_CHECK(x.q.dim() == 4 && x.q.size(2) == 1, "sinkattn: decode takes one token a row");
+  return decode_few(x, sizes, overlap, splits, cluster);
+}
+
+// Whether a prefill is of so few tokens that decode takes them, as `_is_few` in sinkattn/backends.py has it.
+bool is_few(const Tensors& x, const Sizes& sizes, int64_t dense_window) {
+  if (x.q.dim() != 4 || x.k_cache.dim() != 4 || dense_window != 0) return false;
+  const int64_t tokens = x.q.size(2), ring_size = x.k_cache.size(2) - sizes.sink_size;
+  return tokens > 0 && tokens <= MAX_FEW && ring_size - (tokens - 1) >= sizes.window_size;
+}
+
 Tensor prefill_op(const Tensors& x, const Sizes& sizes, int64_t dense_window) {
+  if (is_few(x, sizes, dense_window)) return decode_few(x, sizes, false, -1, false);
   const auto& [q, k, v] = std::tie(x.q, x.k, x.v);
   std::vector<Tensor> copies;
   Prefill p = {};

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..interface import current
+from ..rows import FEW
 from ..step import Step
 from .parts import Norm
 
@@ -38,17 +39,17 @@ class FewRowsLinear:
 
 
 class ConstantRotary:
-    """A rotary module: all positions are 0 in a patched model, so for one token it says the same every time.
+    """A rotary module: all positions are 0 in a patched model, so for a few tokens it says the same every time.
 
     What it said is kept for as long as the model is patched, since CUDA graphs go on reading it: one pair of small
-    tensors for every dtype, device and number of rows.
+    tensors for every dtype, device and number of rows and tokens.
     """
 
     def __init__(self, module: nn.Module):
         self.module, self.original, self.said = module, module.forward, {}
 
     def forward(self, x: Tensor, position_ids: Tensor, *args, **kwargs):
-        if torch.compiler.is_compiling() or not isinstance(current.step, Step) or position_ids.shape[-1] != 1:
+        if torch.compiler.is_compiling() or not isinstance(current.step, Step) or position_ids.shape[-1] > FEW:
             return self.original(x, position_ids, *args, **kwargs)
         key = (x.dtype, x.device, position_ids.shape, *args, *kwargs.items())
         if key in self.said:

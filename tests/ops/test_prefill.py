@@ -1,5 +1,7 @@
 """Prefill on every backend: outputs and caches at every length, shape and padding."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -40,6 +42,30 @@ def test_long_chunks(backend, device, dense):
     case = Case((0, 500), (150, 149), 150, 2, 1, window=100, dense=dense)
     for dtype in dtypes(backend, device, few=True):
         check("prefill", backend, device, dtype, case)
+
+
+@every_backend
+@pytest.mark.parametrize(("shape", "tokens"), [("plain", 2), ("plain", 16), *((shape, 5) for shape in SHAPES)])
+def test_few_tokens(backend, device, shape, tokens):
+    """A ring with room for all of them beside the window, or for one less; padding, and slots at both ends at once."""
+    case = Case(**{"lengths": (0, 3, 4, 15, 16, 26, 27, 31, 55, 4_000_000), "tokens": tokens} | SHAPES[shape])
+    counts = tuple((3 * i + tokens) % (tokens + 1) for i in range(len(case.lengths)))
+    for dtype in dtypes(backend, device, few=True):
+        is_slow = backend == "triton" and device == "cpu"
+        for ring in (case.window + tokens - 1, case.window + tokens - 2):
+            for taken in (counts,) if is_slow else (None, counts):
+                check("prefill", backend, device, dtype, dataclasses.replace(case, ring=ring, counts=taken))
+
+
+@pytest.mark.parametrize(("backend", "device"), GPU_BACKENDS)
+@pytest.mark.parametrize(("rows", "kv_heads"), [(1, 1), (1, 8), (3, 8), (12, 8)])
+def test_few_tokens_of_long_rings(backend, device, rows, kv_heads):
+    """Key heads that one block, a cluster or many blocks share."""
+    for tokens, window in ((5, 1020), (16, 300), (2, 3000)):
+        lengths = tuple(1000 * i + 7 for i in range(1, rows + 1))
+        case = Case(lengths, None, tokens, 4 * kv_heads, kv_heads, 64, window=window, ring=window + 16)
+        for dtype in dtypes(backend, device, few=True)[-2:]:
+            check("prefill", backend, device, dtype, case)
 
 
 @every_backend

@@ -1,4 +1,4 @@
-// One new token per row in one launch: rotate it, append it, attend over sinks and window. For sm_80 and later.
+// One new token per row in one launch, or a few: rotate, append, attend over sinks and window. For sm_80 and later.
 //
 // Floor: the bytes of the visible keys and values, read once. What it takes to get there:
 //
@@ -12,6 +12,8 @@
 //   queries and weights, so that both are as good as float32 at no cost. Larger groups fill all 16 and round.
 // * The warps of a block meet in shared memory, the blocks of a cluster in that of its first block, and blocks without
 //   a cluster in memory, where the last to arrive combines what all found.
+// * Of a few tokens a row, each has blocks of its own, which lay it and those before it over the tiles that they read:
+//   nobody waits for what another one appends. The cache is read from memory once, and from the L2 by every token.
 // * The next kernel may launch at once. Where `overlap` says that the cache is settled, its first tiles are asked for
 //   before the kernel ahead is done.
 //
@@ -24,20 +26,21 @@
 namespace sinkattn::cuda {
 namespace {
 
-// Dynamic shared memory in bytes: tiles, queries of both angles, the new key and value, then what blocks hand over.
+// Dynamic shared memory in bytes: tiles, queries of both angles, new keys and values, then what blocks hand over.
 template <int HEAD_DIM, int V_DIM, bool LARGE>
-int shared_bytes(int splits, int group) {
+int shared_bytes(int splits, int group, int tokens) {
   using S = Shape<HEAD_DIM, V_DIM, LARGE>;
   const int handed = LARGE && splits > 1 ? splits * group * (V_DIM + 2) * int(sizeof(float)) : 0;
-  return (S::BLOCK + 2 * S::QUERIES) * 16 + (HEAD_DIM + V_DIM) * 2 + handed;
+  return (S::BLOCK + 2 * S::QUERIES) * 16 + tokens * (HEAD_DIM + V_DIM) * 2 + handed;
 }
 
 // `clusters` asked for: launches nothing and says how many clusters run at a time.
-template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE>
+template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, bool FEW>
 cudaError_t launch(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
-  const auto kernel = decode_kernel<T, HEAD_DIM, V_DIM, WIDE, LARGE>;
-  const int bytes = shared_bytes<HEAD_DIM, V_DIM, LARGE>(sharing.splits, p.group);
-  Grid grid(dim3(sharing.splits, p.num_kv_heads, p.batch), Shape<HEAD_DIM, V_DIM, LARGE>::THREADS, bytes, stream);
+  const auto kernel = decode_kernel<T, HEAD_DIM, V_DIM, WIDE, LARGE, FEW>;
+  const int bytes = shared_bytes<HEAD_DIM, V_DIM, LARGE>(sharing.splits, p.group, p.tokens);
+  const dim3 blocks(sharing.splits, p.num_kv_heads, p.batch * p.tokens);
+  Grid grid(blocks, Shape<HEAD_DIM, V_DIM, LARGE>::THREADS, bytes, stream);
   if (device.compute_major >= 9 && !clusters) grid.overlap();
   if (sharing.cluster && sharing.splits > 1) grid.cluster(sharing.splits);
   if (const cudaError_t error = grid.allow_shared(kernel)) return error;
@@ -66,19 +69,21 @@ R with_dims(const Params& p, R otherwise, F f) {
   }
 }
 
-template <typename T>
+template <typename T, bool FEW>
 cudaError_t launch_as(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
   return with_dims(p, cudaErrorInvalidValue, [&](auto dims) {
     constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
     const bool large = sharing.cluster;
-    const auto chosen = p.group > 8 ? (large ? launch<T, K, V, true, true> : launch<T, K, V, true, false>)
-                                    : (large ? launch<T, K, V, false, true> : launch<T, K, V, false, false>);
+    const auto chosen = p.group > 8 ? (large ? launch<T, K, V, true, true, FEW> : launch<T, K, V, true, false, FEW>)
+                                    : (large ? launch<T, K, V, false, true, FEW> : launch<T, K, V, false, false, FEW>);
     return chosen(p, sharing, device, stream, clusters);
   });
 }
 
 cudaError_t launch_any(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
-  return (p.is_bfloat16 ? launch_as<__nv_bfloat16> : launch_as<__half>)(p, sharing, device, stream, clusters);
+  const auto chosen = p.tokens > 1 ? (p.is_bfloat16 ? launch_as<__nv_bfloat16, true> : launch_as<__half, true>)
+                                   : (p.is_bfloat16 ? launch_as<__nv_bfloat16, false> : launch_as<__half, false>);
+  return chosen(p, sharing, device, stream, clusters);
 }
 
 // Clusters of so many blocks that run at a time, found once. GPUs of several kinds in one process share the finding.
@@ -95,18 +100,21 @@ int clusters_at_a_time(const Params& p, int size, const Device& device) {
 }  // namespace
 
 bool serves(const Params& p, Sharing sharing, const Device& device) {
-  if (p.group > MAX_GROUP || p.batch > 65535 || p.num_kv_heads > 65535) return false;
+  if (p.group > MAX_GROUP || p.num_kv_heads > 65535) return false;
+  if (p.tokens > MAX_FEW || int64_t(p.batch) * p.tokens > 65535) return false;
+  if (p.ring_size < p.window_size + p.tokens - 1) return false;
   if (sharing.splits < 1 || sharing.splits > (sharing.cluster ? MAX_CLUSTER : MAX_SPLITS)) return false;
   if (sharing.cluster && sharing.splits > 1 && device.compute_major < 9) return false;
   return with_dims(p, false, [&](auto dims) {
     constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
     const auto of_shape = sharing.cluster ? shared_bytes<K, V, true> : shared_bytes<K, V, false>;
-    return of_shape(sharing.splits, p.group) + 1024 + 128 <= device.shared_bytes;  // and what is not dynamic
+    return of_shape(sharing.splits, p.group, p.tokens) + 1024 + 128 <= device.shared_bytes;  // and what is not dynamic
   });
 }
 
 Sharing sharing_of(const Params& p, const Device& device) {
-  const int64_t pairs = int64_t(p.batch) * p.num_kv_heads, tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
+  const int64_t pairs = int64_t(p.batch) * p.tokens * p.num_kv_heads;
+  const int64_t tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
   if (pairs == 0 || pairs > device.multiprocessors) return {1, false};
   int size = MAX_CLUSTER;
   while (size > 0 && (tiles <= 8 * (size - 1) || !serves(p, {size, true}, device) ||

@@ -8,7 +8,8 @@
 namespace sinkattn::cuda {
 namespace {
 
-template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE>
+// FEW: of several tokens a row; each has blocks of its own.
+template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, bool FEW>
 __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
     decode_kernel(const __grid_constant__ Params p, int share) {  // share: tiles of a block
   using S = Shape<HEAD_DIM, V_DIM, LARGE>;
@@ -25,7 +26,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
     if (rank == 0 && threadIdx.x == 0) expect_bytes(&arrived, splits * p.group * (V_DIM + 2) * 4);
     cluster_arrive();
   }
-  const int64_t row = blockIdx.z;
+  const int tokens = FEW ? p.tokens : 1, number = blockIdx.z, row = number / tokens, token = FEW ? number % tokens : 0;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int slots = p.sink_size + p.ring_size, begin = rank * share;
   const bool has_sinks = begin * KEYS < p.sink_size;
@@ -33,13 +34,13 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
 
   uint4* staged = shared + warp * S::WARP;
   T* queries = reinterpret_cast<T*>(shared + S::BLOCK);  // text, then sink
-  T* new_key = queries + 2 * S::QUERIES * 8;
-  T* new_value = new_key + HEAD_DIM;
-  float* handed = reinterpret_cast<float*>(new_value + V_DIM);  // (splits, group, V_DIM), (splits, group, 2)
+  T* new_keys = queries + 2 * S::QUERIES * 8;        // (tokens, HEAD_DIM)
+  T* new_values = new_keys + tokens * HEAD_DIM;      // (tokens, V_DIM)
+  float* handed = reinterpret_cast<float*>(new_values + tokens * V_DIM);  // (splits, group, V_DIM), (splits, group, 2)
 
   // Fetch: tiles, whatever the length of the row is.
-  T* keys = static_cast<T*>(p.k_cache) + row * p.k_cache_row + head * p.k_cache_head;
-  T* values = static_cast<T*>(p.v_cache) + row * p.v_cache_row + head * p.v_cache_head;
+  T* keys = static_cast<T*>(p.k_cache) + int64_t(row) * p.k_cache_row + head * p.k_cache_head;
+  T* values = static_cast<T*>(p.v_cache) + int64_t(row) * p.v_cache_row + head * p.v_cache_head;
   auto fetch = [&](int tile, int stage) {
     if (tile < end) {
       uint4 *key_rows = staged + stage * S::TILE, *value_rows = key_rows + Rows<HEAD_DIM>::SIZE;
@@ -52,31 +53,32 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
 #pragma unroll 1
   for (int stage = 0; stage < early; ++stage) fetch(begin + warp + stage * WARPS, stage);
   wait_for_launch();
-  const int64_t pair = row * p.num_kv_heads + head;
+  const int64_t pair = int64_t(number) * p.num_kv_heads + head;
   if (!LARGE && splits > 1 && threadIdx.x == 0)  // into the L2, long before it is needed
     asm volatile("prefetch.global.L2 [%0];" ::"l"(p.arrivals + pair));
 
   // Turn. What is small is asked for at once, and ahead of tiles, as it would wait behind them: the row's state, its
   // angles, query, new key and value.
-  const int64_t t = p.lengths[row];
-  const int64_t count = p.counts ? p.counts[row] : 1;
+  const int nth = token - (p.counts ? tokens - int(p.counts[row]) : 0);  // of the row's new tokens; below 0: padding
+  const int64_t t = p.lengths[row] + nth;
   // A thread takes a dim (or two) of every SPREAD-th head.
   constexpr int SPREAD = THREADS >= HEAD_DIM ? THREADS / HEAD_DIM : 1, DIMS = (HEAD_DIM + THREADS - 1) / THREADS;
   constexpr int HEADS = (WIDE ? 16 : 8) / SPREAD + ((WIDE ? 16 : 8) % SPREAD > 0);
   const int first_head = DIMS > 1 ? 0 : threadIdx.x / HEAD_DIM, first_dim = threadIdx.x - first_head * HEAD_DIM;
   Turn turns[DIMS];
   T query[DIMS][HEADS][2], key[DIMS][2], value[DIMS];  // dims and their partners
+  const T* k = static_cast<const T*>(p.k) + row * p.k_row + head * p.k_head;
+  const T* v = static_cast<const T*>(p.v) + row * p.v_row + head * p.v_head;
   if (first_head < SPREAD) {
-    const T* q = static_cast<const T*>(p.q) + row * p.q_row + int64_t(head) * p.group * p.q_head;
-    const T* k = static_cast<const T*>(p.k) + row * p.k_row + head * p.k_head;
-    const T* v = static_cast<const T*>(p.v) + row * p.v_row + head * p.v_head;
+    const T* q = static_cast<const T*>(p.q) + row * p.q_row + token * p.q_token + int64_t(head) * p.group * p.q_head;
+    const T *own_k = k + token * p.k_token, *own_v = v + token * p.v_token;
 #pragma unroll
     for (int i = 0; i < DIMS; ++i) {
       const int dim = first_dim + i * THREADS;
       if (HEAD_DIM % THREADS && dim >= HEAD_DIM) break;
-      turns[i] = Turn(p, row, dim);
-      key[i][0] = k[dim], key[i][1] = k[turns[i].other];
-      if (dim < V_DIM) value[i] = v[dim];
+      turns[i] = Turn(p, number, dim);
+      key[i][0] = own_k[dim], key[i][1] = own_k[turns[i].other];
+      if (dim < V_DIM) value[i] = own_v[dim];
 #pragma unroll
       for (int h = 0; h < HEADS; ++h) {
         const T* x = q + (first_head + h * SPREAD) * p.q_head;
@@ -94,8 +96,8 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
       const int dim = first_dim + i * THREADS;
       if (HEAD_DIM % THREADS && dim >= HEAD_DIM) break;
       if (first_head == 0) {
-        new_key[dim] = from_float<T>(turns[i](key[i], 0));
-        if (dim < V_DIM) new_value[dim] = value[i];
+        new_keys[token * HEAD_DIM + dim] = from_float<T>(turns[i](key[i], 0));
+        if (dim < V_DIM) new_values[token * V_DIM + dim] = value[i];
       }
       auto write = [&](float x, int h, T* fragments) {
         T* place = fragments + (dim / 32 * 32 + h % 8 * 4 + dim % 32 / 8) * 16 + dim % 8;
@@ -113,8 +115,16 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
       }
     }
   }
-  T* out = static_cast<T*>(p.out) + (row * p.num_kv_heads + head) * p.group * V_DIM;
-  if (count == 0) {  // for all that share the key head
+  for (int i = threadIdx.x; FEW && i < token * HEAD_DIM; i += THREADS) {  // of the tokens before
+    const int other = i / HEAD_DIM, dim = i % HEAD_DIM;
+    const Turn turn(p, number - token + other, dim);
+    const T* x = k + other * p.k_token;
+    const T both[2] = {x[dim], x[turn.other]};
+    new_keys[i] = from_float<T>(turn(both, 0));
+    if (dim < V_DIM) new_values[other * V_DIM + dim] = v[other * p.v_token + dim];
+  }
+  T* out = static_cast<T*>(p.out) + pair * p.group * V_DIM;
+  if (nth < 0) {  // for all that share the key head
     if (rank == 0)
       for (int i = threadIdx.x; i < p.group * V_DIM; i += THREADS) out[i] = from_float<T>(0);
     wait_for_copies<0>();
@@ -132,7 +142,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
   const int sinks = int(min(int64_t(p.sink_size), t + 1));
   const int seen_from = int(min(t, int64_t(p.sink_size + p.window_size - 1)));  // where the sinks see the query
   if (t < slots) end = min(end, int(t) / KEYS + 1);                             // further tiles are empty
-  const bool is_full = reach == p.ring_size;                                    // then all is visible
+  const bool wraps = FEW && new_slot - nth < p.sink_size;                       // new tokens lie at both ends
   const Seen seen = {slots, new_slot, reach, sinks, seen_from};
 
   const uint4* query_pieces = reinterpret_cast<uint4*>(queries) + lane * 2;
@@ -176,18 +186,25 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
     uint4 *key_rows = staged + stage * S::TILE, *value_rows = key_rows + Rows<HEAD_DIM>::SIZE;
     const int first = tile * KEYS;
 
-    // Append: the new token takes the place of what its slot held, here and in the cache.
-    if (unsigned(new_slot - first) < KEYS) {
+    // Append: new tokens take the place of what their slots held, the query's own in the cache as well. What others
+    // append there at this moment is hidden, or laid over like this.
+    const int before = FEW ? nth : 0;
+    if ((new_slot >= first && new_slot - before < first + KEYS) || wraps) {
       __syncwarp();
-      for (int i = lane; i < HEAD_DIM / 8; i += 32) {
-        const uint4 piece = reinterpret_cast<uint4*>(new_key)[i];
-        key_rows[Rows<HEAD_DIM>::place(new_slot - first, i)] = piece;
-        *reinterpret_cast<uint4*>(keys + new_slot * p.k_cache_slot + i * 8) = piece;
-      }
-      for (int i = lane; i < V_DIM / 8; i += 32) {
-        const uint4 piece = reinterpret_cast<uint4*>(new_value)[i];
-        value_rows[Rows<V_DIM>::place(new_slot - first, i)] = piece;
-        *reinterpret_cast<uint4*>(values + new_slot * p.v_cache_slot + i * 8) = piece;
+      for (int back = 0; back <= before; ++back) {
+        int slot = new_slot - back;
+        if (FEW && slot < p.sink_size && t - back >= p.sink_size) slot += p.ring_size;
+        if (FEW && unsigned(slot - first) >= KEYS) continue;
+        const uint4* new_key = reinterpret_cast<uint4*>(new_keys + (token - back) * HEAD_DIM);
+        const uint4* new_value = reinterpret_cast<uint4*>(new_values + (token - back) * V_DIM);
+        for (int i = lane; i < HEAD_DIM / 8; i += 32) {
+          key_rows[Rows<HEAD_DIM>::place(slot - first, i)] = new_key[i];
+          if (back == 0) *reinterpret_cast<uint4*>(keys + slot * p.k_cache_slot + i * 8) = new_key[i];
+        }
+        for (int i = lane; i < V_DIM / 8; i += 32) {
+          value_rows[Rows<V_DIM>::place(slot - first, i)] = new_value[i];
+          if (back == 0) *reinterpret_cast<uint4*>(values + slot * p.v_cache_slot + i * 8) = new_value[i];
+        }
       }
     }
     __syncwarp();
@@ -230,7 +247,10 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
 #pragma unroll
         for (int r = 0; r < ROWS; ++r)
           x[r][j][e] = WIDE ? score[j][2 * r + e] * p.query_scale : score[j][e] + score[j][2 + e];
-    const bool all = is_full && first + KEYS <= slots;
+    // Whether all of the tile is visible: its oldest slot is, and no age within it begins anew.
+    const int oldest = new_slot - first + (first > new_slot ? p.ring_size : 0);
+    const bool anew = unsigned(new_slot - first) < KEYS - 1 && reach < p.ring_size;
+    const bool all = first >= p.sink_size && first + KEYS <= slots && !anew && oldest < reach;
     bool hidden[2][2] = {};
     if (!all || !is_plain) mask(x, hidden, slope, p, seen, first, c);
     uint32_t weights[4];
@@ -298,7 +318,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
       finish<T, V_DIM>(p, head, out, i,
                        combine<MAX_CLUSTER>(splits, handed + i, columns, handed_softmax + i / V_DIM * 2, p.group * 2));
   } else {
-    const int64_t pairs = int64_t(p.batch) * p.num_kv_heads;
+    const int64_t pairs = int64_t(gridDim.z) * p.num_kv_heads;
     float* found_values = p.partials + pair * splits * columns;
     float* found_softmax = p.partials + pairs * splits * columns + pair * splits * p.group * 2;
     for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) {
