@@ -24,8 +24,9 @@ class _Current(threading.local):
 
     @contextlib.contextmanager
     def of(self, step):
-        outer, self.step = self.step, step
-        try:
+        outer = self.step
+        try:  # an interrupt may come between any two lines
+            self.step = step
             yield
         finally:
             self.step = outer
