@@ -1,9 +1,11 @@
 """How a Stream chooses its tokens: by those of transformers' processors that need no more text than it keeps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import Tensor
 from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -70,6 +72,17 @@ class Choice:
                 )
         pad = config.pad_token_id if config.pad_token_id is not None else (*ends, 0)[0]
         return cls(told, bool(config.do_sample), tuple(ends), int(pad), processors)
+
+    def scores(self, logits: Tensor, held: Callable[[], Tensor]) -> Tensor:
+        """What the processors make of logits, (rows, vocabulary), in float32; as they are if nothing is asked.
+
+        held: gives the ids that stand in the cache, (rows, n), in any order, -1 for none.
+        """
+        if not (self.processors or self.do_sample):  # then the largest is the largest in any dtype
+            return logits
+        ids = held()
+        ids = torch.where(ids < 0, ids.amax(1, keepdim=True).clamp(min=0), ids)  # instead of none, any again
+        return self.processors(cast(Any, ids), cast(Any, logits.float()))
 
     @property
     def may_be_captured(self) -> bool:

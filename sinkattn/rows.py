@@ -131,11 +131,26 @@ class Rows:
         """`slot_of` in fewer kernels: the remainder of C is below 0 for sinks, so that they stay where they are."""
         return torch.fmod(positions - self.sink_size, self.ring_size) + self.sink_size
 
-    def held(self) -> Tensor:
-        """The ids that stand in the cache, (batch, S + R) int64 in no order, -1 for none."""
-        ids, positions = self.known()
-        is_out = (positions >= self.plan.sink_size) & (positions < self.lengths[:, None] - self.plan.window_size)
+    def held(self, lengths: Tensor | None = None) -> Tensor:
+        """The ids that stand in the cache, (batch, S + R) int64 in no order, -1 for none.
+
+        lengths: (batch,) int64, as the cache was when the rows held so many tokens, up to `slack` fewer; None for now.
+        """
+        ids, positions = self.known(lengths)
+        begins = (self.lengths if lengths is None else lengths)[:, None] - self.plan.window_size
+        is_out = (positions >= self.plan.sink_size) & (positions < begins)
         return ids.masked_fill((positions < 0) | is_out, -1)
+
+    def in_order(self) -> Tensor:
+        """The ids that are known, (batch, S + R) int64 by their positions, behind -1 for none."""
+        ids, positions = self.known()
+        order = positions.argsort(1)
+        return torch.where(positions < 0, -1, ids).gather(1, order)
+
+    def text(self) -> tuple[Tensor, Tensor]:
+        """`in_order`, no wider than it needs to be, for a forward: (batch, n) ids, 0 for none, and their mask, bool."""
+        ids = self.in_order()[:, -max(int(self.lengths.max()), 1) :]
+        return ids.clamp(min=0), ids >= 0
 
     def room(self, refeeds: bool) -> Tensor:
         """How many tokens can be taken back now, (batch,) int64. refeeds: whether the first of them is fed again."""
@@ -178,9 +193,13 @@ class Rows:
         positions = self.lengths[:, None] + torch.arange(-n, 0, device=self.lengths.device)
         return self.ids.gather(1, self._slots(positions.clamp(min=0))).masked_fill(positions < 0, -1)
 
-    def known(self) -> tuple[Tensor, Tensor]:
-        """The ids that are held, and their positions, (batch, S + R) int64 each: -1 where there is none."""
-        ids, positions = self.ids[:, :-1], held_positions(self.lengths, self.sink_size, self.ring_size)
+    def known(self, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The ids that are held, and their positions, (batch, S + R) int64 each: -1 where there is none.
+
+        lengths: as of `held`.
+        """
+        lengths = self.lengths if lengths is None else lengths
+        ids, positions = self.ids[:, :-1], held_positions(lengths, self.sink_size, self.ring_size)
         oldest = torch.maximum(self.peak, self.lengths + 1)[:, None] - self.ring_size  # of those not overwritten
         is_gone = (positions >= self.sink_size) & (positions < oldest)
         return ids, positions.masked_fill((ids < 0) | is_gone, -1)

@@ -17,6 +17,7 @@ from .choice import Choice
 from .graph import Captured
 from .introspect import input_device
 from .runner import Runner
+from .speculate import Draft, Lookup, Rounds
 
 Rows = Sequence[int] | Tensor
 KEPT = ("logits", "ended", "waiting")  # what saved texts have besides the cache
@@ -53,6 +54,8 @@ class Stream:
         self._logits: Tensor | None = None  # (batch, vocabulary) of the next token
         self._ended: Tensor | None = None  # (batch,) bool, rows that take no tokens now
         self._late: list[tuple] = []  # what was fed and not yielded yet: ids, what the host is told, when, rows
+        self._rounds: Rounds | None = None  # under way: what they gave last is in the text and not fed yet
+        self._is_torn = False  # whether a round has ended half-way
         self._changes = 0  # of the cache's text, up to which the logits follow it
         self._waiting: set[int] = set()  # rows that were reset and have no text yet
         self._noise: Tensor | None = None  # (batch, vocabulary) float32
@@ -64,6 +67,7 @@ class Stream:
         """What `generate` has under way counts for whatever comes next."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).wait_stream(_aside(self._device))
+        self._end_rounds()
         return self._cache
 
     @property
@@ -75,6 +79,8 @@ class Stream:
 
     @property
     def lengths(self) -> Tensor | None:
+        if self._rounds is not None:  # what they gave last is not fed yet
+            return self._cache.lengths + self._rounds.fed
         return self.cache.lengths
 
     @torch.inference_mode(False)
@@ -137,10 +143,11 @@ class Stream:
 
     def _check_whole(self) -> None:
         """Raise ValueError if the logits at hand are not those behind the text."""
-        if self._cache.is_torn or self._changes != self._cache.changes:
+        if self._is_torn or self._cache.is_torn or self._changes != self._cache.changes:
             raise ValueError(
                 "an earlier call was interrupted half-way, or the cache was used otherwise: reset() all rows"
             )
+        self._end_rounds()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -149,7 +156,7 @@ class Stream:
 
         rows: (n,) int64 or a list; None for all. Raises ValueError for rows that are not there.
         """
-        if rows is None and (self._logits is None or self._cache.is_torn):
+        if rows is None and (self._logits is None or self._cache.is_torn or self._is_torn):
             self.__init__(self.model)  # type: ignore[misc]  # begin anew
             return
         index = self._index_of(range(len(self._ended)) if rows is None else rows)
@@ -337,11 +344,18 @@ class Stream:
         generation_config: GenerationConfig | None = None,
         seed: int | None = None,
         streamer: BaseStreamer | None = None,
+        draft: nn.Module | None = None,
+        num_assistant_tokens: int = 4,
+        prompt_lookup_num_tokens: int | None = None,
         **options: Any,
     ) -> Iterator[Tensor]:
         """Yield the next token of every row, (batch,) int64 on the model's device, step by step.
 
-        max_new_tokens: tokens; None goes on until every row has met an end-of-text token, or for ever.
+        With a draft or a lookup, what a step yields is (batch, n), 1 to n tokens of every row, -1 behind them: as many
+        as were proposed rightly, and one more. It is the text without them, or of the same distribution if it is
+        sampled, but for the order in which half precision rounds.
+
+        max_new_tokens: tokens of a row; None goes on until every row has met an end-of-text token, or for ever.
         generation_config, options: how tokens are chosen, as in `generate`: do_sample, temperature, top_k, top_p,
             min_p, top_h, typical_p, epsilon_cutoff, eta_cutoff, repetition_penalty, suppress_tokens, eos_token_id,
             pad_token_id, remove_invalid_values, renormalize_logits. What is None or not given is that of the model's
@@ -349,12 +363,17 @@ class Stream:
             ``eos_token_id=[]`` never stops.
         seed: of a generator of this call's own; None uses torch's.
         streamer: gets the ids of each step, on the CPU, and `end()` when the loop ends.
+        draft: a patched model with the same vocabulary, on the same device, that proposes num_assistant_tokens at a
+            time, at most `slack` of either patch: a smaller one, or the same with a smaller window over the same
+            weights. It reads what the cache holds when the loop begins, and whenever the text is changed meanwhile.
+        prompt_lookup_num_tokens: proposes so many tokens that followed the last ones where they stood before.
 
         A row that has ended yields the pad token (or the end-of-text token) and stays as it is until all have, or until
         it is reset and gets a new text. Leaving the loop early loses nothing: what was yielded belongs to the text, and
-        what was fed when an interrupt came is the first that the next `generate` yields. Raises ValueError if nothing
-        was appended, if an interrupt has left the text and what follows it apart, and for a choice that needs the whole
-        text (as no_repeat_ngram_size); TypeError for other options.
+        what was fed when an interrupt came is the first that the next `generate` yields; one in the middle of a step
+        with proposals leaves the Stream torn. Raises ValueError if nothing was appended, for a draft that does not fit,
+        or more proposals than can be taken back, if an interrupt has left the text and what follows it apart, and for a
+        choice that needs the whole text (as no_repeat_ngram_size); TypeError for other options.
         """
         self._check_whole()
         if self._logits is None or len(self._waiting) == len(self._ended):
@@ -364,7 +383,26 @@ class Stream:
         with torch.inference_mode(False), torch.no_grad():
             self._ended.fill_(False)
             self._ended[list(self._waiting)] = True
-        return self._steps(max_new_tokens, settings, generator, streamer)
+            if draft is None and prompt_lookup_num_tokens is None:
+                return self._steps(max_new_tokens, settings, generator, streamer)
+            k = num_assistant_tokens if draft is not None else prompt_lookup_num_tokens
+            self._check_proposals(k, draft, prompt_lookup_num_tokens)
+            proposer = Lookup(k) if draft is None else Draft(draft, k, settings, generator)
+        return self._speculated(max_new_tokens, settings, generator, streamer, proposer, k)
+
+    def _check_proposals(self, k: int, draft: nn.Module | None, lookup: int | None) -> None:
+        plan = self._cache.plan
+        if draft is not None and lookup is not None:
+            raise ValueError("give a draft or prompt_lookup_num_tokens, not both")
+        if not isinstance(k, int) or k < 1:
+            raise ValueError(f"{k!r} tokens to be proposed: it needs at least one")
+        self._cache.activate_past_recording()
+        if plan.prefill == "dense":
+            raise ValueError("prefill='dense' attends proposals otherwise than tokens alone: patch() with 'streaming'")
+        if k > plan.slack:
+            raise ValueError(f"{k} tokens are proposed and slack={plan.slack} can be taken back: patch() with more")
+        if draft is not None and input_device(cast(Any, draft)) != self._device:
+            raise ValueError(f"the draft is on {input_device(cast(Any, draft))}, the model on {self._device}")
 
     def _steps(
         self,
@@ -417,14 +455,71 @@ class Stream:
             if streamer is not None:
                 streamer.end()
 
+    def _speculated(
+        self,
+        max_new_tokens: int | None,
+        settings: Choice,
+        generator: torch.Generator | None,
+        streamer: BaseStreamer | None,
+        proposer: Draft | Lookup,
+        k: int,
+    ) -> Iterator[Tensor]:
+        """Rounds of proposing and judging. The host waits for one flag a round, if rows may end."""
+        on_gpu = self._device.type == "cuda"
+        left = torch.full_like(self._ended, 1 << 62 if max_new_tokens is None else max_new_tokens, dtype=torch.int64)
+        any_fed, event = torch.zeros(1, dtype=torch.bool, pin_memory=on_gpu), torch.cuda.Event() if on_gpu else None
+        try:
+            while True:
+                with torch.inference_mode(False), torch.no_grad():
+                    if self._rounds is None:  # now, or as the text was changed meanwhile
+                        self._check_whole()
+                        while self._late:
+                            ids, *_, fed = self._late.pop()
+                            left.sub_(1 if fed is None else fed.long())
+                            yield torch.where(torch.ones_like(ids) > 0 if fed is None else fed, ids, -1)[:, None]
+                        rounds = Rounds(self.cache, proposer, k, settings, generator, left, self._logits, self._ended)
+                        if settings.do_sample:
+                            self._draw_noise(generator)
+                        ids, fed, _ = self._next_ids(settings, True)
+                        given = rounds.start(ids, fed)
+                        if not rounds.fed.any():
+                            return
+                        self._rounds = rounds
+                    else:
+                        rounds, self._is_torn = self._rounds, True
+                        given = rounds.next(self._read_few)
+                        self._changes = self._cache.changes
+                    any_fed.copy_(rounds.fed.any(), non_blocking=True)
+                    if on_gpu:
+                        event.record()
+                if streamer is not None:
+                    told = given.cpu()
+                    streamer.put(told[told >= 0] if len(told) == 1 else told)
+                self._is_torn = False
+                yield given
+                if on_gpu:
+                    event.synchronize()
+                if self._rounds is rounds and not any_fed:
+                    self._rounds = None
+                    return
+        finally:
+            if streamer is not None:
+                streamer.end()
+
+    def _end_rounds(self) -> None:
+        """Let the text be whole: what was chosen last is fed."""
+        if self._rounds is not None and not self._is_torn:
+            with torch.inference_mode(False), torch.no_grad():
+                if self._rounds.fed.any():
+                    self._feed(self._rounds.first, self._rounds.fed)
+            self._rounds, self._changes = None, self._cache.changes
+
     def _choose(
         self, settings: Choice, watched: bool, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The next ids, (batch,); if watched, which rows take them, (batch,) bool, and for the host any, and ids."""
         if settings.do_sample:
-            if self._noise is None:
-                self._noise = torch.empty(self._logits.shape, device=self._device)
-            self._noise.exponential_(generator=generator)
+            self._draw_noise(generator)
         kind = settings, watched, self._cache.rows
         if kind != self._settings:  # captured at the second token of the same settings
             self._choice, self._settings = None, kind
@@ -432,16 +527,16 @@ class Stream:
             self._choice = Captured(lambda: self._next_ids(settings, watched), self._device)
         return self._next_ids(settings, watched) if self._choice is None else self._choice()
 
+    def _draw_noise(self, generator: torch.Generator | None) -> None:
+        if self._noise is None:
+            self._noise = torch.empty(self._logits.shape, device=self._device)
+        self._noise.exponential_(generator=generator)
+
     def _may_capture(self, settings: Choice) -> bool:
         return self._device.type == "cuda" and settings.may_be_captured and self._runner.why_eager is None
 
     def _next_ids(self, settings: Choice, watched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        is_plain = not (settings.processors or settings.do_sample)  # then the largest is the largest in any dtype
-        scores = self._logits
-        if not is_plain:
-            held = self._cache.rows.held()  # instead of none, any again
-            held = torch.where(held < 0, held.amax(1, keepdim=True).clamp(min=0), held)
-            scores = settings.processors(held, scores.float())  # type: ignore[arg-type]  # LongTensor and FloatTensor
+        scores = settings.scores(self._logits, self._cache.rows.held)
         if settings.do_sample:
             scores = scores.softmax(-1) / self._noise  # exponentially distributed: the largest is a draw
         ids = scores.argmax(-1)
@@ -459,6 +554,13 @@ class Stream:
         logits = self._runner.next_logits(self._cache, ids, mask)
         logits = self._read(ids, mask, self._cache) if logits is None else logits[:, -1]
         self._logits.copy_(logits if fed is None else torch.where(fed[:, None], logits, self._logits))
+
+    def _read_few(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Several tokens a row through the model: the logits behind each of them, (batch, tokens, vocabulary)."""
+        logits = self._runner.next_logits(self._cache, ids, mask)
+        if logits is None:
+            logits = self._runner.model(input_ids=ids, attention_mask=mask, past_key_values=self._cache).logits
+        return logits
 
     @torch.no_grad()
     def _read(self, ids: Tensor, mask: Tensor | None, cache: SinkCache) -> Tensor:

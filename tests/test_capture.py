@@ -77,6 +77,22 @@ def test_steps_of_few_tokens(repeated):
         assert torch.equal(a, b)
 
 
+def test_proposed_steps(repeated):
+    """A Stream's rounds are captured steps of the draft and of the model, and the text is that without graphs."""
+    model, draft, ids, texts = tiny("llama"), tiny("llama"), random_ids(2, 20), []
+    for cuda_graph in (True, False):
+        with patch(model, S, W, cuda_graph=cuda_graph), patch(draft, S, W, cuda_graph=cuda_graph):
+            before = len(repeated)
+            for how in (dict(draft=draft, num_assistant_tokens=4), dict(prompt_lookup_num_tokens=2), {}):
+                stream = Stream(model)
+                stream.append(ids)
+                steps = torch.cat([x.view(2, -1) for x in stream.generate(50, repetition_penalty=1.3, **how)], dim=1)
+                texts.append([row[row >= 0] for row in steps])
+            assert sum(repeated[before:]) > 100 * cuda_graph - 1
+    for found in texts[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, texts[0], strict=True))
+
+
 def test_ids_of_the_user_are_looked_at(repeated):
     """A short input of the user's is no captured step: its ids may be wrong."""
     model, asked = tiny("llama"), dict(max_new_tokens=8, do_sample=False)
@@ -132,6 +148,32 @@ def test_captured_steps_write_the_same(name, captures):
     for a, b in zip(captured, eager, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(captured[0][0, 20:], captured[-1][0])
+
+
+@pytest.mark.gpu
+def test_proposed_steps_write_the_same(captures):
+    """Drafts, lookups and candidates of `generate`, greedy and sampled, captured and not."""
+    model, draft, ids, texts = tiny("llama").cuda(), tiny("llama").cuda(), random_ids(2, 20, "cuda"), []
+    for cuda_graph in (True, False):
+        how = dict(cuda_graph=cuda_graph)
+        with patch(model, S, W, **how), patch(draft, S, W, **how):
+            before = len(captures)
+            for proposals in (dict(draft=draft, num_assistant_tokens=4), dict(prompt_lookup_num_tokens=2), {}):
+                for asked in (dict(repetition_penalty=1.3), dict(do_sample=True, top_k=5, seed=3)):
+                    stream = Stream(model)
+                    stream.append(ids)
+                    steps = [x.view(2, -1) for x in stream.generate(50, **asked, **proposals)]
+                    texts.append([row[row >= 0] for row in torch.cat(steps, dim=1)])
+            asked = dict(max_new_tokens=60, do_sample=False, repetition_penalty=1.3)
+            texts.append(model.generate(ids[:1], assistant_model=draft, **asked)[0])
+            texts.append(model.generate(ids[:1], prompt_lookup_num_tokens=3, **asked)[0])
+            texts.append(model.generate(ids[:1], **asked)[0])
+            assert all(captures[before:]) and (len(captures) - before > 300) == cuda_graph
+    for a, b in zip(texts[:9], texts[9:], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    for greedy in (texts[2], texts[4]):
+        assert all(torch.equal(x, y) for x, y in zip(texts[0], greedy, strict=True))
+    assert torch.equal(texts[6], texts[8]) and torch.equal(texts[7], texts[8])
 
 
 @pytest.mark.gpu

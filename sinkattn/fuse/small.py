@@ -49,7 +49,10 @@ class ConstantRotary:
         self.module, self.original, self.said = module, module.forward, {}
 
     def forward(self, x: Tensor, position_ids: Tensor, *args, **kwargs):
-        if torch.compiler.is_compiling() or not isinstance(current.step, Step) or position_ids.shape[-1] > FEW:
+        step = current.step
+        is_few = isinstance(step, Step) and step.tokens <= FEW and position_ids.shape[-1] == step.tokens
+        is_text = is_few and position_ids.shape[-2:-1] in ((), (1,), step.positions.shape[:1])  # and not a picture
+        if not is_text or torch.compiler.is_compiling():
             return self.original(x, position_ids, *args, **kwargs)
         key = (x.dtype, x.device, position_ids.shape, *args, *kwargs.items())
         if key in self.said:
