@@ -210,21 +210,14 @@ class Rounds:
         k, fed, lengths = self.k, self.fed, self.cache.rows.lengths
         column = torch.arange(k + 1, device=lengths.device)
         scores = self.choice.scores(self.scores.flatten(0, 1), self._held).view_as(self.scores)
-        if self.noise is None:
-            best = scores.argmax(-1)  # (batch, k + 1)
-            agrees = best[:, :k] == self.ids
-        else:
-            chances = scores.softmax(-1)
-            of_ids = chances[:, :k].gather(2, self.ids[..., None])[..., 0]
-            asked = 1.0 if self.chances is None else self.chances.gather(2, self.ids[..., None])[..., 0]
-            agrees = self.draws * asked < of_ids
+        said = scores.argmax(-1) if self.noise is None else scores.softmax(-1)  # ids, or chances of all
         is_end = self._ends_text(self.ids)
         until_end = (is_end.cumsum(1) == 0).sum(1) + 1  # tokens up to the first end, k + 1 for none
-        agreeing = (agrees & ~self.closes[:, None]).cumprod(1).sum(1)
+        agreeing = (self._agrees(said) & ~self.closes[:, None]).cumprod(1).sum(1)
         taken = torch.minimum(torch.minimum(agreeing, until_end), self.left)
         goes_on = fed & ~self.closes & (agreeing < until_end) & (taken < self.left)
         here = taken[:, None]
-        chosen = best.gather(1, here)[:, 0] if self.noise is None else self._drawn(chances, here)
+        chosen = said.gather(1, here)[:, 0] if self.noise is None else self._drawn(said, here)
         given = torch.where(column < here, torch.nn.functional.pad(self.ids, (0, 1)), -1)
         given = torch.where((column == here) & goes_on[:, None], chosen[:, None], given)
         given = torch.where(fed[:, None], given, -1)
@@ -239,6 +232,17 @@ class Rounds:
         self.closes.copy_(goes_on & (self._ends_text(chosen) | (self.left == 0)))
         self.fed.copy_(goes_on)
         return given
+
+    def _agrees(self, said: Tensor) -> Tensor:
+        """Whether the model would take each proposal if it took those before, (batch, k) bool.
+
+        said: the model's likeliest ids, (batch, k + 1), or if it draws its chances, (batch, k + 1, vocabulary).
+        """
+        if self.noise is None:
+            return said[:, :-1] == self.ids
+        of_ids = said[:, :-1].gather(2, self.ids[..., None])[..., 0]
+        asked = 1.0 if self.chances is None else self.chances.gather(2, self.ids[..., None])[..., 0]
+        return self.draws * asked < of_ids
 
     def _held(self) -> Tensor:
         """The ids that stood in the cache behind each token that was fed, (batch * (k + 1), n)."""

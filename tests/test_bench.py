@@ -24,13 +24,14 @@ import perplexity  # noqa: E402
 import plot  # noqa: E402
 import proof  # noqa: E402
 import recall  # noqa: E402
+import speculative  # noqa: E402
 import streaming_chat  # noqa: E402
 import train_model  # noqa: E402
 from common import read_csv as rows_of  # noqa: E402
 from experiments import Reader, SinkLlama, causal_attention, losses, open_model, plain_forward  # noqa: E402
 
 from oracle import relative_error, streaming_logits  # noqa: E402
-from sinkattn import demo, patch  # noqa: E402
+from sinkattn import Stream, demo, patch  # noqa: E402
 from tiny import tiny  # noqa: E402
 
 
@@ -549,6 +550,24 @@ def test_generate_bench(tmp_path):
     assert json.loads((tmp_path / "flatness.json").read_text())["lengths"] == [204]
     for name in ("figure10.png", "lengths.png"):
         assert plt.imread(tmp_path / name).std() > 0.01
+
+
+def test_speculative_bench(monkeypatch):
+    """Proposals that are taken with a stated chance: 4 at 0.8 give 3.36 tokens a round."""
+    monkeypatch.setattr("sinkattn.stream.Rounds", speculative.Stated)
+    monkeypatch.setattr(speculative.generate, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(speculative, "DEVICE", torch.device("cpu"))
+    for draft in ("tiny", ""):
+        rows = speculative.of_shape("tiny", draft, 2, [2], [0.0, 1.0], 12)
+        assert [row["chance"] for row in rows] == [0.0, 1.0] and all(row["ms_per_token"] > 0 for row in rows)
+    monkeypatch.setattr(speculative.Stated, "chance", 0.8)
+    model = tiny("llama")
+    with patch(model, 4, 20):
+        stream = Stream(model)
+        stream.append(random_ids(20, 9))
+        steps = stream.generate(None, eos_token_id=[], prompt_lookup_num_tokens=4)
+        given = sum(int((next(steps) >= 0).sum()) for _ in range(41)) - 20
+    assert abs(given / 800 - 3.36) < 0.25
 
 
 def test_cpu_bench(tmp_path):
