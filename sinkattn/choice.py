@@ -78,8 +78,8 @@ class Choice:
 
         held: gives the ids that stand in the cache, (rows, n), in any order, -1 for none.
         """
-        if not (self.processors or self.do_sample):  # then the largest is the largest in any dtype
-            return logits
+        if not self.processors:
+            return logits.float() if self.do_sample else logits  # the largest is the largest in any dtype
         ids = held()
         ids = torch.where(ids < 0, ids.amax(1, keepdim=True).clamp(min=0), ids)  # instead of none, any again
         return self.processors(cast(Any, ids), cast(Any, logits.float()))

@@ -1,12 +1,17 @@
 """A Stream whose tokens are proposed, by a draft or from its own text: the text without proposals, row by row."""
 
+import types
+
 import pytest
 import torch
+from transformers import LogitsProcessorList
 
 import real
 from helpers import left_padded, random_ids
 from oracle import streaming_logits
-from sinkattn import Stream, patch
+from sinkattn import SinkCache, Stream, patch
+from sinkattn.choice import Choice
+from sinkattn.speculate import Rounds
 from tiny import tiny
 
 S, W = 4, 30
@@ -153,6 +158,46 @@ def test_sampling_keeps_the_distribution(model, kind):
         assert kinds > 1
         # total variation; by chance about sqrt(kinds / (pi rows))
         assert 0.5 * (shares[0] - shares[1]).abs().sum() < 3 * (kinds / (3.14 * rows)) ** 0.5 + 0.02, place
+
+
+class Guesses:
+    """Proposes by the same chances behind every text, or always the same id of them; (k, vocabulary)."""
+
+    def __init__(self, chances, are_drawn):
+        self.chances, self.are_drawn = chances, are_drawn
+
+    def begin(self, target, vocabulary):
+        pass
+
+    def propose(self, first, fed):
+        if not self.are_drawn:
+            return self.chances.argmax(-1).expand(len(first), -1), None
+        ids = torch.stack([torch.multinomial(x, len(first), replacement=True) for x in self.chances], dim=1)
+        return ids, self.chances.expand(len(first), -1, -1)
+
+    def judged(self, taken, fed):
+        pass
+
+
+@pytest.mark.parametrize("are_drawn", [True, False])
+def test_chances_are_those_of_the_model(model, are_drawn):
+    """One round of very many rows, whose model says the same behind every text: each place has its chances."""
+    rows, k, vocabulary = 200_000, 3, 6
+    said, guessed = (torch.randn(n, vocabulary).mul(1.5).softmax(-1) for n in (k + 1, k))
+    cache = SinkCache(model)
+    cache.rows = types.SimpleNamespace(lengths=torch.zeros(rows), take_back=lambda counts, most: None)
+    none, all_rows = torch.zeros(rows, dtype=torch.bool), torch.ones(rows, dtype=torch.bool)
+    choice = Choice("", True, (), 0, LogitsProcessorList())
+    left, logits = torch.full((rows,), 1 << 40), torch.zeros(rows, vocabulary)
+    rounds = Rounds(cache, Guesses(guessed, are_drawn), k, choice, None, left, logits, none)
+    rounds.start(torch.zeros(rows, dtype=torch.int64), all_rows)
+    given = rounds.next(lambda ids, mask: said.log().expand(rows, -1, -1))
+    assert (given[:, 0] >= 0).all() and (given[:, k] < 0).any()
+    for place in range(k + 1):
+        there = given[:, place][given[:, place] >= 0]
+        n = max(len(there), 1)
+        shares = torch.bincount(there, minlength=vocabulary) / n
+        assert n < 1000 or ((shares - said[place]).abs() < 5 * (said[place] / n).sqrt() + 1 / n).all(), place
 
 
 def test_drawn_texts_are_the_models(model):
