@@ -1,0 +1,358 @@
+"""What a Stream holds: the texts of its rows, how they grow and go back, and how they are kept, doubled and moved."""
+
+import functools
+import inspect
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from . import saved
+from .cache import SinkCache
+from .graph import Captured
+from .introspect import input_device
+from .runner import Runner
+from .speculate import Rounds
+
+if TYPE_CHECKING:
+    from .stream import Stream
+
+Rows = Sequence[int] | Tensor
+KEPT = ("logits", "ended", "waiting")  # what saved texts have besides the cache
+LATE = ("late.ids", "late.fed")  # and if something was fed and not yielded yet
+
+
+class StreamTexts:
+    """The texts of a `Stream`, which adds `generate`: a cache, and what the model says behind what stands there."""
+
+    def __init__(self, model: nn.Module):
+        self.model = cast(Any, model)
+        self._cache, self._device = SinkCache(model), input_device(self.model)
+        takes = inspect.signature(model.forward).parameters
+        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
+        self._logits: Tensor | None = None  # (batch, vocabulary) of the next token
+        self._ended: Tensor | None = None  # (batch,) bool, rows that take no tokens now
+        self._late: list[tuple] = []  # what was fed and not yielded yet: ids, what the host is told, when, rows
+        self._rounds: Rounds | None = None  # under way: what they gave last is in the text and not fed yet
+        self._is_torn = False  # whether a round has ended half-way
+        self._changes = 0  # of the cache's text, up to which the logits follow it
+        self._waiting: set[int] = set()  # rows that were reset and have no text yet
+        self._noise: Tensor | None = None  # (batch, vocabulary) float32
+        self._settings: tuple | None = None  # of the last choice, whether it was watched, its rows; then what they need
+        self._choice: Captured | None = None
+
+    @property
+    def cache(self) -> SinkCache:
+        """What `generate` has under way counts for whatever comes next."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).wait_stream(side_stream(self._device))
+        self._end_rounds()
+        return self._cache
+
+    @property
+    def _runner(self) -> Runner:
+        handle = getattr(self.model, "_sinkattn", None)
+        if handle is None:
+            raise ValueError("this Stream's model is not patched any more: patch() it and make another Stream")
+        return handle.runner
+
+    @property
+    def lengths(self) -> Tensor | None:
+        if self._rounds is not None:  # what they gave last is not fed yet
+            return self._cache.lengths + self._rounds.fed
+        return self.cache.lengths
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def append(
+        self, input_ids: Tensor | Sequence, attention_mask: Tensor | Sequence | None = None, *, rows: Rows | None = None
+    ) -> None:
+        """Add new tokens to the text: new ones only, any number.
+
+        input_ids: (batch, tokens) or (tokens,) of any integer dtype, or lists. attention_mask: like input_ids, 0 for
+        left padding; None for none. rows: which rows get them, (n,) int64 or a list, each once, or a mask (batch,)
+        bool, with input_ids (n, tokens); None for all.
+        Raises TypeError for what are no ids; ValueError for an empty prompt, in any row, another batch size, rows that
+        are not there, right padding or ids the model has no embedding for. Nothing is fed then.
+        """
+        ids, mask = self._ids_of(input_ids), None
+        if attention_mask is not None:
+            mask = torch.as_tensor(attention_mask, device=self._device)
+            if mask.numel() != ids.numel():
+                raise ValueError(f"attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}")
+            mask = mask.reshape(ids.shape)
+            if empty := (~mask.bool().any(1)).nonzero().flatten().tolist():
+                raise ValueError(f"an empty prompt: row {empty[0]} of input_ids is nothing but padding")
+        self._check_whole()
+        if rows is None:
+            index = torch.arange(len(ids), device=self._device)
+            if self._ended is not None and len(ids) != len(self._ended):
+                raise ValueError(f"input_ids has {len(ids)} rows, this Stream holds {len(self._ended)} rows")
+            logits = self._read(ids, mask, self.cache)
+        else:
+            index = self._index_of(rows)
+            if len(index) != len(ids):
+                raise ValueError(f"input_ids has {len(ids)} rows, for {len(index)} rows of the Stream")
+            cache = self.cache.picked(index)
+            logits = self._read(ids, mask, cache)
+            self.cache.put(index, cache)
+        if self._logits is None:
+            self._ended = torch.zeros(len(logits), dtype=torch.bool, device=self._device)
+            self._logits = torch.empty_like(logits)
+        self._logits[index] = logits
+        self._ended[index] = False
+        self._waiting.difference_update(index.tolist())
+        self._late, self._changes = [], self._cache.changes
+
+    def _ids_of(self, input_ids: Tensor | Sequence) -> Tensor:
+        """(batch, tokens) int64, on the model's device."""
+        try:
+            ids = torch.as_tensor(input_ids, device=self._device)
+        except (TypeError, ValueError, RuntimeError) as error:  # text, or what a tokenizer returns
+            raise TypeError(
+                f"append takes ids, (batch, tokens), not this {type(input_ids).__name__} ({error}): "
+                'tokenizer(text, return_tensors="pt").input_ids'
+            ) from error
+        ids = ids[None] if ids.dim() == 1 else ids
+        if ids.dim() != 2 or ids.numel() == 0:
+            raise ValueError(f"input_ids {tuple(ids.shape)}: an empty prompt, or not (batch, tokens)")
+        if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+            raise TypeError(f"input_ids are {ids.dtype}; they need an integer dtype")
+        return ids.long()
+
+    def _check_whole(self) -> None:
+        """Raise ValueError if the logits at hand are not those behind the text."""
+        if self._is_torn or self._cache.is_torn or self._changes != self._cache.changes:
+            raise ValueError(
+                "an earlier call was interrupted half-way, or the cache was used otherwise: reset() all rows"
+            )
+        self._end_rounds()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def reset(self, rows: Rows | None = None) -> None:
+        """Forget the text of some rows and keep the memory: they wait, and yield padding, until they get a new one.
+
+        rows: (n,) int64 or a list; None for all. Raises ValueError for rows that are not there.
+        """
+        if rows is None and (self._logits is None or self._cache.is_torn or self._is_torn):
+            self.__init__(self.model)  # type: ignore[misc]  # begin anew
+            return
+        index = self._index_of(range(len(self._ended)) if rows is None else rows)
+        if rows is not None:
+            self._check_whole()
+        self.cache.forget(index)
+        self._ended[index] = True
+        self._waiting.update(index.tolist())
+        self._late, self._changes = [], self._cache.changes
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def rewind(self, n: int | Sequence[int] | Tensor, rows: Rows | None = None) -> None:
+        """Take the last tokens of some rows back, as if they had not been there, and go on from there.
+
+        n: tokens, one number or one for each row. rows: (n,) int64 or a list, each once; None for all.
+        Raises ValueError for rows that are not there, for more tokens than can be taken back (see `SinkCache.crop`) and
+        for all that a row holds, which is what `reset` is for; nothing is changed then.
+        """
+        self._check_whole()
+        index = self._index_of(range(0 if self._ended is None else len(self._ended)) if rows is None else rows)
+        try:
+            taken = torch.as_tensor(n, device=self._device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"n={n!r}: it needs a number of tokens, or one for each row") from error
+        if taken.is_floating_point() or taken.dtype == torch.bool or taken.dim() > 1 or bool((taken < 0).any()):
+            raise ValueError(f"n={n}: it needs a number of tokens, or one for each row")
+        if taken.dim() == 1 and len(taken) != len(index):
+            raise ValueError(f"n has {len(taken)} numbers, for {len(index)} rows")
+        cache, counts = self.cache, torch.zeros(len(self._ended), dtype=torch.int64, device=self._device)
+        counts[index] = taken
+        for *_, was_fed in self._late:  # nobody knows of these yet
+            counts += 1 if was_fed is None else was_fed
+        fed = counts > 0
+        if not fed.any():
+            return
+        counts += fed  # the last that stays is fed again, for what follows it
+        if bool((counts > cache.lengths).any()):
+            at = int((counts > cache.lengths).nonzero()[0])
+            raise ValueError(f"row {at} holds {int(cache.lengths[at])} tokens: reset() it, or take back fewer")
+        cache.take_back(counts, columns=1, refeeds=True)
+        ids = cache.rows.next_id()  # what was taken back last lies there still
+        self._ended[index] = False
+        self._late = []
+        self._feed(ids.clamp(min=0), fed)
+        self._changes = self._cache.changes
+
+    # Texts kept, doubled and moved.
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fork(self, row: int, n: int) -> "Stream":
+        """A new Stream of n rows, each a copy of one row's text: they go on as it would, and each on its own.
+
+        row: which. n: at least 1. Nothing is computed again, and this Stream stays as it is.
+        Raises ValueError for a row that is not there, and for n below 1.
+        """
+        self._check_whole()
+        index = self._index_of([row])
+        if n < 1:
+            raise ValueError(f"n={n}: it needs at least one copy")
+        index, other = index.repeat(n), type(self)(self.model)
+        other._cache = self.cache.picked(index)
+        other._follow({name: x.index_select(0, index) for name, x in self._kept().items()})
+        return other
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Save all rows in one safetensors file, from which `load` goes on as if they had never ended.
+
+        Besides the cache it has the logits of the next token, which rows have ended or wait, and the state of torch's
+        generator on the model's device. The generator of a ``generate(seed=...)`` under way is not among them.
+
+        path: what stands there is replaced once the new file is whole. docs/keeping.md has the format.
+        Raises ValueError if nothing was appended, or if the Stream is torn; OSError if the file cannot be written.
+        """
+        saved.write(path, self.texts())
+
+    @classmethod
+    def load(cls, model: nn.Module, path: str | os.PathLike) -> "Stream":
+        """A Stream with the texts that `save` has put into a file, in any process and from any device.
+
+        On the same kind of device it also gives torch's generator the state that it had, so that sampling goes on too.
+
+        model: a model that `patch` was called on, with the sizes and slack of the one that has written the texts. Its
+            weights are not compared.
+        Raises ValueError if the file is damaged or was not written by `save`, and if it does not fit the model, which
+        says what differs; OSError if it cannot be read.
+        """
+        stream = cls(model)
+        stream.become(saved.read(path, "stream", model))
+        return stream
+
+    def become(self, texts: saved.Texts) -> None:
+        """`load` into a Stream that is empty, once the file is read."""
+        self._fill(texts)
+        saved.set_random_state(texts, self._device)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def take(self, rows: Rows) -> saved.Texts:
+        """Move the texts of some rows to host memory: the rows wait then, as after `reset`.
+
+        rows: (n,) int64 or a list, each once. From a GPU they are copied beside what comes next. What was fed when an
+        interrupt came, and not yielded yet, belongs to the text, as for `append`.
+        Returns `sinkattn.saved.Texts`, n texts for `put`. Raises ValueError for rows that are not there.
+        """
+        self._check_whole()
+        index, self._late = self._index_of(rows), []
+        texts = self.texts(index)
+        self.reset(rows)
+        return texts
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def put(self, texts: saved.Texts, rows: Rows | None = None) -> None:
+        """Let rows go on with texts that `take` gave, of this Stream or another: as if they had never been away.
+
+        texts: n texts. rows: (n,) int64 or a list, each once, in the texts' order, whatever they hold; None for all. A
+        Stream that holds nothing yet gets n rows.
+        Raises ValueError for rows that are not there, for another number of them than n, and for texts that do not fit
+        the model; nothing is changed then.
+        """
+        self._check_whole()
+        if self._logits is None and rows is None:
+            other = type(self)(self.model)
+            other._fill(texts)
+            self._cache = other._cache
+            self._follow(other._kept())
+            return
+        index = self._index_of(range(0 if self._ended is None else len(self._ended)) if rows is None else rows)
+        if len(index) != len(texts):
+            raise ValueError(f"{len(texts)} texts, for {len(index)} rows of the Stream")
+        cache, kept = self.cache, {name: self._kept()[name] for name in KEPT}
+        texts.check_fits(cache.plan, {**cache.rows.named(), **kept})
+        cache.hold(texts, index)
+        for name, x in kept.items():
+            x.index_copy_(0, index, texts.on(name, self._device))
+        self._follow(kept)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def texts(self, index: Tensor | None = None) -> saved.Texts:
+        """What `save` puts into a file. index: (n,) int64, of some rows, see `SinkCache.texts`; None for all."""
+        self._check_whole()
+        if self._logits is None:
+            raise ValueError("this Stream is empty")
+        texts = self.cache.texts("stream", index, self._kept())
+        if index is None:
+            texts.tensors["generator"] = saved.random_state(self._device)
+        return texts
+
+    def _kept(self) -> dict[str, Tensor]:
+        """What belongs to the rows besides the cache, (batch, ...) each, by the names of saved texts."""
+        waiting = torch.zeros_like(self._ended)
+        waiting[list(self._waiting)] = True
+        kept = dict(zip(KEPT, (self._logits, self._ended, waiting), strict=True))
+        for ids, *_, fed in self._late:
+            kept |= zip(LATE, (ids, torch.ones_like(self._ended) if fed is None else fed), strict=True)
+        return kept
+
+    def _follow(self, kept: dict[str, Tensor]) -> None:
+        """Go on behind the cache with what belongs to its rows."""
+        self._logits, self._ended = kept["logits"], kept["ended"]
+        self._waiting = set(kept["waiting"].nonzero().flatten().tolist())
+        self._late, self._changes = [], self._cache.changes
+        if LATE[0] in kept:
+            ids, fed = (kept[name] for name in LATE)
+            chosen = torch.cuda.current_stream(self._device).record_event() if self._device.type == "cuda" else None
+            self._late = [(ids, torch.cat((fed.any()[None], ids)).cpu(), chosen, fed)]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _fill(self, texts: saved.Texts) -> None:
+        """Hold texts and nothing else. This Stream is empty: how the model keeps texts is seen by one token."""
+        cache = self._cache
+        logits = self._read(torch.zeros(1, 1, dtype=torch.int64, device=self._device), None, cache)
+        texts.check_fits(cache.plan, {**cache.rows.named(), "logits": logits})
+        cache.become(texts)
+        self._follow({name: texts.on(name, self._device).clone() for name in (*KEPT, *LATE) if name in texts.tensors})
+
+    def _end_rounds(self) -> None:
+        """Let the text be whole: what was chosen last is fed."""
+        if self._rounds is not None and not self._is_torn:
+            with torch.inference_mode(False), torch.no_grad():
+                if self._rounds.fed.any():
+                    self._feed(self._rounds.first, self._rounds.fed)
+            self._rounds, self._changes = None, self._cache.changes
+
+    def _feed(self, ids: Tensor, fed: Tensor | None) -> None:
+        """One token a row through the model, (batch,); rows that are not fed stay as they are."""
+        ids, mask = ids[:, None], None if fed is None else fed[:, None]
+        logits = self._runner.next_logits(self._cache, ids, mask)
+        logits = self._read(ids, mask, self._cache) if logits is None else logits[:, -1]
+        self._logits.copy_(logits if fed is None else torch.where(fed[:, None], logits, self._logits))
+
+    @torch.no_grad()
+    def _read(self, ids: Tensor, mask: Tensor | None, cache: SinkCache) -> Tensor:
+        """The logits after some tokens, (rows, vocabulary)."""
+        return self._runner.model(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, **self._last_logits
+        ).logits[:, -1]
+
+    def _index_of(self, rows: Rows) -> Tensor:
+        named = torch.as_tensor(list(rows) if isinstance(rows, range) else rows)
+        held = 0 if self._ended is None else len(self._ended)
+        if named.dtype == torch.bool:
+            if named.shape != (held,):
+                raise ValueError(f"rows is a mask {tuple(named.shape)}: this Stream holds {held} rows")
+            named = named.nonzero()
+        index = named.long().flatten().tolist()
+        if not index or len(set(index)) < len(index) or min(index) < 0 or max(index) >= held:
+            raise ValueError(f"rows={index}: this Stream holds {held} rows, name some of them, each once")
+        return torch.tensor(index, device=self._device)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
