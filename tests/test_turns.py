@@ -384,6 +384,12 @@ def test_prompt_tuning():
     wrapped = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
     given = dict(input_ids=ids, attention_mask=torch.ones_like(ids))
     expected, attributes = wrapped.generate(**given, **GREEDY), set(vars(model))
+    embed, text = model.get_input_embeddings(), ids
+    for _ in range(GREEDY["max_new_tokens"]):
+        logits = model(inputs_embeds=torch.cat((wrapped.get_prompt(2), embed(text)), dim=1)).logits[:, -1]
+        text = torch.cat((text, logits[:, 1:].argmax(-1, keepdim=True) + 1), dim=1)
+    if not torch.equal(expected, text):
+        pytest.skip(f"PEFT {peft.__version__} loses its prompt in transformers {transformers.__version__}, unpatched")
     handle = patch(wrapped, S, W)
     assert torch.equal(wrapped.generate(**given, **GREEDY), expected)
     handle.remove()
