@@ -20,11 +20,13 @@ BY_TOKEN = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_i
 @dataclass
 class _Call:
     """A `generate` under way. has_positions: whether the caller gave some. width: of its ids, columns; held: those that
-    the cache has read. cache: what it feeds. is_search: by beams. is_assisted: by candidates."""
+    the cache has read. mask: of the text with its ids, where these are all new to a cache that holds one. cache: what
+    it feeds. is_search: by beams. is_assisted: by candidates."""
 
     has_positions: bool
     width: int = 0
     held: int = 0
+    mask: Tensor | None = None
     cache: SinkCache | None = None
     is_search: bool = False
     is_assisted: bool = False
@@ -93,8 +95,9 @@ class Generation:
         self._refuse(args, kwargs)
         cache, given = kwargs.get(CACHE), inputs if inputs is not None else kwargs.get("input_ids")
         holds_text = isinstance(cache, SinkCache) and bool(cache.seen)  # forward refuses other caches
+        outer, is_assistant = _running.call, getattr(kwargs.get("generation_config"), "is_assistant", False)
         seen, changes, undo = (cache.seen, cache.changes, None) if holds_text else (0, 0, None)
-        ids, held = None, 0
+        ids, held, mask = None, 0, None
         if kwargs.get("inputs_embeds") is not None:
             if holds_text:
                 raise ValueError(
@@ -104,6 +107,9 @@ class Generation:
         elif isinstance(given, Tensor) and given.dim() == 2:
             if given.shape[1] == 0:
                 raise ValueError("an empty prompt: give at least one token")
+            if is_assistant and outer is not None and outer.mask is not None:  # it was given that of all the text
+                new = given.shape[1] - outer.width
+                kwargs["attention_mask"] = torch.nn.functional.pad(outer.mask[:, -outer.width :], (0, new), value=1)
             if holds_text:
                 cache.check(len(given), cache.lengths.device, self.runner.plan)
             pad = self._pad_of(args, kwargs)
@@ -111,14 +117,14 @@ class Generation:
             if holds_text:
                 undo = self._go_on(cache, ids, pad, kwargs)
                 changes += undo is not None
-                held = cache.seen if kwargs["attention_mask"].shape[1] == ids.shape[1] else 0
+                mask = kwargs["attention_mask"]
+                held, mask = (cache.seen, None) if mask.shape[1] == ids.shape[1] else (0, mask)
             inputs = None if inputs is None else ids
             kwargs |= {} if inputs is not None else {"input_ids": ids}
-        is_assistant = getattr(kwargs.get("generation_config"), "is_assistant", False)  # its positions count padding
-        has_positions = kwargs.get("position_ids") is not None and not is_assistant
+        has_positions = kwargs.get("position_ids") is not None and not is_assistant  # its positions count padding
         if holds_text:
             cache.are_checked = is_assistant  # what is new was chosen
-        outer, call = _running.call, _Call(has_positions, 0 if ids is None else ids.shape[1], held)
+        call = _Call(has_positions, 0 if ids is None else ids.shape[1], held, mask)
         before = cache.changes if isinstance(cache, SinkCache) else 0
         _running.call = call
         try:
@@ -316,6 +322,9 @@ class Generation:
         cache, call = kwargs.get(CACHE), _running.call
         if call is not None and call.held and cache is call.cache and kwargs.get("next_sequence_length") is None:
             kwargs["next_sequence_length"] = input_ids.shape[1] - call.held  # assisted generation gives the history too
+        if call is not None and call.is_assisted and call.mask is not None and cache is call.cache:
+            new = input_ids.shape[1] - call.width  # for which transformers cuts the mask to the columns of ids
+            kwargs["attention_mask"] = torch.nn.functional.pad(call.mask, (0, new), value=1)
         is_next = kwargs.get("next_sequence_length") == 1 and isinstance(cache, SinkCache) and cache.seen
         if pictures is not None and is_next and not kwargs.get("is_first_iteration"):
             kwargs = {name: x for name, x in kwargs.items() if name not in pictures.names}
