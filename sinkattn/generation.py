@@ -1,13 +1,15 @@
 """What transformers' `generate` asks of a patched model: its cache, its inputs, and turns over one cache."""
 
+import inspect
 import itertools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import GenerationMixin, StoppingCriteriaList
+from transformers import Cache, GenerationMixin, StoppingCriteriaList
 
 from .cache import SinkCache, Unfed
 from .introspect import CACHE, named
@@ -388,6 +390,11 @@ class Generation:
         handle = getattr(getattr(generator, "assistant_model", None), "_sinkattn", None)
         if self.runner.plan.prefill == "dense":
             raise ValueError("prefill='dense' attends candidates otherwise than tokens alone: patch() with 'streaming'")
+        if _running.call.mask is not None and "max_length" in inspect.signature(Cache.crop).parameters:
+            raise ValueError(
+                f"transformers {transformers.__version__} counts no tokens but its ids: give the whole text, or leave the "
+                "assistant out"
+            )
         _running.call.is_assisted = True
         most = min(x.plan.slack for x in (self.runner, handle) if x is not None)
         propose, cache = generator.get_candidates, _running.call.cache

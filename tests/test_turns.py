@@ -416,7 +416,8 @@ def test_new_ids_that_begin_like_the_text(sinks):
                 before = cache.lengths.tolist()
                 if same == 1:  # less than half of it, and less than three
                     model.generate(new, past_key_values=cache, **GREEDY)
-                    assert cache.lengths.tolist() == [text.shape[1] + 4 + 9]
+                    brings_last = int(new[0, 0] == text[0, -1])  # by chance
+                    assert cache.lengths.tolist() == [text.shape[1] + 4 + 9 - brings_last]
                     continue
                 with pytest.raises(ValueError, match="If all ids are new, say so by an attention_mask"):
                     model.generate(new, past_key_values=cache, **GREEDY)
