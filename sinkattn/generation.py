@@ -392,8 +392,8 @@ class Generation:
             raise ValueError("prefill='dense' attends candidates otherwise than tokens alone: patch() with 'streaming'")
         if _running.call.mask is not None and "max_length" in inspect.signature(Cache.crop).parameters:
             raise ValueError(
-                f"transformers {transformers.__version__} counts no tokens but its ids: give the whole text, or leave the "
-                "assistant out"
+                f"transformers {transformers.__version__} counts no tokens but its ids: give the whole text, or leave "
+                "the assistant out"
             )
         _running.call.is_assisted = True
         most = min(x.plan.slack for x in (self.runner, handle) if x is not None)

@@ -98,17 +98,14 @@ def test_ids_of_the_user_are_looked_at(repeated):
     """A short input of the user's is no captured step: its ids may be wrong."""
     model, asked = tiny("llama"), dict(max_new_tokens=8, do_sample=False, **TOLD)
     with patch(model, S, W), torch.no_grad():
-        cache = SinkCache(model)
+        cache, text, proposed = SinkCache(model), random_ids(1, 4), dict(prompt_lookup_num_tokens=3)
         for _ in range(3):
-            model.generate(random_ids(1, 4), past_key_values=cache, prompt_lookup_num_tokens=3, **asked)
-        seen = cache.seen
+            text = model.generate(text, past_key_values=cache, **proposed, **asked)
+            text = torch.cat((text, random_ids(1, 3)), dim=1)
         with pytest.raises(ValueError, match="reach from"):
             model(torch.tensor([[5, 97, 3, 4]]), past_key_values=cache)
         with pytest.raises(ValueError, match="reach from"):
-            model.generate(
-                torch.tensor([[5, 97, 3, 4]]), past_key_values=cache, prompt_lookup_num_tokens=3,
-                attention_mask=torch.ones(1, seen + 5, dtype=torch.int64), **asked,
-            )  # fmt: skip
+            model.generate(torch.cat((text, torch.tensor([[97]])), dim=1), past_key_values=cache, **proposed, **asked)
         assert not cache.is_torn
 
 
