@@ -179,7 +179,8 @@ class SinkCache(Cache):
     ) -> Iterator[Step]:
         """A step of `tokens` columns, see `Step`. Whoever opens it commits it; left otherwise, the step is aborted.
 
-        A lone token is then simply written again, later; a prompt or a state cannot be mended, and the cache is torn.
+        A lone token, and as many more as there is slack, are then simply written again, later; a prompt or a state
+        cannot be mended, and the cache is torn.
         """
         if self.rows is None or len(self.lengths) != batch or self.lengths.device != device:
             self._use(self.plan.spare.take(batch, device) or Rows(self.plan, batch, device))
@@ -192,7 +193,8 @@ class SinkCache(Cache):
             if step is None:  # nothing has run
                 self.is_torn = was_torn
             elif self.step is not None:  # not in the middle of its commit
-                self.is_torn = was_torn or self.has_state or (step.written and tokens > 1)
+                is_lost = tokens > (1 if self.plan.prefill == "dense" else 1 + self.plan.slack)
+                self.is_torn = was_torn or self.has_state or (step.written and is_lost)
                 if step.written and not self.is_torn:
                     self.rows.wrote(tokens)
             raise

@@ -59,7 +59,10 @@ class Choice:
         config, _ = model._prepare_generation_config(config, **given)
         for name, plain in PLAIN.items():
             if getattr(config, name, None) not in (None, plain):
-                raise ValueError(f"{name}={getattr(config, name)!r}: a Stream samples or takes the likeliest token")
+                raise ValueError(
+                    f"{name}={getattr(config, name)!r}: a Stream samples or takes the likeliest token, and hears of "
+                    "proposals by arguments of its own"
+                )
         ends = () if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
         told = config.to_json_string(use_diff=False)
         config._eos_token_tensor = torch.tensor(ends, device=model.device) if ends else None

@@ -112,6 +112,8 @@ class Generation:
             if is_assistant and outer is not None and outer.mask is not None:  # it was given that of all the text
                 new = given.shape[1] - outer.width
                 kwargs["attention_mask"] = torch.nn.functional.pad(outer.mask[:, -outer.width :], (0, new), value=1)
+            elif is_assistant and kwargs.get("attention_mask") is None:  # pad ids are text that was chosen
+                kwargs["attention_mask"] = torch.ones_like(given)
             if holds_text:
                 cache.check(len(given), cache.lengths.device, self.runner.plan)
             pad = self._pad_of(args, kwargs)

@@ -59,6 +59,8 @@ class Draft:
 
     def __init__(self, model: nn.Module, k: int, choice: Choice, generator: torch.Generator | None):
         self.model, self.k, self.choice, self.generator = cast(Any, model), k, choice, generator
+        if not isinstance(model, nn.Module) or getattr(model, "_sinkattn", None) is None:
+            raise ValueError(f"the draft, a {type(model).__name__}, is no patched model: sinkattn.patch() it")
         self.cache, self.runner = SinkCache(model), self.model._sinkattn.runner
         self.device = input_device(self.model)
         self.cache.activate_past_recording()
@@ -69,6 +71,9 @@ class Draft:
             )
 
     def begin(self, target: SinkCache, vocabulary: int) -> None:
+        size = self.model.get_input_embeddings().num_embeddings
+        if size < vocabulary:
+            raise ValueError(f"the draft has a vocabulary of {size}, the model one of {vocabulary}")
         ids, mask = target.rows.text()
         self.cache, self.target = SinkCache(self.model), target
         size = len(ids)
@@ -87,6 +92,8 @@ class Draft:
 
     def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Of the token behind ids, (batch, vocabulary)."""
+        if getattr(getattr(self.model, "_sinkattn", None), "runner", None) is not self.runner:
+            raise ValueError("the draft is not patched any more, or was patched anew: begin another generate()")
         logits = self.runner.next_logits(self.cache, ids, mask)
         if logits is None:
             logits = self.model(input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True).logits
@@ -126,7 +133,7 @@ class Lookup:
         self.k = k
 
     def begin(self, target: SinkCache, vocabulary: int) -> None:
-        self.rows = target.rows
+        self.rows, self.vocabulary = target.rows, vocabulary
         self.first, self.device = torch.zeros_like(self.rows.lengths), self.rows.lengths.device
         self._repeated = Repeated(self.device, True)
 
@@ -144,7 +151,7 @@ class Lookup:
             depth = depth + is_same
         at = (depth * n + torch.arange(n - 1, device=ids.device)).argmax(1, keepdim=True)  # the longest, then the last
         behind = (at + 1 + torch.arange(self.k, device=ids.device)).clamp(max=n - 1)
-        return ids.gather(1, behind).clamp(min=0)
+        return ids.gather(1, behind).clamp(0, self.vocabulary - 1)
 
     def judged(self, taken: Tensor, fed: Tensor) -> None:
         pass
@@ -157,7 +164,8 @@ class Rounds:
     still give, which outlives this. logits: (batch, vocabulary), what the Stream goes on by, kept up to date.
     ended: (batch,) bool, rows of the Stream that take no tokens.
 
-    Attributes: first (batch,) int64, chosen and given out and not fed yet, of the rows that are fed, (batch,) bool.
+    Attributes: first (batch,) int64, chosen and given out and not fed yet, of the rows that are fed, (batch,) bool, of
+    which some end with it: closes. is_open: whether a round is under way, or was not given out: `undo` takes it back.
     """
 
     def __init__(
@@ -181,6 +189,9 @@ class Rounds:
         self.chances: Tensor | None = None
         self.noise = torch.empty(size, vocabulary, device=device) if choice.do_sample else None
         self.draws = torch.empty(size, k, device=device)
+        rows = cache.rows
+        self._state = (self.first, self.fed, self.closes, left, ended, rows.lengths, rows.digest)
+        self._before, self.is_open = [x.clone() for x in self._state], False
         proposer.begin(cache, vocabulary)
         self._repeated = Repeated(device, choice.may_be_captured)
 
@@ -191,12 +202,27 @@ class Rounds:
         self.first.copy_(ids)
         self.fed.copy_(fed)
         self.closes.copy_(fed & (self._ends_text(ids) | (self.left == 0)))
+        self.is_open = True
         return torch.where(fed, ids, -1)[:, None]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row that were given out or stood there before: (batch,) int64."""
+        fed, lengths = (self._before[1], self._before[5]) if self.is_open else (self.fed, self.cache.rows.lengths)
+        return lengths + fed
+
+    @property
+    def any_goes_on(self) -> Tensor:
+        """Whether another round would give any row a token: () bool."""
+        return (self.fed & ~self.closes).any()
 
     def next(self, feed: Callable) -> Tensor:
         """One round; what it gives, (batch, k + 1) int64, -1 behind a row's tokens. feed: ids (batch, k + 1) and a mask
         of them, gives their logits.
         """
+        for was, x in zip(self._before, self._state, strict=True):
+            was.copy_(x)
+        self.is_open = True
         ids, self.chances = self.proposer.propose(self.first, self.fed)
         self.ids.copy_(ids)
         if self.noise is not None:
@@ -205,6 +231,14 @@ class Rounds:
         ids = torch.cat((self.first[:, None], self.ids), dim=1)
         self.scores.copy_(feed(ids, self.fed[:, None].expand_as(ids)))
         return self._repeated(self._judge).clone()
+
+    def undo(self) -> None:
+        """The round under way has not been. What was fed last stays in its slots, unseen."""
+        rows = self.cache.rows
+        torch.maximum(rows.peak, rows.lengths, out=rows.peak)
+        for was, x in zip(self._before, self._state, strict=True):
+            x.copy_(was)
+        self.is_open = False
 
     def _judge(self) -> Tensor:
         k, fed, lengths = self.k, self.fed, self.cache.rows.lengths
@@ -215,7 +249,7 @@ class Rounds:
         until_end = (is_end.cumsum(1) == 0).sum(1) + 1  # tokens up to the first end, k + 1 for none
         agreeing = (self._agrees(said) & ~self.closes[:, None]).cumprod(1).sum(1)
         taken = torch.minimum(torch.minimum(agreeing, until_end), self.left)
-        goes_on = fed & ~self.closes & (agreeing < until_end) & (taken < self.left)
+        goes_on = fed & ~self.closes & (taken < until_end) & (taken < self.left)
         here = taken[:, None]
         chosen = said.gather(1, here)[:, 0] if self.noise is None else self._drawn(said, here)
         given = torch.where(column < here, torch.nn.functional.pad(self.ids, (0, 1)), -1)
@@ -226,8 +260,7 @@ class Rounds:
         self.logits.copy_(torch.where(fed[:, None], _at(self.scores, here), self.logits))
         self.cache.rows.take_back(torch.where(fed, k - taken, 0), k)
         self.proposer.judged(taken, fed)
-        self.ended.logical_or_(fed & (agreeing >= until_end))
-        self.ended.logical_or_(fed & self.closes & self._ends_text(self.first))
+        self.ended.logical_or_(fed & (taken == until_end) | goes_on & self._ends_text(chosen))
         self.first.copy_(chosen)
         self.closes.copy_(goes_on & (self._ends_text(chosen) | (self.left == 0)))
         self.fed.copy_(goes_on)

@@ -1,7 +1,8 @@
 """Stream: one endless text, or a batch of them, with nothing that grows."""
 
+import operator
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,6 @@ from transformers.generation import BaseStreamer
 
 from .choice import Choice
 from .graph import Captured
-from .introspect import input_device
 from .speculate import Draft, Lookup, Rounds
 from .stream_texts import StreamTexts, side_stream
 
@@ -45,15 +45,15 @@ class Stream(StreamTexts):
         seed: int | None = None,
         streamer: BaseStreamer | None = None,
         draft: nn.Module | None = None,
-        num_assistant_tokens: int = 4,
+        num_assistant_tokens: int | None = None,
         prompt_lookup_num_tokens: int | None = None,
         **options: Any,
     ) -> Iterator[Tensor]:
         """Yield the next token of every row, (batch,) int64 on the model's device, step by step.
 
-        With a draft or a lookup, what a step yields is (batch, n), 1 to n tokens of every row, -1 behind them: as many
-        as were proposed rightly, and one more. It is the text without them, or of the same distribution if it is
-        sampled, but for the order in which half precision rounds.
+        With a draft or a lookup, what a step yields is (batch, n), 1 to n tokens of every row that goes on, -1 behind
+        them: as many as were proposed rightly, and one more. It is the text without them, or of the same distribution
+        if it is sampled, but for the order in which half precision rounds.
 
         max_new_tokens: tokens of a row; None goes on until every row has met an end-of-text token, or for ever.
         generation_config, options: how tokens are chosen, as in `generate`: do_sample, temperature, top_k, top_p,
@@ -66,43 +66,52 @@ class Stream(StreamTexts):
         draft: a patched model with the same vocabulary, on the same device, that proposes num_assistant_tokens at a
             time, at most `slack` of either patch: a smaller one, or the same with a smaller window over the same
             weights. It reads what the cache holds when the loop begins, and whenever the text is changed meanwhile.
+            num_assistant_tokens is 4 if not given.
         prompt_lookup_num_tokens: proposes so many tokens that followed the last ones where they stood before.
 
         A row that has ended yields the pad token (or the end-of-text token) and stays as it is until all have, or until
         it is reset and gets a new text. Leaving the loop early loses nothing: what was yielded belongs to the text, and
-        what was fed when an interrupt came is the first that the next `generate` yields; one in the middle of a step
-        with proposals leaves the Stream torn. Raises ValueError if nothing was appended, for a draft that does not fit,
-        or more proposals than can be taken back, if an interrupt has left the text and what follows it apart, and for a
-        choice that needs the whole text (as no_repeat_ngram_size); TypeError for other options.
+        what was fed when an interrupt came is the first that the next `generate` yields; of proposals, what was not
+        yielded is taken back. Raises ValueError if nothing was appended, for a draft that does not fit or more
+        proposals than can be taken back, if an interrupt has left the text and what follows it apart, and for a choice
+        that needs the whole text (as no_repeat_ngram_size); TypeError for other options.
         """
         self._check_whole()
         if self._logits is None or len(self._waiting) == len(self._ended):
             raise ValueError("an empty prompt: append() at least one token first")
         settings = Choice.of(self.model, generation_config, options)
         generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
-        with torch.inference_mode(False), torch.no_grad():
-            self._ended.fill_(False)
-            self._ended[list(self._waiting)] = True
-            if draft is None and prompt_lookup_num_tokens is None:
-                return self._steps(max_new_tokens, settings, generator, streamer)
-            k = num_assistant_tokens if draft is not None else prompt_lookup_num_tokens
-            self._check_proposals(k, draft, prompt_lookup_num_tokens)
-            proposer = Lookup(k) if draft is None else Draft(draft, k, settings, generator)
-        return self._speculated(max_new_tokens, settings, generator, streamer, proposer, k)
-
-    def _check_proposals(self, k: int, draft: nn.Module | None, lookup: int | None) -> None:
-        plan = self._cache.plan
-        if draft is not None and lookup is not None:
+        if max_new_tokens is not None:
+            max_new_tokens = _count("max_new_tokens", max_new_tokens, 0)
+        if draft is None and prompt_lookup_num_tokens is None:
+            if num_assistant_tokens is not None:
+                raise ValueError("num_assistant_tokens is of a draft, and there is none")
+            return self._steps(max_new_tokens, settings, generator, streamer)
+        if draft is not None and prompt_lookup_num_tokens is not None:
             raise ValueError("give a draft or prompt_lookup_num_tokens, not both")
-        if not isinstance(k, int) or k < 1:
-            raise ValueError(f"{k!r} tokens to be proposed: it needs at least one")
+        if draft is None:
+            k = _count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 1)
+        else:
+            k = _count("num_assistant_tokens", 4 if num_assistant_tokens is None else num_assistant_tokens, 1)
+        plan = self._cache.plan
         self._cache.activate_past_recording()
         if plan.prefill == "dense":
             raise ValueError("prefill='dense' attends proposals otherwise than tokens alone: patch() with 'streaming'")
         if k > plan.slack:
             raise ValueError(f"{k} tokens are proposed and slack={plan.slack} can be taken back: patch() with more")
-        if draft is not None and input_device(cast(Any, draft)) != self._device:
-            raise ValueError(f"the draft is on {input_device(cast(Any, draft))}, the model on {self._device}")
+        proposer = Lookup(k) if draft is None else Draft(draft, k, settings, generator)
+        if isinstance(proposer, Draft) and proposer.device != self._device:
+            raise ValueError(f"the draft is on {proposer.device}, the model on {self._device}")
+        return self._speculated(max_new_tokens, settings, generator, streamer, proposer, k)
+
+    def _wake(self, settings: Choice) -> None:
+        """All rows with a text go on, but those whose end was fed and not yielded yet."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._ended.fill_(False)
+            self._ended[list(self._waiting)] = True
+            for ids, *_, fed in self._late:
+                for end in settings.ends:
+                    self._ended |= (ids == end) if fed is None else (ids == end) & fed
 
     def _steps(
         self,
@@ -115,6 +124,7 @@ class Stream(StreamTexts):
         until the model has read it. The host looks at what it was given while the model is at work.
         """
         on_gpu, made = self._device.type == "cuda", 0
+        self._wake(settings)
         watched = bool(settings.ends or self._waiting) or streamer is not None
         host = torch.zeros(1 + len(self._ended), dtype=torch.int64, pin_memory=on_gpu)  # whether any goes on, ids
         here, aside = (torch.cuda.current_stream(self._device), side_stream(self._device)) if on_gpu else (None, None)
@@ -165,18 +175,25 @@ class Stream(StreamTexts):
         k: int,
     ) -> Iterator[Tensor]:
         """Rounds of proposing and judging. The host waits for one flag a round, if rows may end."""
-        on_gpu = self._device.type == "cuda"
-        left = torch.full_like(self._ended, 1 << 62 if max_new_tokens is None else max_new_tokens, dtype=torch.int64)
-        any_fed, event = torch.zeros(1, dtype=torch.bool, pin_memory=on_gpu), torch.cuda.Event() if on_gpu else None
+        on_gpu, rounds = self._device.type == "cuda", None
         try:
+            with torch.inference_mode(False), torch.no_grad():
+                any_goes_on = torch.zeros((), dtype=torch.bool, pin_memory=on_gpu)
+                most = 1 << 62 if max_new_tokens is None else max_new_tokens
+                left = torch.full_like(self._ended, most, dtype=torch.int64)
+            self._wake(settings)
+            while self._late and max_new_tokens != 0:
+                ids, *_, fed = self._late[0]
+                fed = torch.ones_like(self._ended) if fed is None else fed
+                left.sub_(fed.long())
+                given = torch.where(fed, ids, -1)[:, None]
+                _put(streamer, given)
+                self._late.pop()
+                yield given
             while True:
                 with torch.inference_mode(False), torch.no_grad():
-                    if self._rounds is None:  # now, or as the text was changed meanwhile
+                    if rounds is None or self._rounds is not rounds:  # now, or as the text was changed meanwhile
                         self._check_whole()
-                        while self._late:
-                            ids, *_, fed = self._late.pop()
-                            left.sub_(1 if fed is None else fed.long())
-                            yield torch.where(torch.ones_like(ids) > 0 if fed is None else fed, ids, -1)[:, None]
                         rounds = Rounds(self.cache, proposer, k, settings, generator, left, self._logits, self._ended)
                         if settings.do_sample:
                             self._draw_noise(generator)
@@ -184,27 +201,27 @@ class Stream(StreamTexts):
                         given = rounds.start(ids, fed)
                         if not rounds.fed.any():
                             return
-                        self._rounds = rounds
                     else:
-                        rounds, self._is_torn = self._rounds, True
                         given = rounds.next(self._read_few)
-                        self._changes = self._cache.changes
-                    any_fed.copy_(rounds.fed.any(), non_blocking=True)
-                    if on_gpu:
-                        event.record()
-                if streamer is not None:
-                    told = given.cpu()
-                    streamer.put(told[told >= 0] if len(told) == 1 else told)
-                self._is_torn = False
-                yield given
-                if on_gpu:
-                    event.synchronize()
-                if self._rounds is rounds and not any_fed:
-                    self._rounds = None
+                    any_goes_on.copy_(rounds.any_goes_on, non_blocking=True)
+                    told = torch.cuda.current_stream(self._device).record_event() if on_gpu else None
+                changes = self._cache.changes
+                _put(streamer, given)
+                if changes != self._cache.changes or not rounds.is_open:
+                    raise ValueError("this Stream was used by its streamer, in the middle of a step")
+                yield self._given(rounds, given)
+                if told is not None:
+                    told.synchronize()
+                if self._rounds is rounds and not any_goes_on:
                     return
         finally:
             if streamer is not None:
                 streamer.end()
+
+    def _given(self, rounds: Rounds, ids: Tensor) -> Tensor:
+        """What a round gives belongs to the text from now on."""
+        self._rounds, self._changes, rounds.is_open = rounds, self._cache.changes, False
+        return ids
 
     def _choose(
         self, settings: Choice, watched: bool, generator: torch.Generator | None
@@ -246,3 +263,21 @@ class Stream(StreamTexts):
         if logits is None:
             logits = self._runner.model(input_ids=ids, attention_mask=mask, past_key_values=self._cache).logits
         return logits
+
+
+def _count(name: str, n: Any, least: int) -> int:
+    """n as a whole number of tokens. Raises ValueError for what is none, and for less than `least`."""
+    try:
+        count = operator.index(n)
+    except TypeError:
+        count = -1
+    if isinstance(n, bool) or count < least:
+        raise ValueError(f"{name}={n!r}: it needs a whole number of tokens, at least {least}")
+    return count
+
+
+def _put(streamer: BaseStreamer | None, given: Tensor) -> None:
+    """The tokens of a step, (batch, n), on the CPU: of one row those that there are."""
+    if streamer is not None:
+        ids = given.cpu()
+        streamer.put(ids[ids >= 0] if len(ids) == 1 else ids)

@@ -36,7 +36,6 @@ class StreamTexts:
         self._ended: Tensor | None = None  # (batch,) bool, rows that take no tokens now
         self._late: list[tuple] = []  # what was fed and not yielded yet: ids, what the host is told, when, rows
         self._rounds: Rounds | None = None  # under way: what they gave last is in the text and not fed yet
-        self._is_torn = False  # whether a round has ended half-way
         self._changes = 0  # of the cache's text, up to which the logits follow it
         self._waiting: set[int] = set()  # rows that were reset and have no text yet
         self._noise: Tensor | None = None  # (batch, vocabulary) float32
@@ -61,7 +60,7 @@ class StreamTexts:
     @property
     def lengths(self) -> Tensor | None:
         if self._rounds is not None:  # what they gave last is not fed yet
-            return self._cache.lengths + self._rounds.fed
+            return self._rounds.lengths
         return self.cache.lengths
 
     @torch.inference_mode(False)
@@ -124,7 +123,8 @@ class StreamTexts:
 
     def _check_whole(self) -> None:
         """Raise ValueError if the logits at hand are not those behind the text."""
-        if self._is_torn or self._cache.is_torn or self._changes != self._cache.changes:
+        self._undo_round()
+        if self._cache.is_torn or self._changes != self._cache.changes:
             raise ValueError(
                 "an earlier call was interrupted half-way, or the cache was used otherwise: reset() all rows"
             )
@@ -137,7 +137,7 @@ class StreamTexts:
 
         rows: (n,) int64 or a list; None for all. Raises ValueError for rows that are not there.
         """
-        if rows is None and (self._logits is None or self._cache.is_torn or self._is_torn):
+        if rows is None and (self._logits is None or self._cache.is_torn):
             self.__init__(self.model)  # type: ignore[misc]  # begin anew
             return
         index = self._index_of(range(len(self._ended)) if rows is None else rows)
@@ -154,8 +154,9 @@ class StreamTexts:
         """Take the last tokens of some rows back, as if they had not been there, and go on from there.
 
         n: tokens, one number or one for each row. rows: (n,) int64 or a list, each once; None for all.
-        Raises ValueError for rows that are not there, for more tokens than can be taken back (see `SinkCache.crop`) and
-        for all that a row holds, which is what `reset` is for; nothing is changed then.
+        Raises ValueError for rows that are not there, for more tokens than can be taken back (see `SinkCache.crop`; k
+        fewer behind proposals of k at a time) and for all that a row holds, which is what `reset` is for; nothing is
+        changed then.
         """
         self._check_whole()
         index = self._index_of(range(0 if self._ended is None else len(self._ended)) if rows is None else rows)
@@ -169,6 +170,7 @@ class StreamTexts:
             raise ValueError(f"n has {len(taken)} numbers, for {len(index)} rows")
         cache, counts = self.cache, torch.zeros(len(self._ended), dtype=torch.int64, device=self._device)
         counts[index] = taken
+        asked = counts.clone()
         for *_, was_fed in self._late:  # nobody knows of these yet
             counts += 1 if was_fed is None else was_fed
         fed = counts > 0
@@ -178,6 +180,14 @@ class StreamTexts:
         if bool((counts > cache.lengths).any()):
             at = int((counts > cache.lengths).nonzero()[0])
             raise ValueError(f"row {at} holds {int(cache.lengths[at])} tokens: reset() it, or take back fewer")
+        cache.activate_past_recording()
+        most = cache.rows.room(True) - counts + asked
+        if bool((asked > most).any()):
+            at = int((asked > most).nonzero()[0])
+            raise ValueError(
+                f"row {at} can take back {max(int(most[at]), 0)} of its {int(cache.lengths[at])} tokens now, not "
+                f"{int(asked[at])} (refused proposals count too): give patch() a larger slack, or reset() the row"
+            )
         cache.take_back(counts, columns=1, refeeds=True)
         ids = cache.rows.next_id()  # what was taken back last lies there still
         self._ended[index] = False
@@ -318,9 +328,17 @@ class StreamTexts:
         cache.become(texts)
         self._follow({name: texts.on(name, self._device).clone() for name in (*KEPT, *LATE) if name in texts.tensors})
 
+    def _undo_round(self) -> None:
+        """What nobody was given, as an interrupt or an error came before, has not been."""
+        if self._rounds is not None and self._rounds.is_open and not self._cache.is_torn:
+            with torch.inference_mode(False), torch.no_grad():
+                self._rounds.undo()
+            self._changes = self._cache.changes
+
     def _end_rounds(self) -> None:
-        """Let the text be whole: what was chosen last is fed."""
-        if self._rounds is not None and not self._is_torn:
+        """Let the text be whole: what was given last is fed."""
+        self._undo_round()
+        if self._rounds is not None and not self._cache.is_torn:
             with torch.inference_mode(False), torch.no_grad():
                 if self._rounds.fed.any():
                     self._feed(self._rounds.first, self._rounds.fed)

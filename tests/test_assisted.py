@@ -85,6 +85,16 @@ def test_new_ids_alone(helped):
         assert torch.equal(cache.lengths, alone.lengths) and torch.equal(cache.rows.digest, alone.rows.digest)
 
 
+def test_pad_ids_in_the_text(helped):
+    """What was chosen is text, for the draft as well, though it is the pad id."""
+    model, assistant = helped
+    ids = torch.randint(1, 97, (1, 20))
+    told = dict(GREEDY, attention_mask=torch.ones_like(ids))
+    pad = int(model.generate(ids, **told)[0, 25])
+    expected = model.generate(ids, **told, pad_token_id=pad)
+    assert torch.equal(model.generate(ids, **told, pad_token_id=pad, **assistant), expected)
+
+
 def test_sampling_keeps_the_distribution():
     """The share of every token in the second place of many draws, assisted and alone, over a vocabulary of a few."""
     model, ids = made(), torch.randint(1, 97, (1, 40))

@@ -402,7 +402,7 @@ OTHERS = {
     "dims": (dict(head_dim=32), dict(), "dims is 16, the model's 32"),
     "own window": (dict(sliding_window=5), dict(), "rings 0.0 own_window is 6, the model's 5"),
     "dtype": (dict(), dict(), "float32, the model's .* in torch.bfloat16"),
-    "vocabulary": (dict(vocab_size=90), dict(), "from -1 to 89|logits of a row"),
+    "vocabulary": (dict(vocab_size=40), dict(), "from -1 to 39|logits of a row"),
     "frequencies": (dict(rope_parameters=dict.fromkeys(SLIDING, THETA)), dict(), "rotation frequencies 0 is"),
 }  # fmt: skip
 

@@ -1,5 +1,7 @@
 """A Stream whose tokens are proposed, by a draft or from its own text: the text without proposals, row by row."""
 
+import contextlib
+import itertools
 import types
 
 import pytest
@@ -12,6 +14,7 @@ from oracle import streaming_logits
 from sinkattn import SinkCache, Stream, patch
 from sinkattn.choice import Choice
 from sinkattn.speculate import Rounds
+from test_interrupts import Interrupted
 from tiny import tiny
 
 S, W = 4, 30
@@ -73,7 +76,7 @@ def test_the_text_without_proposals(model, proposed, ends):
         plain = torch.stack(list(alone.generate(tokens, **asked)), dim=1)
         expected = [until(row, ends) for row in plain.tolist()]
         steps = list(helped.generate(tokens, **proposed, **asked))
-        assert rows_of(steps) == expected
+        assert rows_of(steps) == expected and all((step >= 0).any() for step in steps)
         if proposed.get("num_assistant_tokens") == 5 and not ends and tokens == 100:
             assert len(steps) < 100 if "draft" in proposed else True
         assert torch.equal(helped.lengths, alone.lengths)
@@ -134,9 +137,9 @@ def test_left_early_and_changed_meanwhile(model, proposed):
 
 def test_max_new_tokens(model, proposed):
     for tokens in (0, 1, 2, 3, 17):
-        found = rows_of(
-            [torch.zeros(2, 0, dtype=torch.int64), *begun(model, random_ids(2, 9)).generate(tokens, **proposed)]
-        )
+        steps = list(begun(model, random_ids(2, 9)).generate(tokens, **proposed))
+        assert all((step >= 0).any() for step in steps)
+        found = rows_of([torch.zeros(2, 0, dtype=torch.int64), *steps])
         assert [len(row) for row in found] == [tokens] * 2
 
 
@@ -185,7 +188,8 @@ def test_chances_are_those_of_the_model(model, are_drawn):
     rows, k, vocabulary = 200_000, 3, 6
     said, guessed = (torch.randn(n, vocabulary).mul(1.5).softmax(-1) for n in (k + 1, k))
     cache = SinkCache(model)
-    cache.rows = types.SimpleNamespace(lengths=torch.zeros(rows), take_back=lambda counts, most: None)
+    zeros = torch.zeros(rows)
+    cache.rows = types.SimpleNamespace(lengths=zeros, digest=zeros, take_back=lambda counts, most: None)
     none, all_rows = torch.zeros(rows, dtype=torch.bool), torch.ones(rows, dtype=torch.bool)
     choice = Choice("", True, (), 0, LogitsProcessorList())
     left, logits = torch.full((rows,), 1 << 40), torch.zeros(rows, vocabulary)
@@ -220,9 +224,19 @@ def test_what_does_not_fit(model):
             stream.generate(5, draft=draft, prompt_lookup_num_tokens=3)
         with pytest.raises(ValueError, match="takes back 3"):
             stream.generate(5, draft=draft)
-        for n in (0, -1, 2.5):
-            with pytest.raises(ValueError, match="at least one"):
+        for n in (0, -1, 2.5, True, "a"):
+            with pytest.raises(ValueError, match="a whole number of tokens, at least 1"):
                 stream.generate(5, draft=draft, num_assistant_tokens=n)
+    with pytest.raises(ValueError, match="of a draft, and there is none"):
+        stream.generate(5, num_assistant_tokens=3)
+    with pytest.raises(ValueError, match="max_new_tokens=2.5"):
+        stream.generate(2.5)
+    for other in ("a model", torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="is no patched model"):
+            stream.generate(5, draft=other)
+    small = tiny("llama", vocab_size=50)
+    with patch(small, S, W), pytest.raises(ValueError, match="the draft has a vocabulary of 50, the model one of 97"):
+        next(stream.generate(5, draft=small))
     with pytest.raises(ValueError, match="slack=16"):
         stream.generate(5, prompt_lookup_num_tokens=17)
     other = tiny("llama", vocab_size=103)
@@ -234,19 +248,152 @@ def test_what_does_not_fit(model):
     assert len(list(stream.generate(5))) == 5
 
 
-def test_interrupted_in_a_round(model, monkeypatch):
-    """Nothing is known of what stands in the cache then: it says so until it is reset."""
-    stream = begun(model, random_ids(1, 9))
-    steps = stream.generate(prompt_lookup_num_tokens=3)
-    next(steps)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("sinkattn.speculate.Rounds._judge", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+class Raises:
+    """A streamer that is interrupted the n-th time."""
+
+    def __init__(self, n):
+        self.n, self.ended = n, 0
+
+    def put(self, ids):
+        self.n -= 1
+        if self.n == 0:
+            raise KeyboardInterrupt
+
+    def end(self):
+        self.ended += 1
+
+
+def read(steps, most: int) -> list[int]:
+    """The tokens of the first steps, of one row."""
+    return [x for step in itertools.islice(steps, most) for x in step.flatten().tolist() if x >= 0]
+
+
+@pytest.mark.parametrize("then", ["plain", "proposed"])
+def test_interrupted_anywhere(model, proposed, then):
+    """By the streamer or at a line of sinkattn's: the text goes on behind what was yielded, or the Stream is torn."""
+    ids, torn = random_ids(1, 9), 0
+    expected = torch.stack(list(begun(model, ids).generate(120, **GOES_ON)), dim=1)[0].tolist()
+    for n in [-1, -2, -3, *torch.randint(0, 3000, (12,)).tolist()]:
+        stream, found = begun(model, ids), []
+        streamer = Raises(-n if n < 0 else 1 << 40)
+        steps = stream.generate(None, streamer=streamer, **proposed, **GOES_ON)
+        with Interrupted(n if n >= 0 else 1 << 40), contextlib.suppress(KeyboardInterrupt):
+            for step in itertools.islice(steps, 8):
+                found += [x for x in step.flatten().tolist() if x >= 0]
+        steps.close()
+        assert streamer.ended == 1 or n >= 0
+        try:
+            assert stream.lengths.tolist() == [len(ids[0]) + len(found)] or n >= 0
+            found += read(stream.generate(**GOES_ON, **(proposed if then == "proposed" else {})), 9)
+        except ValueError as error:
+            assert "interrupted half-way" in str(error) and n >= 0
+            torn += 1
+        assert found == expected[: len(found)], n
+    assert torn < 8
+
+
+def test_ended_rows_stay_ended(model, proposed):
+    """Whatever else is done to the Stream meanwhile."""
+    ids = random_ids(2, 9)
+    text = torch.stack(list(begun(model, ids).generate(60, **GOES_ON)), dim=1)
+    for at in (5, 6, 7, 8, 9):
+        ends = [int(text[0, at])]
+        expected = until(text[0].tolist(), ends)
+        for change in (lambda x: x.cache, lambda x: x.append([[7, 8]], rows=[1]), lambda x: x.fork(1, 1)):
+            stream, found = begun(model, ids), []
+            for steps, step in enumerate(stream.generate(None, **proposed, **GOES_ON, eos_token_id=ends)):
+                found += [x for x in step[0].tolist() if x >= 0]
+                change(stream)
+                if steps == 20:
+                    break
+            assert found == expected
+
+
+def test_two_loops_in_turn(model, proposed):
+    """Each goes on by its own settings, behind what the other gave."""
+    ids = random_ids(1, 9)
+    stream, plain = begun(model, ids), begun(model, ids)
+    a, b = stream.generate(**proposed, **GOES_ON), stream.generate(**proposed, repetition_penalty=2.0)
+    for turn in range(6):
+        found, options = (read(a, 2), GOES_ON) if turn % 2 == 0 else (read(b, 2), dict(repetition_penalty=2.0))
+        assert found == read(plain.generate(len(found), **options), len(found))
+    third = stream.generate(4, **proposed)
+    assert read(third, 99) == read(plain.generate(4), 4)
+
+
+def test_a_refused_call_wakes_no_row(model):
+    stream, found = begun(model, random_ids(2, 9)), []
+    end = int(next(begun(model, stream.cache.rows.last(9)).generate(1))[0])
+    for step, ids in enumerate(stream.generate(8, eos_token_id=end, pad_token_id=0)):
+        found.append(int(ids[0]))
+        if step == 3:
+            with pytest.raises(ValueError, match="slack"):
+                stream.generate(prompt_lookup_num_tokens=99)
+            stream.generate(5)  # and one that never begins
+    assert found == [end] + [0] * (len(found) - 1)
+
+
+def test_a_draft_that_is_taken_away(model):
+    """Nothing is lost of the text."""
+    draft, ids = noisy(0), random_ids(1, 9)
+    stream, handle = begun(model, ids), patch(draft, S, W)
+    steps = stream.generate(draft=draft, **GOES_ON)
+    found = read(steps, 3)
+    handle.remove()
+    with pytest.raises(ValueError, match="the draft is not patched any more"):
         next(steps)
-    with pytest.raises(ValueError, match="interrupted"):
-        stream.append(random_ids(1, 3))
-    stream.reset()
-    stream.append(random_ids(1, 3))
-    assert len(list(stream.generate(5))) == 5
+    found += read(stream.generate(20, **GOES_ON), 20)
+    assert found == read(begun(model, ids).generate(len(found), **GOES_ON), len(found))
+
+
+def test_used_by_its_streamer(model):
+    stream = begun(model, random_ids(1, 9))
+
+    class Uses(Raises):
+        def put(self, ids):
+            stream.append(random_ids(1, 2))
+
+    steps = stream.generate(prompt_lookup_num_tokens=3, streamer=Uses(1))
+    with pytest.raises(ValueError, match="used by its streamer"):
+        next(steps)
+    assert stream.lengths.tolist() == [11] and len(list(stream.generate(5))) == 5
+
+
+def test_in_inference_mode(model, proposed):
+    ids = random_ids(2, 9)
+    expected = rows_of(begun(model, ids).generate(20, **proposed))
+    with torch.inference_mode():
+        stream = begun(model, ids)
+        assert rows_of(stream.generate(20, **proposed)) == expected
+    assert len(list(stream.generate(3))) == 3
+
+
+def test_embeddings_without_logits():
+    """More ids have embeddings than logits; a lookup proposes what cannot be chosen, and nothing of that is taken."""
+    model = tiny("llama")
+    model.lm_head = torch.nn.Linear(64, 60, bias=False)
+    model.config.vocab_size = 60
+    with patch(model, S, 140):
+        ids = torch.tensor([[x for a in range(60) for x in (a, 90)]])
+        for options in ({}, dict(do_sample=True, seed=0)):
+            found = rows_of(begun(model, ids).generate(12, prompt_lookup_num_tokens=3, **options))
+            assert len(found[0]) == 12 and max(found[0]) < 60
+
+
+def test_rewind_behind_proposals(model):
+    """k fewer than slack, until the text has grown; the refusal says how many."""
+    stream = begun(model, random_ids(1, 60))
+    steps = stream.generate(prompt_lookup_num_tokens=10)
+    read(steps, 5)
+    length = int(stream.lengths[0])
+    with pytest.raises(ValueError, match=r"row 0 can take back \d+ of its \d+ tokens now, not 16") as refusal:
+        stream.rewind(16)
+    most = int(str(refusal.value).split("take back ")[1].split()[0])
+    assert 5 <= most < 16
+    with pytest.raises(ValueError, match=f"can take back {most} "):
+        stream.rewind(most + 1)
+    stream.rewind(most)
+    assert stream.lengths.tolist() == [length - most]
 
 
 @pytest.mark.real

@@ -228,3 +228,28 @@ def test_rows_go_to_the_next_cache():
         cache, _ = leave(2)
     del cache
     assert spare.rows is None
+
+
+def test_an_end_that_was_kept_ends(model):
+    """Interrupted by its streamer at the end token: the next loop yields it, and nothing behind it."""
+    ids = random_ids(1, 9)
+    stream = Stream(model)
+    stream.append(ids)
+    text = [int(x) for x in stream.generate(4)]
+
+    class Raises:
+        left = text.index(text[3])  # where it comes first
+
+        def put(self, ids):
+            self.left -= 1
+            if self.left < 0:
+                raise KeyError("full")
+
+        def end(self):
+            pass
+
+    stream = Stream(model)
+    stream.append(ids)
+    with pytest.raises(KeyError):
+        list(stream.generate(None, eos_token_id=text[3], streamer=Raises()))
+    assert [int(x) for x in stream.generate(30, eos_token_id=text[3])] == [text[3]]
