@@ -4,7 +4,7 @@ import functools
 import inspect
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from .introspect import input_device
 from .runner import Runner
 from .speculate import Rounds
 
-if TYPE_CHECKING:
-    from .stream import Stream
-
 Rows = Sequence[int] | Tensor
+OneStream = TypeVar("OneStream", bound="StreamTexts")
 KEPT = ("logits", "ended", "waiting")  # what saved texts have besides the cache
 LATE = ("late.ids", "late.fed")  # and if something was fed and not yielded yet
 
@@ -199,7 +197,7 @@ class StreamTexts:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def fork(self, row: int, n: int) -> "Stream":
+    def fork(self: OneStream, row: int, n: int) -> OneStream:
         """A new Stream of n rows, each a copy of one row's text: they go on as it would, and each on its own.
 
         row: which. n: at least 1. Nothing is computed again, and this Stream stays as it is.
@@ -226,7 +224,7 @@ class StreamTexts:
         saved.write(path, self.texts())
 
     @classmethod
-    def load(cls, model: nn.Module, path: str | os.PathLike) -> "Stream":
+    def load(cls: type[OneStream], model: nn.Module, path: str | os.PathLike) -> OneStream:
         """A Stream with the texts that `save` has put into a file, in any process and from any device.
 
         On the same kind of device it also gives torch's generator the state that it had, so that sampling goes on too.

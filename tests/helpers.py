@@ -43,3 +43,18 @@ def fed(model, ids: torch.Tensor, size: int, mask: torch.Tensor | None = None) -
 def endless(stream, steps: int) -> torch.Tensor:
     """The next ids of a Stream, (rows, steps), greedy."""
     return torch.stack([ids for ids, _ in zip(stream.generate(eos_token_id=[]), range(steps), strict=False)], dim=1)
+
+
+class Stops:
+    """A streamer that fails when it is given tokens for the n-th time, from 0."""
+
+    def __init__(self, n: int, error: type[BaseException] = KeyError):
+        self.left, self.error, self.ended = n, error, 0
+
+    def put(self, ids):
+        self.left -= 1
+        if self.left < 0:
+            raise self.error("full")
+
+    def end(self):
+        self.ended += 1

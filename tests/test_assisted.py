@@ -8,6 +8,7 @@ import torch
 import transformers
 
 import real
+from helpers import Stops
 from sinkattn import SinkCache, patch
 from tiny import tiny
 
@@ -108,21 +109,6 @@ def test_sampling_keeps_the_distribution():
         assert (counts[0] > 0).sum() > 1
         shares = counts / counts.sum(1, keepdim=True)
         assert 0.5 * (shares[0] - shares[1]).abs().sum() < 0.35  # total variation; by chance about 0.1
-
-
-class Stops:
-    """A streamer that fails at the n-th time."""
-
-    def __init__(self, n):
-        self.left = n
-
-    def put(self, ids):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyError("full")
-
-    def end(self):
-        pass
 
 
 def test_interrupted_behind_candidates():

@@ -9,7 +9,7 @@ import torch
 from transformers import LogitsProcessorList
 
 import real
-from helpers import left_padded, random_ids
+from helpers import Stops, left_padded, random_ids
 from oracle import streaming_logits
 from sinkattn import SinkCache, Stream, patch
 from sinkattn.choice import Choice
@@ -248,21 +248,6 @@ def test_what_does_not_fit(model):
     assert len(list(stream.generate(5))) == 5
 
 
-class Raises:
-    """A streamer that is interrupted the n-th time."""
-
-    def __init__(self, n):
-        self.n, self.ended = n, 0
-
-    def put(self, ids):
-        self.n -= 1
-        if self.n == 0:
-            raise KeyboardInterrupt
-
-    def end(self):
-        self.ended += 1
-
-
 def read(steps, most: int) -> list[int]:
     """The tokens of the first steps, of one row."""
     return [x for step in itertools.islice(steps, most) for x in step.flatten().tolist() if x >= 0]
@@ -275,7 +260,7 @@ def test_interrupted_anywhere(model, proposed, then):
     expected = torch.stack(list(begun(model, ids).generate(120, **GOES_ON)), dim=1)[0].tolist()
     for n in [-1, -2, -3, *torch.randint(0, 3000, (12,)).tolist()]:
         stream, found = begun(model, ids), []
-        streamer = Raises(-n if n < 0 else 1 << 40)
+        streamer = Stops(-1 - n if n < 0 else 1 << 40, KeyboardInterrupt)
         steps = stream.generate(None, streamer=streamer, **proposed, **GOES_ON)
         with Interrupted(n if n >= 0 else 1 << 40), contextlib.suppress(KeyboardInterrupt):
             for step in itertools.islice(steps, 8):
@@ -349,11 +334,11 @@ def test_a_draft_that_is_taken_away(model):
 def test_used_by_its_streamer(model):
     stream = begun(model, random_ids(1, 9))
 
-    class Uses(Raises):
+    class Uses(Stops):
         def put(self, ids):
             stream.append(random_ids(1, 2))
 
-    steps = stream.generate(prompt_lookup_num_tokens=3, streamer=Uses(1))
+    steps = stream.generate(prompt_lookup_num_tokens=3, streamer=Uses(0))
     with pytest.raises(ValueError, match="used by its streamer"):
         next(steps)
     assert stream.lengths.tolist() == [11] and len(list(stream.generate(5))) == 5

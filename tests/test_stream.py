@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from helpers import DEVICES, endless, left_padded, random_ids
+from helpers import DEVICES, Stops, endless, left_padded, random_ids
 from oracle import streaming_logits
 from sinkattn import SinkCache, Stream, patch
 from tiny import tiny
@@ -237,19 +237,8 @@ def test_an_end_that_was_kept_ends(model):
     stream.append(ids)
     text = [int(x) for x in stream.generate(4)]
 
-    class Raises:
-        left = text.index(text[3])  # where it comes first
-
-        def put(self, ids):
-            self.left -= 1
-            if self.left < 0:
-                raise KeyError("full")
-
-        def end(self):
-            pass
-
     stream = Stream(model)
     stream.append(ids)
     with pytest.raises(KeyError):
-        list(stream.generate(None, eos_token_id=text[3], streamer=Raises()))
+        list(stream.generate(None, eos_token_id=text[3], streamer=Stops(text.index(text[3]))))
     assert [int(x) for x in stream.generate(30, eos_token_id=text[3])] == [text[3]]
