@@ -111,13 +111,17 @@ def test_what_serves_which_gpu(monkeypatch, capability, shared, decode, prefill)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(backends, "HAS_CUDA_LIBRARY", True)
     with FakeTensorMode():
-        new, cache = (torch.empty(1, 8, n, 128, dtype=torch.bfloat16, device="cuda:0") for n in (1, 64))
-        tensors, sizes = backends.Tensors(new, new, new, cache, cache, None), backends.Sizes(4, 60, 1.0)
+        new, few, many, cache = (
+            torch.empty(1, 8, n, 128, dtype=torch.bfloat16, device="cuda:0") for n in (1, 5, 20, 68)
+        )
 
-    def chosen(op, backend):
+    def chosen(op, backend, x=None):
+        x = (new if op == "decode" else many) if x is None else x
+        tensors, sizes = backends.Tensors(x, x, x, cache, cache, None), backends.Sizes(4, 60, 1.0)
         return backends.chosen(op, backend, tensors, sizes).name()
 
     assert chosen("decode", "auto") == f"sinkattn::{decode}"
     assert chosen("decode", "cuda") == "sinkattn::decode_cuda"
     assert chosen("prefill", "auto") == f"sinkattn::{prefill}"
+    assert chosen("prefill", "auto", few) == f"sinkattn::{decode}".replace("decode", "prefill")  # by the same kernel
     assert chosen("prefill", "triton") == "sinkattn::prefill_triton"
