@@ -59,7 +59,8 @@ def anywhere(run, times=25):
 
 KINDS = {  # name of the model, prefill, tokens before, tokens of the step, chunk
     "token": ("llama", "streaming", 14, 1, None),
-    "prompt": ("llama", "streaming", 14, 5, None),
+    "few tokens": ("llama", "streaming", 14, 5, None),
+    "prompt": ("llama", "streaming", 14, 20, None),
     "chunks": ("llama", "streaming", 14, 9, 4),
     "first prompt": ("llama", "streaming", 0, 9, 4),
     "dense": ("llama", "dense", 14, 5, None),
@@ -106,7 +107,8 @@ def test_ctrl_c_anywhere_in_a_step(kind, monkeypatch):
                 assert relative_error(model(more, past_key_values=cache).logits, ends[outcome]) < 1e-4
 
         anywhere(run, times=40)
-    assert "whole" in outcomes and ("torn" in outcomes or tokens == 1)
+    is_mended = tokens <= 17 and prefill == "streaming" and not chunk  # it is written again, as slack is 16
+    assert "whole" in outcomes and ("torn" in outcomes or is_mended or tokens == 1)
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
@@ -124,10 +126,10 @@ def test_an_op_that_fails(model, error):
                 raise error
             return func(*args, **(kwargs or {}))
 
-    ids, begun = random_ids(1, 20), SinkCache(model)
+    ids, begun = random_ids(1, 34), SinkCache(model)
     model(ids[:, :14], past_key_values=begun)
     expected = streaming_logits(plain(), ids, S, W)[:, 14:]
-    for tokens in (1, 6):
+    for tokens in (1, 6, 20):
         outcomes = set()
         for n in range(1, 200, 7):
             cache, failing = copy.deepcopy(begun), Failing(n)
@@ -144,7 +146,7 @@ def test_an_op_that_fails(model, error):
                 if rest.numel():
                     found = model(rest, past_key_values=cache).logits
                     assert relative_error(found, expected[:, -rest.shape[1] :]) < 1e-4
-        assert False in outcomes and (True in outcomes or tokens == 1)
+        assert False in outcomes and (True in outcomes or tokens <= 17)
 
 
 def test_ctrl_c_while_rows_change(model):
