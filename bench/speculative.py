@@ -16,7 +16,6 @@ speculative.json.
 """
 
 import contextlib
-import copy
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -63,9 +62,9 @@ class Stated(speculate.Rounds):
 
     chance = 0.8
 
-    def next(self, feed):
+    def next(self):
         self.draws.uniform_(generator=self.generator)
-        return super().next(feed)
+        return super().next()
 
     def _agrees(self, said):
         return self.draws < self.chance
@@ -88,7 +87,7 @@ def rows_of(steps: list[torch.Tensor]) -> list[list[int]]:
 def real_text(tokens: int, window: int, draft_window: int) -> list[dict]:
     """SmolLM2 by Stream and by generate, alone and with proposals."""
     model = real.real_model(torch.float32).to(DEVICE)
-    draft = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    draft = real.over_the_same_weights(model)
     ids, rows = real.prose(300).to(DEVICE), []
     with sinkattn.patch(model, SINKS, window), sinkattn.patch(draft, SINKS, draft_window):
 

@@ -1,5 +1,6 @@
 """How a Stream chooses its tokens: by those of transformers' processors that need no more text than it keeps."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -86,6 +87,12 @@ class Choice:
         ids = held()
         ids = torch.where(ids < 0, ids.amax(1, keepdim=True).clamp(min=0), ids)  # instead of none, any again
         return self.processors(cast(Any, ids), cast(Any, logits.float()))
+
+    def ends_text(self, ids: Tensor) -> Tensor:
+        """Whether each of the ids, of any shape, ends a text."""
+        if not self.ends:
+            return torch.zeros_like(ids, dtype=torch.bool)
+        return functools.reduce(torch.logical_or, [ids == end for end in self.ends])
 
     @property
     def may_be_captured(self) -> bool:

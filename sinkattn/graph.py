@@ -42,6 +42,20 @@ class Captured:
         return None  # a copy of the tensors needs a graph of its own
 
 
+class Repeated:
+    """``run()`` of tensors in fixed places, captured at its second call. may_be: whether it may, asked until it is."""
+
+    def __init__(self, run: Callable, device: torch.device, may_be: Callable[[], bool]):
+        self._run, self._device, self._may_be = run, device, may_be
+        self._has_run, self._captured = False, None
+
+    def __call__(self):
+        if self._captured is None and self._has_run and self._may_be():
+            self._captured = Captured(self._run, self._device)
+        self._has_run = True
+        return self._run() if self._captured is None else self._captured()
+
+
 def why_eager(model: nn.Module) -> str | None:
     """Why a step of a model cannot be a CUDA graph, as far as can be told beforehand, or None."""
     devices = sorted({str(parameter.device) for parameter in model.parameters()})

@@ -310,9 +310,9 @@ def patch(
     fuse: "layers" computes modules of the usual form by fewer kernels, see fuse/: attention, decoder layers and, for
         few rows, linear layers; "attention" only the first; "none" leaves every module its own forward.
         Outputs differ by rounding alone. Weights are laid side by side, and held once.
-    cuda_graph: on a GPU, replay steps of one token as a CUDA graph: captured at the second such step, and kept, with
-        the memory of the last cache, for the next one of as many rows. What cannot be captured runs as it is, and
-        ``handle.why_eager`` tells why.
+    cuda_graph: on a GPU, replay steps of one token, and of up to 16 that were proposed, as a CUDA graph: captured at
+        the second such step, and kept, with the memory of the last cache, for the next one of as many rows. What cannot
+        be captured runs as it is, and ``handle.why_eager`` tells why.
 
     What is changed in the model afterwards counts: at once where a hook is registered or a module or parameter is put
     anywhere (adapters, quantisation, exchanged parts), else from the next prompt on (weights moved by ``.data``, a

@@ -348,7 +348,7 @@ class Runner:
         return output
 
     def _cannot_capture(self, error: RuntimeError, tokens: int) -> None:
-        """Steps of so many tokens run eagerly from now on; for good, unless it was for want of memory."""
+        """Steps of one token, or those of several, run eagerly from now on; of one not for good if memory lacked."""
         why, name = f"capturing its step failed: {error}", type(self.model).__name__
         if tokens > 1:
             self._takes_one = True
@@ -357,13 +357,18 @@ class Runner:
         self.why_eager, self._refused = why, not is_shortage(error)
         logger.info("steps of %s run eagerly: %s", name, why)
 
-    def next_logits(self, cache: SinkCache, ids: Tensor, mask: Tensor | None) -> Tensor | None:
-        """`forward` of a few tokens a row and nothing else, for `Stream`: the logits, (batch, tokens, vocabulary),
-        which the next step overwrites; None if it has to go by `forward`.
+    @torch.no_grad()
+    def logits(self, cache: SinkCache, ids: Tensor, mask: Tensor | None, keep: int = 1, are_checked: bool = False):
+        """`forward` and nothing else, for `Stream`: the logits of the last `keep` tokens, (batch, keep, vocabulary),
+        which the next step may overwrite. are_checked: whether the ids are known to be right: it may be a replay then.
         """
-        may_replay = cache.plan is self.plan and self.may_replay({}, cache, ids.shape[1])
-        output = self.replay(cache, ids, mask) if may_replay else None
-        return None if output is None else output.logits
+        if are_checked and cache.plan is self.plan and self.may_replay({}, cache, ids.shape[1]):
+            output = self.replay(cache, ids, mask)
+            if output is not None:
+                return output.logits[:, -keep:]
+        kept = {"logits_to_keep": keep} if "logits_to_keep" in self._parameters else {}
+        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, **kept)
+        return output.logits[:, -keep:]
 
     def _few_tokens(self, cache: SinkCache, ids: Tensor, mask: Tensor):
         """What is captured: a step over the cache, on the device."""

@@ -14,40 +14,24 @@ from torch import Tensor, nn
 
 from .cache import SinkCache
 from .choice import Choice
-from .graph import Captured
+from .graph import Repeated
 from .introspect import input_device
 
 
 class Proposer(Protocol):
     """What proposes k tokens a row.
 
-    begin: the text of the target, whose vocabulary has so many ids, has become another one. propose: behind `first`,
-    (batch,), of the rows that are `fed`, (batch,) bool: ids, (batch, k), and the probabilities that they were drawn
-    from, (batch, k, vocabulary) float32, None if nothing was drawn. judged: on the device, how many were taken,
-    (batch,).
+    begin: the text of the target, whose vocabulary has so many ids, has become another one; may_be: whether what is
+    done again may be captured. propose: behind `first`, (batch,), of the rows that are `fed`, (batch,) bool: ids,
+    (batch, k), and the probabilities that they were drawn from, (batch, k, vocabulary) float32, None if nothing was
+    drawn. judged: on the device, how many were taken, (batch,).
     """
 
-    def begin(self, target: SinkCache, vocabulary: int) -> None: ...
+    def begin(self, target: SinkCache, vocabulary: int, may_be: Callable[[], bool]) -> None: ...
 
     def propose(self, first: Tensor, fed: Tensor) -> tuple[Tensor, Tensor | None]: ...
 
     def judged(self, taken: Tensor, fed: Tensor) -> None: ...
-
-
-class Repeated:
-    """Functions of tensors in fixed places: on a GPU each is captured at its second call, if it may be."""
-
-    def __init__(self, device: torch.device, may_be_captured: bool):
-        self._device, self._may = device, may_be_captured and device.type == "cuda"
-        self._known: dict[Callable, Captured | None] = {}
-
-    def __call__(self, run: Callable) -> Any:
-        if run in self._known and self._may:
-            captured = self._known[run] or Captured(run, self._device)
-            self._known[run] = captured
-            return captured()
-        self._known[run] = None
-        return run()
 
 
 class Draft:
@@ -70,7 +54,7 @@ class Draft:
                 f"not {self.runner.plan.slack}"
             )
 
-    def begin(self, target: SinkCache, vocabulary: int) -> None:
+    def begin(self, target: SinkCache, vocabulary: int, may_be: Callable[[], bool]) -> None:
         size = self.model.get_input_embeddings().num_embeddings
         if size < vocabulary:
             raise ValueError(f"the draft has a vocabulary of {size}, the model one of {vocabulary}")
@@ -88,16 +72,13 @@ class Draft:
         if self.choice.do_sample:
             self.noise = torch.empty(logits.shape, device=self.device)
             self.chances = torch.zeros(size, self.k, logits.shape[1], device=self.device)
-        self._repeated = Repeated(self.device, self.choice.may_be_captured)
+        self._draw = Repeated(self._drawn, self.device, may_be)
 
     def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Of the token behind ids, (batch, vocabulary)."""
         if getattr(getattr(self.model, "_sinkattn", None), "runner", None) is not self.runner:
             raise ValueError("the draft is not patched any more, or was patched anew: begin another generate()")
-        logits = self.runner.next_logits(self.cache, ids, mask)
-        if logits is None:
-            logits = self.model(input_ids=ids, attention_mask=mask, past_key_values=self.cache, use_cache=True).logits
-        return logits[:, -1]
+        return self.runner.logits(self.cache, ids, mask, are_checked=bool(self.cache.seen))[:, -1]
 
     def propose(self, first: Tensor, fed: Tensor) -> tuple[Tensor, Tensor | None]:
         ids = torch.stack((self.late_ids, first), dim=1)
@@ -106,14 +87,14 @@ class Draft:
             self.scores.copy_(self._logits(ids, mask))
             if self.noise is not None:
                 self.noise.exponential_(generator=self.generator)
-            found, chances = self._repeated(self._draw)
+            found, chances = self._draw()
             self.ids[:, i] = found
             if self.chances is not None:
                 self.chances[:, i] = chances
             ids, mask = self.ids[:, i : i + 1], fed[:, None]
         return self.ids, self.chances
 
-    def _draw(self) -> tuple[Tensor, Tensor | None]:
+    def _drawn(self) -> tuple[Tensor, Tensor | None]:
         scores = self.choice.scores(self.scores, self.target.rows.held)
         if self.noise is None:
             return scores.argmax(-1), None
@@ -132,14 +113,14 @@ class Lookup:
     def __init__(self, k: int):
         self.k = k
 
-    def begin(self, target: SinkCache, vocabulary: int) -> None:
+    def begin(self, target: SinkCache, vocabulary: int, may_be: Callable[[], bool]) -> None:
         self.rows, self.vocabulary = target.rows, vocabulary
-        self.first, self.device = torch.zeros_like(self.rows.lengths), self.rows.lengths.device
-        self._repeated = Repeated(self.device, True)
+        self.first = torch.zeros_like(self.rows.lengths)
+        self._find = Repeated(self._found, self.first.device, may_be)
 
     def propose(self, first: Tensor, fed: Tensor) -> tuple[Tensor, None]:
         self.first.copy_(first)
-        return self._repeated(self._found), None
+        return self._find(), None
 
     def _found(self) -> Tensor:
         ids = torch.cat((self.rows.in_order(), self.first[:, None]), dim=1)  # (batch, n)
@@ -162,7 +143,8 @@ class Rounds:
 
     proposer: what proposes, k at a time. choice: how tokens are chosen. left: (batch,) int64, tokens that each row may
     still give, which outlives this. logits: (batch, vocabulary), what the Stream goes on by, kept up to date.
-    ended: (batch,) bool, rows of the Stream that take no tokens.
+    ended: (batch,) bool, rows of the Stream that take no tokens. feed: of ids (batch, k + 1) and a mask of them, gives
+    their logits. may_be: whether what is done again may be captured.
 
     Attributes: first (batch,) int64, chosen and given out and not fed yet, of the rows that are fed, (batch,) bool, of
     which some end with it: closes. is_open: whether a round is under way, or was not given out: `undo` takes it back.
@@ -178,22 +160,23 @@ class Rounds:
         left: Tensor,
         logits: Tensor,
         ended: Tensor,
+        feed: Callable[[Tensor, Tensor], Tensor],
+        may_be: Callable[[], bool],
     ):
         self.cache, self.proposer, self.k, self.choice, self.generator = cache, proposer, k, choice, generator
-        self.left, self.logits, self.ended = left, logits, ended
+        self.left, self.logits, self.ended, self._feed = left, logits, ended, feed
         size, vocabulary, device = len(left), logits.shape[1], logits.device
         self.first, self.fed, self.closes = torch.zeros_like(left), torch.zeros_like(ended), torch.zeros_like(ended)
-        self.ends = torch.tensor(choice.ends, dtype=torch.int64, device=device)
         self.scores = logits.new_empty(size, k + 1, vocabulary)
         self.ids = torch.zeros(size, k, dtype=torch.int64, device=device)
         self.chances: Tensor | None = None
         self.noise = torch.empty(size, vocabulary, device=device) if choice.do_sample else None
         self.draws = torch.empty(size, k, device=device)
-        rows = cache.rows
-        self._state = (self.first, self.fed, self.closes, left, ended, rows.lengths, rows.digest)
-        self._before, self.is_open = [x.clone() for x in self._state], False
-        proposer.begin(cache, vocabulary)
-        self._repeated = Repeated(device, choice.may_be_captured)
+        self._state = dict(first=self.first, fed=self.fed, closes=self.closes, left=left, ended=ended)
+        self._state |= dict(lengths=cache.rows.lengths, digest=cache.rows.digest)
+        self._before, self.is_open = {name: x.clone() for name, x in self._state.items()}, False
+        proposer.begin(cache, vocabulary, may_be)
+        self._judge = Repeated(self._judged, device, may_be)
 
     def start(self, ids: Tensor, fed: Tensor) -> Tensor:
         """Begin with what was chosen behind the text, ids (batch,), of some rows: what to give out."""
@@ -201,27 +184,25 @@ class Rounds:
         self.left.sub_(fed.long())
         self.first.copy_(ids)
         self.fed.copy_(fed)
-        self.closes.copy_(fed & (self._ends_text(ids) | (self.left == 0)))
+        self.closes.copy_(fed & (self.choice.ends_text(ids) | (self.left == 0)))
         self.is_open = True
         return torch.where(fed, ids, -1)[:, None]
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of each row that were given out or stood there before: (batch,) int64."""
-        fed, lengths = (self._before[1], self._before[5]) if self.is_open else (self.fed, self.cache.rows.lengths)
-        return lengths + fed
+        known = self._before if self.is_open else self._state
+        return known["lengths"] + known["fed"]
 
     @property
     def any_goes_on(self) -> Tensor:
         """Whether another round would give any row a token: () bool."""
         return (self.fed & ~self.closes).any()
 
-    def next(self, feed: Callable) -> Tensor:
-        """One round; what it gives, (batch, k + 1) int64, -1 behind a row's tokens. feed: ids (batch, k + 1) and a mask
-        of them, gives their logits.
-        """
-        for was, x in zip(self._before, self._state, strict=True):
-            was.copy_(x)
+    def next(self) -> Tensor:
+        """One round; what it gives, (batch, k + 1) int64, -1 behind a row's tokens."""
+        for name, x in self._state.items():
+            self._before[name].copy_(x)
         self.is_open = True
         ids, self.chances = self.proposer.propose(self.first, self.fed)
         self.ids.copy_(ids)
@@ -229,23 +210,23 @@ class Rounds:
             self.noise.exponential_(generator=self.generator)
             self.draws.uniform_(generator=self.generator)
         ids = torch.cat((self.first[:, None], self.ids), dim=1)
-        self.scores.copy_(feed(ids, self.fed[:, None].expand_as(ids)))
-        return self._repeated(self._judge).clone()
+        self.scores.copy_(self._feed(ids, self.fed[:, None].expand_as(ids)))
+        return self._judge().clone()
 
     def undo(self) -> None:
         """The round under way has not been. What was fed last stays in its slots, unseen."""
         rows = self.cache.rows
         torch.maximum(rows.peak, rows.lengths, out=rows.peak)
-        for was, x in zip(self._before, self._state, strict=True):
-            x.copy_(was)
+        for name, x in self._state.items():
+            x.copy_(self._before[name])
         self.is_open = False
 
-    def _judge(self) -> Tensor:
+    def _judged(self) -> Tensor:
         k, fed, lengths = self.k, self.fed, self.cache.rows.lengths
         column = torch.arange(k + 1, device=lengths.device)
         scores = self.choice.scores(self.scores.flatten(0, 1), self._held).view_as(self.scores)
         said = scores.argmax(-1) if self.noise is None else scores.softmax(-1)  # ids, or chances of all
-        is_end = self._ends_text(self.ids)
+        is_end = self.choice.ends_text(self.ids)
         until_end = (is_end.cumsum(1) == 0).sum(1) + 1  # tokens up to the first end, k + 1 for none
         agreeing = (self._agrees(said) & ~self.closes[:, None]).cumprod(1).sum(1)
         taken = torch.minimum(torch.minimum(agreeing, until_end), self.left)
@@ -260,9 +241,9 @@ class Rounds:
         self.logits.copy_(torch.where(fed[:, None], _at(self.scores, here), self.logits))
         self.cache.rows.take_back(torch.where(fed, k - taken, 0), k)
         self.proposer.judged(taken, fed)
-        self.ended.logical_or_(fed & (taken == until_end) | goes_on & self._ends_text(chosen))
+        self.ended.logical_or_(fed & (taken == until_end) | goes_on & self.choice.ends_text(chosen))
         self.first.copy_(chosen)
-        self.closes.copy_(goes_on & (self._ends_text(chosen) | (self.left == 0)))
+        self.closes.copy_(goes_on & (self.choice.ends_text(chosen) | (self.left == 0)))
         self.fed.copy_(goes_on)
         return given
 
@@ -281,9 +262,6 @@ class Rounds:
         """The ids that stood in the cache behind each token that was fed, (batch * (k + 1), n)."""
         rows, k = self.cache.rows, self.k
         return torch.stack([rows.held(rows.lengths - k + i) for i in range(k + 1)], dim=1).flatten(0, 1)
-
-    def _ends_text(self, ids: Tensor) -> Tensor:
-        return (ids[..., None] == self.ends).any(-1)
 
     def _drawn(self, chances: Tensor, here: Tensor) -> Tensor:
         """Draws behind what was taken: by what the model says, less what the proposals had their chance of."""

@@ -1,7 +1,8 @@
 """Stream: one endless text, or a batch of them, with nothing that grows."""
 
+import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
 from .choice import Choice
-from .graph import Captured
+from .graph import Repeated
 from .speculate import Draft, Lookup, Rounds
 from .stream_texts import StreamTexts, side_stream
 
@@ -110,8 +111,8 @@ class Stream(StreamTexts):
             self._ended.fill_(False)
             self._ended[list(self._waiting)] = True
             for ids, *_, fed in self._late:
-                for end in settings.ends:
-                    self._ended |= (ids == end) if fed is None else (ids == end) & fed
+                ends = settings.ends_text(ids)
+                self._ended |= ends if fed is None else ends & fed
 
     def _steps(
         self,
@@ -194,7 +195,11 @@ class Stream(StreamTexts):
                 with torch.inference_mode(False), torch.no_grad():
                     if rounds is None or self._rounds is not rounds:  # now, or as the text was changed meanwhile
                         self._check_whole()
-                        rounds = Rounds(self.cache, proposer, k, settings, generator, left, self._logits, self._ended)
+                        feed = lambda ids, mask: self._runner.logits(self._cache, ids, mask, k + 1, True)  # noqa: E731
+                        rounds = Rounds(
+                            self.cache, proposer, k, settings, generator, left, self._logits, self._ended, feed,
+                            self._may_capture(settings),
+                        )  # fmt: skip
                         if settings.do_sample:
                             self._draw_noise(generator)
                         ids, fed, _ = self._next_ids(settings, True)
@@ -202,7 +207,7 @@ class Stream(StreamTexts):
                         if not rounds.fed.any():
                             return
                     else:
-                        given = rounds.next(self._read_few)
+                        given = rounds.next()
                     any_goes_on.copy_(rounds.any_goes_on, non_blocking=True)
                     told = torch.cuda.current_stream(self._device).record_event() if on_gpu else None
                 changes = self._cache.changes
@@ -230,19 +235,20 @@ class Stream(StreamTexts):
         if settings.do_sample:
             self._draw_noise(generator)
         kind = settings, watched, self._cache.rows
-        if kind != self._settings:  # captured at the second token of the same settings
-            self._choice, self._settings = None, kind
-        elif self._choice is None and self._may_capture(settings):
-            self._choice = Captured(lambda: self._next_ids(settings, watched), self._device)
-        return self._next_ids(settings, watched) if self._choice is None else self._choice()
+        if kind != self._settings:
+            choose, may_be = functools.partial(self._next_ids, settings, watched), self._may_capture(settings)
+            self._choice, self._settings = Repeated(choose, self._device, may_be), kind
+        return self._choice()
 
     def _draw_noise(self, generator: torch.Generator | None) -> None:
         if self._noise is None:
             self._noise = torch.empty(self._logits.shape, device=self._device)
         self._noise.exponential_(generator=generator)
 
-    def _may_capture(self, settings: Choice) -> bool:
-        return self._device.type == "cuda" and settings.may_be_captured and self._runner.why_eager is None
+    def _may_capture(self, settings: Choice) -> Callable[[], bool]:
+        """Asks whether what chooses may be captured now."""
+        is_possible = self._device.type == "cuda" and settings.may_be_captured
+        return lambda: is_possible and self._runner.why_eager is None
 
     def _next_ids(self, settings: Choice, watched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         scores = settings.scores(self._logits, self._cache.rows.held)
@@ -253,16 +259,9 @@ class Stream(StreamTexts):
             return ids, None, None
         fed = ~self._ended
         ids = ids.where(fed, settings.pad)
-        for end in settings.ends:
-            self._ended |= ids == end
+        if settings.ends:
+            self._ended |= settings.ends_text(ids)
         return ids, fed, torch.cat((fed.any()[None], ids))
-
-    def _read_few(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Several tokens a row through the model: the logits behind each of them, (batch, tokens, vocabulary)."""
-        logits = self._runner.next_logits(self._cache, ids, mask)
-        if logits is None:
-            logits = self._runner.model(input_ids=ids, attention_mask=mask, past_key_values=self._cache).logits
-        return logits
 
 
 def _count(name: str, n: Any, least: int) -> int:

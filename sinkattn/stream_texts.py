@@ -1,7 +1,6 @@
 """What a Stream holds: the texts of its rows, how they grow and go back, and how they are kept, doubled and moved."""
 
 import functools
-import inspect
 import os
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from . import saved
 from .cache import SinkCache
-from .graph import Captured
+from .graph import Repeated
 from .introspect import input_device
 from .runner import Runner
 from .speculate import Rounds
@@ -28,8 +27,6 @@ class StreamTexts:
     def __init__(self, model: nn.Module):
         self.model = cast(Any, model)
         self._cache, self._device = SinkCache(model), input_device(self.model)
-        takes = inspect.signature(model.forward).parameters
-        self._last_logits = {"logits_to_keep": 1} if "logits_to_keep" in takes else {}
         self._logits: Tensor | None = None  # (batch, vocabulary) of the next token
         self._ended: Tensor | None = None  # (batch,) bool, rows that take no tokens now
         self._late: list[tuple] = []  # what was fed and not yielded yet: ids, what the host is told, when, rows
@@ -38,7 +35,7 @@ class StreamTexts:
         self._waiting: set[int] = set()  # rows that were reset and have no text yet
         self._noise: Tensor | None = None  # (batch, vocabulary) float32
         self._settings: tuple | None = None  # of the last choice, whether it was watched, its rows; then what they need
-        self._choice: Captured | None = None
+        self._choice: Repeated | None = None
 
     @property
     def cache(self) -> SinkCache:
@@ -87,13 +84,13 @@ class StreamTexts:
             index = torch.arange(len(ids), device=self._device)
             if self._ended is not None and len(ids) != len(self._ended):
                 raise ValueError(f"input_ids has {len(ids)} rows, this Stream holds {len(self._ended)} rows")
-            logits = self._read(ids, mask, self.cache)
+            logits = self._runner.logits(self.cache, ids, mask)[:, -1]
         else:
             index = self._index_of(rows)
             if len(index) != len(ids):
                 raise ValueError(f"input_ids has {len(ids)} rows, for {len(index)} rows of the Stream")
             cache = self.cache.picked(index)
-            logits = self._read(ids, mask, cache)
+            logits = self._runner.logits(cache, ids, mask)[:, -1]
             self.cache.put(index, cache)
         if self._logits is None:
             self._ended = torch.zeros(len(logits), dtype=torch.bool, device=self._device)
@@ -321,7 +318,8 @@ class StreamTexts:
     def _fill(self, texts: saved.Texts) -> None:
         """Hold texts and nothing else. This Stream is empty: how the model keeps texts is seen by one token."""
         cache = self._cache
-        logits = self._read(torch.zeros(1, 1, dtype=torch.int64, device=self._device), None, cache)
+        ids = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
+        logits = self._runner.logits(cache, ids, None)[:, -1]
         texts.check_fits(cache.plan, {**cache.rows.named(), "logits": logits})
         cache.become(texts)
         self._follow({name: texts.on(name, self._device).clone() for name in (*KEPT, *LATE) if name in texts.tensors})
@@ -345,16 +343,8 @@ class StreamTexts:
     def _feed(self, ids: Tensor, fed: Tensor | None) -> None:
         """One token a row through the model, (batch,); rows that are not fed stay as they are."""
         ids, mask = ids[:, None], None if fed is None else fed[:, None]
-        logits = self._runner.next_logits(self._cache, ids, mask)
-        logits = self._read(ids, mask, self._cache) if logits is None else logits[:, -1]
+        logits = self._runner.logits(self._cache, ids, mask, are_checked=True)[:, -1]
         self._logits.copy_(logits if fed is None else torch.where(fed[:, None], logits, self._logits))
-
-    @torch.no_grad()
-    def _read(self, ids: Tensor, mask: Tensor | None, cache: SinkCache) -> Tensor:
-        """The logits after some tokens, (rows, vocabulary)."""
-        return self._runner.model(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, **self._last_logits
-        ).logits[:, -1]
 
     def _index_of(self, rows: Rows) -> Tensor:
         named = torch.as_tensor(list(rows) if isinstance(rows, range) else rows)

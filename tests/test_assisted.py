@@ -1,6 +1,5 @@
 """Assisted generation: the text of the model alone, whoever proposes, beyond the wrap, in turns."""
 
-import copy
 import inspect
 
 import pytest
@@ -132,7 +131,7 @@ def test_what_cannot_be_assisted():
 def test_the_model_as_its_own_draft():
     """With a smaller window: the weights are one and the same, and stay where they are."""
     model, ids = made(), torch.randint(1, 97, (1, 20))
-    draft = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    draft = real.over_the_same_weights(model)
     with patch(model, S, W):
         expected = model.generate(ids, **GREEDY)
         with patch(draft, S, 16):
@@ -150,7 +149,7 @@ def test_smollm2_as_its_own_draft():
     """With a smaller window over the same weights, past the wrap of both."""
     real.needed()
     model = real.real_model(torch.float32)
-    draft = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    draft = real.over_the_same_weights(model)
     ids = real.prose(60)
     options = dict(do_sample=False, max_new_tokens=50)
     with patch(model, 4, 60):

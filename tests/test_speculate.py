@@ -169,7 +169,7 @@ class Guesses:
     def __init__(self, chances, are_drawn):
         self.chances, self.are_drawn = chances, are_drawn
 
-    def begin(self, target, vocabulary):
+    def begin(self, target, vocabulary, may_be):
         pass
 
     def propose(self, first, fed):
@@ -193,9 +193,12 @@ def test_chances_are_those_of_the_model(model, are_drawn):
     none, all_rows = torch.zeros(rows, dtype=torch.bool), torch.ones(rows, dtype=torch.bool)
     choice = Choice("", True, (), 0, LogitsProcessorList())
     left, logits = torch.full((rows,), 1 << 40), torch.zeros(rows, vocabulary)
-    rounds = Rounds(cache, Guesses(guessed, are_drawn), k, choice, None, left, logits, none)
+    rounds = Rounds(
+        cache, Guesses(guessed, are_drawn), k, choice, None, left, logits, none,
+        lambda ids, mask: said.log().expand(rows, -1, -1), lambda: False,
+    )  # fmt: skip
     rounds.start(torch.zeros(rows, dtype=torch.int64), all_rows)
-    given = rounds.next(lambda ids, mask: said.log().expand(rows, -1, -1))
+    given = rounds.next()
     assert (given[:, 0] >= 0).all() and (given[:, k] < 0).any()
     for place in range(k + 1):
         there = given[:, place][given[:, place] >= 0]
@@ -385,11 +388,9 @@ def test_rewind_behind_proposals(model):
 @pytest.mark.slow
 def test_smollm2():
     """Its own draft with a smaller window over the same weights; and its own text."""
-    import copy
-
     real.needed()
     model = real.real_model(torch.float32)
-    draft = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    draft = real.over_the_same_weights(model)
     ids = real.prose(60)
     with patch(model, 4, 60), patch(draft, 4, 28):
         expected = torch.stack(list(begun(model, ids).generate(40)), dim=1).tolist()
