@@ -238,9 +238,10 @@ def _refused_by_triton(op: str, t: Tensors) -> str | None:
 
 
 def _is_few(t: Tensors, s: Sizes) -> bool:
-    """Whether the decode of csrc/cuda takes a prefill: no token then takes the slot of one that another sees."""
+    """Whether the decode of csrc/cuda can take a prefill: no token then takes the slot of one that another sees."""
     tokens, ring_size = t.q.shape[2], t.k_cache.shape[2] - s.sink_size
-    fits = 0 < tokens <= CUDA_FEW and s.dense_window == 0 and ring_size >= s.window_size + tokens - 1
+    fits = 0 < tokens <= CUDA_FEW and len(t.q) * tokens <= 65535  # blocks of a grid
+    fits = fits and s.dense_window == 0 and ring_size >= s.window_size + tokens - 1
     return fits and _refused_by_cuda("decode", t) is None and is_large(t.q.device.index)
 
 

@@ -359,7 +359,8 @@ def info() -> None:
         missing = "[yellow]missing:[/yellow] "
         table = Table(show_header=False, box=None)
         table.add_row("sinkattn", __version__)
-        for package in ("torch", "transformers", "triton", "gguf"):
+        table.add_row("torch", torch.__version__)  # with the CUDA it is built for, which its package does not name
+        for package in ("transformers", "triton", "gguf"):
             try:
                 table.add_row(package, version(package))
             except PackageNotFoundError:

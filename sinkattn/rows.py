@@ -326,7 +326,7 @@ class Agreement(NamedTuple):
 def _powers(n: int, device: torch.device, base: int = BASE) -> Tensor:
     """``base ** i`` for i <= n, modulo 2^64: (n + 1,) int64."""
     powers = torch.full((n + 1,), base, dtype=torch.int64, device=device)
-    powers[0] = 1
+    powers[:1].fill_(1)  # an assignment would copy from the host, which no graph holds
     return powers.cumprod(0)
 
 

@@ -175,11 +175,15 @@ class Stream(StreamTexts):
         proposer: Draft | Lookup,
         k: int,
     ) -> Iterator[Tensor]:
-        """Rounds of proposing and judging. The host waits for one flag a round, if rows may end."""
-        on_gpu, rounds = self._device.type == "cuda", None
+        """Rounds of proposing and judging.
+
+        Whether any row goes on is known on the device. A GPU is given the next round before the host looks at that of
+        the last one; where no row went on, it gave nothing, and is taken back.
+        """
+        on_gpu, rounds, told = self._device.type == "cuda", None, None
         try:
             with torch.inference_mode(False), torch.no_grad():
-                any_goes_on = torch.zeros((), dtype=torch.bool, pin_memory=on_gpu)
+                goes_on, went_on = (torch.zeros((), dtype=torch.bool, pin_memory=on_gpu) for _ in range(2))
                 most = 1 << 62 if max_new_tokens is None else max_new_tokens
                 left = torch.full_like(self._ended, most, dtype=torch.int64)
             self._wake(settings)
@@ -207,18 +211,22 @@ class Stream(StreamTexts):
                         if not rounds.fed.any():
                             return
                     else:
-                        given = rounds.next()
-                    any_goes_on.copy_(rounds.any_goes_on, non_blocking=True)
+                        if not (on_gpu or goes_on):
+                            return
+                        given, last = rounds.next(), told
+                        goes_on, went_on = went_on, goes_on
+                        if last is not None:
+                            last.synchronize()
+                            if not went_on:
+                                self._undo_round()
+                                return
+                    goes_on.copy_(rounds.any_goes_on, non_blocking=True)
                     told = torch.cuda.current_stream(self._device).record_event() if on_gpu else None
                 changes = self._cache.changes
                 _put(streamer, given)
                 if changes != self._cache.changes or not rounds.is_open:
                     raise ValueError("this Stream was used by its streamer, in the middle of a step")
                 yield self._given(rounds, given)
-                if told is not None:
-                    told.synchronize()
-                if self._rounds is rounds and not any_goes_on:
-                    return
         finally:
             if streamer is not None:
                 streamer.end()

@@ -110,11 +110,8 @@ Tensor arrivals_of(const Tensor& k_cache, int64_t pairs, cudaStream_t stream) {
   return made;
 }
 
-// Decode, of one token a row or a few.
-Tensor decode_few(const Tensors& x, const Sizes& sizes, bool overlap, int64_t splits, bool cluster) {
-  std::vector<Tensor> copies;
-  Params p = {};
-  Tensor out = unpack(x, sizes, p, copies);
+// Decode, of one token a row or a few, into `out`. p: unpacked, as far as prefill has it too.
+void run_decode(const Tensors& x, Params& p, bool overlap, int64_t splits, bool cluster, std::vector<Tensor>& copies) {
   p.q_token = x.q.stride(2), p.k_token = x.k.stride(2), p.v_token = x.v.stride(2);
   if (x.alibi_slopes) p.alibi_slopes = data_of<float>(*x.alibi_slopes, ScalarType::Float, copies);
 
@@ -127,7 +124,7 @@ Tensor decode_few(const Tensors& x, const Sizes& sizes, bool overlap, int64_t sp
                   ", v_head_dim ", p.v_dim, ", groups of ", p.group, ", ", p.batch, " rows of ", p.tokens,
                   " tokens, a ring of ", p.ring_size, " for a window of ", p.window_size, " and ", sharing.splits,
                   sharing.cluster ? " splits in a cluster" : " splits", " on this GPU");
-  if (p.batch == 0 || p.tokens == 0) return out;
+  if (p.batch == 0 || p.tokens == 0) return;
   p.overlap = overlap;
   const cudaStream_t stream = stream_of(index);
   if (const int64_t floats = partial_floats(p, sharing)) {
@@ -137,44 +134,51 @@ Tensor decode_few(const Tensors& x, const Sizes& sizes, bool overlap, int64_t sp
     p.arrivals = static_cast<int*>(copies.back().data_ptr());
   }
   check(decode(p, sharing, device, stream), "launch of decode");
-  return out;
 }
 
 Tensor decode_op(const Tensors& x, const Sizes& sizes, bool overlap, int64_t splits, bool cluster) {
   STD_TORCH_CHECK(x.q.dim() == 4 && x.q.size(2) == 1, "sinkattn: decode takes one token a row");
-  return decode_few(x, sizes, overlap, splits, cluster);
+  std::vector<Tensor> copies;
+  Params p = {};
+  Tensor out = unpack(x, sizes, p, copies);
+  run_decode(x, p, overlap, splits, cluster, copies);
+  return out;
 }
 
-// Whether a prefill is of so few tokens that decode takes them, as `_is_few` in sinkattn/backends.py has it.
-bool is_few(const Tensors& x, const Sizes& sizes, int64_t dense_window) {
-  if (x.q.dim() != 4 || x.k_cache.dim() != 4 || dense_window != 0) return false;
-  const int64_t tokens = x.q.size(2), ring_size = x.k_cache.size(2) - sizes.sink_size;
-  return tokens > 0 && tokens <= MAX_FEW && ring_size - (tokens - 1) >= sizes.window_size;
+// What the prefill of sm90 does not take about a call; null if it takes it.
+const char* refused_by_prefill(const Tensors& x, const Prefill& p, const Device& device) {
+  if (!is_aligned(x.q) || !is_aligned(x.k) || !is_aligned(x.v)) return "q, k or v that are not aligned to 16 bytes";
+  if (reinterpret_cast<uintptr_t>(p.rotation) % 16 != 0) return "a rotation that is not aligned to 16 bytes";
+  if (p.rotary_start % 4 != 0 || p.rotary_half % 4 != 0) return "an r / 2 or a rotary_start that is no multiple of 4";
+  if (x.alibi_slopes) return "ALiBi";
+  if (p.v_dim != p.head_dim || !serves(p)) return "these head dims, or so many sinks";
+  return device.compute_major == 9 ? nullptr : "GPUs but those of compute capability 9.0";
 }
 
 Tensor prefill_op(const Tensors& x, const Sizes& sizes, int64_t dense_window) {
-  if (is_few(x, sizes, dense_window)) return decode_few(x, sizes, false, -1, false);
-  const auto& [q, k, v] = std::tie(x.q, x.k, x.v);
+  STD_TORCH_CHECK(dense_window >= 0, "sinkattn: dense_window must not be negative");
   std::vector<Tensor> copies;
   Prefill p = {};
   Tensor out = unpack(x, sizes, p, copies);
-  STD_TORCH_CHECK(is_aligned(q) && is_aligned(k) && is_aligned(v) && reinterpret_cast<uintptr_t>(p.rotation) % 16 == 0,
-                  "sinkattn: q, k, v and rotation must be aligned to 16 bytes");
-  STD_TORCH_CHECK(p.rotary_start % 4 == 0 && p.rotary_half % 4 == 0,
-                  "sinkattn: r / 2 and rotary_start must be multiples of 4");
-  STD_TORCH_CHECK(!x.alibi_slopes && dense_window >= 0, "sinkattn: the CUDA C++ prefill takes no ALiBi");
-  STD_TORCH_CHECK(p.v_dim == p.head_dim && serves(p), "sinkattn: the CUDA C++ prefill does not take head_dim ",
-                  p.head_dim, ", v_head_dim ", p.v_dim, " and ", p.sink_size, " sinks");
-  p.q_token = q.stride(2), p.k_token = k.stride(2), p.v_token = v.stride(2);
+  const int index = x.q.get_device_index();
+  const Device& device = properties_of(index);
+  const char* refused = refused_by_prefill(x, p, device);
+
+  Params few = {};
+  static_cast<Call&>(few) = p;
+  const int64_t pairs = int64_t(p.batch) * p.tokens * p.num_kv_heads;
+  const bool is_faster = p.tokens <= SURELY_FEW || pairs <= device.multiprocessors;
+  if (dense_window == 0 && (refused || is_faster) && serves(few, {1, false}, device)) {
+    run_decode(x, few, false, -1, false, copies);
+    return out;
+  }
+  STD_TORCH_CHECK(!refused, "sinkattn: the CUDA C++ prefill does not take ", refused);
+  p.q_token = x.q.stride(2), p.k_token = x.k.stride(2), p.v_token = x.v.stride(2);
   const int64_t reach = dense_window > 0 ? dense_window : sizes.window_size;
   p.reach = int(std::min(reach, sizes.window_size + p.tokens));  // beyond, nothing is
-
-  const int index = q.get_device_index();
-  const Device& device = properties_of(index);
-  STD_TORCH_CHECK(device.compute_major == 9, "sinkattn: the CUDA C++ prefill takes GPUs of compute capability 9.0");
   if (p.batch == 0 || p.tokens == 0) return out;
   torch::stable::accelerator::DeviceGuard guard(index);
-  Tensor scratch = empty_like(q, {scratch_elements(p)});
+  Tensor scratch = empty_like(x.q, {scratch_elements(p)});
   p.scratch = scratch.data_ptr();
   check(prefill(p, device.multiprocessors, stream_of(index)), "launch of prefill");
   return out;

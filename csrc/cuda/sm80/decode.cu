@@ -46,7 +46,7 @@ cudaError_t launch(const Params& p, Sharing sharing, const Device& device, cudaS
   if (const cudaError_t error = grid.allow_shared(kernel)) return error;
   if (clusters) return cudaOccupancyMaxActiveClusters(clusters, kernel, &grid.config);
   const int tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
-  return cudaLaunchKernelEx(&grid.config, kernel, p, (tiles + sharing.splits - 1) / sharing.splits);
+  return cudaLaunchKernelEx(&grid.config, kernel, p, tiles / sharing.splits);
 }
 
 // f(shape) for the head dims of the call; returns what it returns, or `otherwise` for dims that are not served.

@@ -11,7 +11,7 @@ namespace {
 // FEW: of several tokens a row; each has blocks of its own.
 template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, bool FEW>
 __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
-    decode_kernel(const __grid_constant__ Params p, int share) {  // share: tiles of a block
+    decode_kernel(const __grid_constant__ Params p, int share) {  // share: tiles of a block at least
   using S = Shape<HEAD_DIM, V_DIM, LARGE>;
   constexpr int WARPS = S::WARPS, THREADS = S::THREADS;
   constexpr int ROWS = WIDE ? 2 : 1;                // softmax rows per lane: heads g and g + 8
@@ -28,9 +28,11 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
   }
   const int tokens = FEW ? p.tokens : 1, number = blockIdx.z, row = number / tokens, token = FEW ? number % tokens : 0;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
-  const int slots = p.sink_size + p.ring_size, begin = rank * share;
+  const int slots = p.sink_size + p.ring_size, tiles = (slots + KEYS - 1) / KEYS;
+  const int larger = tiles - share * splits;  // the last blocks take one more: the first ones have the sinks
+  const int begin = rank * share + max(rank - (splits - larger), 0);
   const bool has_sinks = begin * KEYS < p.sink_size;
-  int end = min(begin + share, (slots + KEYS - 1) / KEYS);
+  int end = begin + share + (rank >= splits - larger);
 
   uint4* staged = shared + warp * S::WARP;
   T* queries = reinterpret_cast<T*>(shared + S::BLOCK);  // text, then sink
@@ -247,10 +249,11 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
 #pragma unroll
         for (int r = 0; r < ROWS; ++r)
           x[r][j][e] = WIDE ? score[j][2 * r + e] * p.query_scale : score[j][e] + score[j][2 + e];
-    // Whether all of the tile is visible: its oldest slot is, and no age within it begins anew.
-    const int oldest = new_slot - first + (first > new_slot ? p.ring_size : 0);
-    const bool anew = unsigned(new_slot - first) < KEYS - 1 && reach < p.ring_size;
-    const bool all = first >= p.sink_size && first + KEYS <= slots && !anew && oldest < reach;
+    // Whether all of the tile is visible: the oldest slot of its ring is, and no age within it begins anew. With a
+    // ring, sinks all are.
+    const int from = max(first, p.sink_size), oldest = new_slot - from + (from > new_slot ? p.ring_size : 0);
+    const bool anew = new_slot >= from && new_slot < first + KEYS - 1 && reach < p.ring_size;
+    const bool all = first + KEYS <= slots && !anew && oldest < reach;
     bool hidden[2][2] = {};
     if (!all || !is_plain) mask(x, hidden, slope, p, seen, first, c);
     uint32_t weights[4];
