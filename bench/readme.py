@@ -130,6 +130,14 @@ class Table:
 # --------------------------------------------------------------------------------------------------------------- lines
 
 
+def shared(about: dict) -> Iterator[dict]:
+    """A line for each shape: rows with sinks of their own beside rows that share them."""
+    for lines in grouped(about["lines"], "rows sinks").values():
+        by = {line["way"]: line for line in lines}
+        more = dict(own=by["own"]["us"], of_sinks=by["sinks"]["us"])
+        yield by["shared"] | more | dict(memory=by["own"]["bytes"] / by["shared"]["bytes"])
+
+
 def kernel(unit: str, shape: str, aims: dict) -> Callable[[dict], Iterator[dict]]:
     """Times of a kernel for the shapes that have aims, in bfloat16 with heads of 128; sinkattn's lines come first.
 
@@ -443,6 +451,23 @@ TABLES = {
     "generate table": Table(
         "h200/generate", "model | batch | C | {method}", "{model} | {batch} | {capacity} | {ms_per_token:.2f}",
         "model batch capacity", generate, lambda x: f"{source(x)[:-1]}; reads {x['read_gb_per_s'] / 1e3:.2f} TB/s.",
+    ),
+    "shared table": Table(
+        "h200/shared", "rows | sinks | own, us | shared, us (floor) | of that the sinks | times | memory, times",
+        "{rows} | {sinks:,} | {own} | {us} ({floor_us}) | {of_sinks} | {times} | {memory:.2f}",
+        lines=shared, after=command,
+    ),
+    "shared step table": Table(
+        "h200/shared_step", "sinks | until all rows have read them, s | ms a token | cache, GB",
+        "{way} | {prompt_s} | {ms_per_token} | {cache_gb}",
+    ),
+    "speculative table": Table(
+        "h200/speculative_shapes", "draft | rows | proposals | {chance:.0%} right",
+        "{draft} | {batch} | {proposals} | {times}", "draft batch proposals", after=command,
+    ),
+    "speculative real table": Table(
+        "h200/speculative_real", "how | proposals | right | rounds | the same text | ms a token | alone",
+        "{how} | {proposals} | {taken} | {rounds} | {same_text} | {ms_per_token} | {alone_ms}",
     ),
     "flatness table": Table(
         "h200/flatness", "tokens of one Stream | ms a token | bytes allocated",

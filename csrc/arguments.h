@@ -11,6 +11,11 @@ struct Tensors {
   const Tensor &q, &k, &v, &k_cache, &v_cache, &lengths;
   const std::optional<Tensor>&counts, &rotation, &learned_logits, &alibi_slopes;
 };
+// What the queries of a decode have found among other keys, in parts.
+struct Joined {
+  const float *values = nullptr, *logits = nullptr;  // (parts, batch, num_heads, v_dim), (parts, batch, num_heads)
+  int parts = 0;
+};
 struct Sizes {
   int64_t sink_size, window_size;
   double scale, softcap;
@@ -69,6 +74,20 @@ inline void check(const Tensors& x, const Sizes& sizes) {
                   "sinkattn: rotation must be (batch, tokens, 2, 2, r / 2), r dims from rotary_start");
   STD_TORCH_CHECK(rotation->scalar_type() == ScalarType::Float || rotation->scalar_type() == ScalarType::Double,
                   "sinkattn: rotation must be float32");
+}
+
+inline Joined joined_of(const Tensors& x, const std::optional<Tensor>& values, const std::optional<Tensor>& logits,
+                        std::vector<Tensor>& copies) {
+  STD_TORCH_CHECK(values.has_value() == logits.has_value(), "sinkattn: joined values need logits, and those values");
+  if (!values) return {};
+  const int64_t parts = values->dim() == 4 ? values->size(0) : 0, batch = x.q.size(0), num_heads = x.q.size(1);
+  STD_TORCH_CHECK(parts > 0 && parts < 1 << 20 && has_shape(*values, {parts, batch, num_heads, x.v.size(3)}) &&
+                      has_shape(*logits, {parts, batch, num_heads}) && values->scalar_type() == ScalarType::Float &&
+                      logits->scalar_type() == ScalarType::Float && device_of(*values) == device_of(x.q) &&
+                      device_of(*logits) == device_of(x.q),
+                  "sinkattn: joined must be float32 (parts, batch, num_heads, v_dim) and (parts, batch, num_heads)");
+  return {data_of<float>(*values, ScalarType::Float, copies), data_of<float>(*logits, ScalarType::Float, copies),
+          int(parts)};
 }
 
 }  // namespace sinkattn

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .tiles import (
+    LOG2E,
     LOWEST,
     attend,
     capped,
@@ -99,6 +100,8 @@ def _decode_kernel(
     rotation,  # (batch, 1, text | sink, cos | sin, HALF) or None
     learned_logits,  # (num_kv_heads * GROUP,) or None
     alibi_slopes,  # (num_kv_heads * GROUP,) or None
+    joined_values,  # (PARTS, batch, num_kv_heads * GROUP, V_DIM) float32 or None
+    joined_logits,  # (PARTS, batch, num_kv_heads * GROUP) float32 or None
     out,  # (batch, 1, num_kv_heads * GROUP, V_DIM)
     partials,  # float32: outputs (pairs, SPLITS, GROUP, V_DIM), log-sum-exps (pairs, SPLITS, GROUP); None for one split
     arrivals,  # (pairs,) int32, zero between launches; None for one split; pairs = batch * num_kv_heads
@@ -116,6 +119,7 @@ def _decode_kernel(
     SINK_BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, SPLIT_TILE: tl.constexpr, COLUMN_TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0)
     split = tl.program_id(1)
@@ -168,6 +172,14 @@ def _decode_kernel(
     q_text = load_turned(q, members, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED)
     q_ring = q_text.to(k.dtype.element_ty) if DOT else q_text
     top, total, acc = open_softmax(learned_logits, heads, member < tl.where(is_home, GROUP, 0), BLOCK_V)
+    if joined_values is not None and is_home:
+        for part in tl.range(0, PARTS, num_stages=1):
+            query = (part * (tl.num_programs(0) // NUM_KV_HEADS) + row) * (NUM_KV_HEADS * GROUP) + heads
+            logit = tl.load(joined_logits + query, mask=member < GROUP, other=float("-inf")) * LOG2E
+            value = tl.load(joined_values + query[:, None] * V_DIM + v_dim, mask=tile_inside, other=0.0)
+            higher = tl.maximum(top, logit)
+            fade, weight = tl.exp2(top - higher), tl.exp2(logit - higher)
+            top, total, acc = higher, total * fade + weight, acc * fade[:, None] + weight[:, None] * value
     slopes = None if alibi_slopes is None else load_slopes(alibi_slopes, heads, member < GROUP)
 
     # Attend.
@@ -307,6 +319,8 @@ def decode(
     softcap: float = 0.0,
     rotary_start: int = 0,
     interleaved: bool = False,
+    joined_values: Tensor | None = None,
+    joined_logits: Tensor | None = None,
 ) -> Tensor:
     """`sinkattn.ops.decode`, which states the contract, in one kernel; the floor is at the top of this file."""
     batch, num_heads, _, head_dim = q.shape
@@ -319,6 +333,7 @@ def decode(
     slot_bytes = triton.next_power_of_2(block_d + block_v) * q.element_size()
     meta, span = _config(pairs, group, ring_size, slot_bytes, q.element_size(), *limits(q.device))
     splits = meta["SPLITS"]
+    small = lengths, counts, rotation, learned_logits, alibi_slopes, joined_values, joined_logits
     with torch.cuda.device_of(q):
         partials = arrivals = None
         if splits > 1:
@@ -326,8 +341,7 @@ def decode(
             arrivals = _arrival_counters(k_cache)
         _decode_kernel[pairs, splits](
             q, k, v, k_cache, v_cache,
-            *(x if x is None else x.contiguous() for x in (lengths, counts, rotation, learned_logits, alibi_slopes)),
-            out, partials, arrivals,
+            *(x if x is None else x.contiguous() for x in small), out, partials, arrivals,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
             sink_size, window_size, ring_size, span, query_scale(scale, softcap),
             NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, V_DIM=v_dim,
@@ -335,6 +349,7 @@ def decode(
             BLOCK_D=block_d, BLOCK_V=block_v,
             SINK_BLOCK=min(max(16, triton.next_power_of_2(sink_size)), meta["BLOCK"]),
             COLUMN_TILE=min(triton.next_power_of_2(group * v_dim), max(64, 2**13 // meta["SPLIT_TILE"])),
+            PARTS=0 if joined_values is None else len(joined_values),
             **meta,
         )  # fmt: skip
     return out

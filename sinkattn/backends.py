@@ -60,13 +60,19 @@ _SCHEMA = (
     "Tensor? rotation, Tensor? learned_logits, Tensor? alibi_slopes, int sink_size, int window_size, float scale, "
     "float softcap=0., int rotary_start=0, bool interleaved=False{more}) -> Tensor"
 )
+_JOINED = ", Tensor? joined_values=None, Tensor? joined_logits=None"
 _SHARING = ", bool overlap=False, int splits=-1, bool cluster=False"  # csrc/cuda's own; splits -1: both are chosen
 ATTENTION = {
-    "decode": "", "decode_cuda": _SHARING, "decode_triton": "",
+    "decode": _JOINED, "decode_cuda": _JOINED + _SHARING, "decode_triton": _JOINED,
     **dict.fromkeys(("prefill", "prefill_cuda", "prefill_triton"), ", int dense_window=0"),
 }  # fmt: skip
 for _name, _more in ATTENTION.items():
     torch.library.define(f"sinkattn::{_name}", _SCHEMA.format(more=_more))
+torch.library.define(
+    "sinkattn::attend_shared",
+    "(Tensor q, Tensor k_shared, Tensor v_shared, Tensor lengths, Tensor? rotation, Tensor? alibi_slopes, "
+    "int window_size, float scale, float softcap, int rotary_start, bool interleaved, int parts) -> (Tensor, Tensor)",
+)
 torch.library.define(
     "sinkattn::linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, float norm_shift, Tensor? residual, "
@@ -88,6 +94,13 @@ def _fake(q, k, v, *args, **kwargs):
 
 for _name in ATTENTION:
     torch.library.register_fake(f"sinkattn::{_name}", _fake)
+
+
+@torch.library.register_fake("sinkattn::attend_shared")
+def _fake_shared(q, k_shared, v_shared, lengths, *args):
+    wide, parts = torch.promote_types(q.dtype, torch.float32), args[-1]
+    values = q.new_empty(parts, *q.shape[:2], v_shared.shape[3], dtype=wide)
+    return values, q.new_empty(parts, *q.shape[:2], dtype=wide)
 
 
 @torch.library.register_fake("sinkattn::linear")
@@ -122,14 +135,14 @@ HAS_CPU_LIBRARY = _load("_C_cpu.so")
 CPU_ISA = _cpu_isa() if HAS_CPU_LIBRARY else ""  # what the compiled CPU ops run here: "amx", ..., "portable"
 HAS_CUDA_LIBRARY = torch.version.cuda is not None and _load("_C_cuda.so")
 if not HAS_CPU_LIBRARY:
-    torch.library.impl("sinkattn::decode", "CPU", reference.attention)
+    torch.library.impl("sinkattn::decode", "CPU", reference.decode)
     torch.library.impl("sinkattn::prefill", "CPU", reference.attention)
     torch.library.impl("sinkattn::linear", "CPU", reference.linear)
 
 
-def _triton(op: str) -> Callable:
-    def run(*args, **kwargs):
-        kernels = importlib.import_module(f".kernels.{op}", __package__)  # on first use: importing triton takes a while
+def _triton(op: str, module: str = "") -> Callable:
+    def run(*args, **kwargs):  # on first use: importing triton takes a while
+        kernels = importlib.import_module(f".kernels.{module or op}", __package__)
         return getattr(kernels, op)(*args, **kwargs)
 
     return run
@@ -137,12 +150,16 @@ def _triton(op: str) -> Callable:
 
 def _chosen_anew(op: str) -> Callable:
     def run(*args):  # the tensors, then the sizes, of which those at the end may be missing
-        tensors, sizes = Tensors(*args[:10]), Sizes(*args[10:])
-        return chosen(op, "auto", tensors, sizes)(*tensors, *sizes.of(op))
+        tensors, sizes, joined = Tensors(*args[:10]), Sizes(*args[10:16]), args[16:]
+        if op == "prefill":
+            sizes, joined = Sizes(*args[10:]), ()
+        return chosen(op, "auto", tensors, sizes)(*tensors, *sizes.of(op), *joined)
 
     return run
 
 
+torch.library.impl("sinkattn::attend_shared", "cuda", _triton("attend_shared", "shared"))
+torch.library.impl("sinkattn::attend_shared", "cpu", reference.attend_shared)
 for _name in ("decode", "prefill"):
     torch.library.impl(f"sinkattn::{_name}_triton", ("cuda", "cpu"), _triton(_name))  # on the CPU: Triton's interpreter
     torch.library.impl(f"sinkattn::{_name}", "cuda", _chosen_anew(_name))
@@ -274,8 +291,21 @@ BACKENDS = {
     "cuda": Backend(_missing_cuda, _refused_by_cuda, _run_cuda),
     "triton": Backend(_missing_triton, _refused_by_triton, lambda op, t, s: _op(f"{op}_triton")),
     "cpu": Backend(_missing_cpu, _refused_by_kernels, lambda op, t, s: _op(op)),
-    "reference": Backend(lambda device_type: None, lambda op, t: None, lambda op, t, s: reference.attention),
+    "reference": Backend(
+        lambda device_type: None,
+        lambda op, t: None,
+        lambda op, t, s: reference.decode if op == "decode" else reference.attention,
+    ),
 }
+
+
+def chosen_shared(backend: str, q: Tensor, k_shared: Tensor, v_shared: Tensor) -> tuple[Callable, int]:
+    """What runs `ops.attend_shared`, and in how many parts: a kernel wherever Triton serves, else the reference."""
+    kernels = backend == "triton" or (backend in ("auto", "cuda") and q.is_cuda and _missing_triton("cuda") is None)
+    if not kernels or q.dtype not in DTYPES or max(q.shape[3], v_shared.shape[3]) > MAX_HEAD_DIM:
+        return reference.attend_shared, 1
+    shared = importlib.import_module(".kernels.shared", __package__)
+    return (_op("attend_shared") if q.is_cuda else shared.attend_shared), shared.parts_of(q, k_shared, v_shared)
 
 
 def missing(backend: str, device_type: str) -> str | None:
@@ -290,7 +320,7 @@ def missing(backend: str, device_type: str) -> str | None:
 
 
 def chosen(op: str, backend: str, t: Tensors, s: Sizes) -> Callable:
-    """What runs a call: an op of `torch.ops.sinkattn`, or `reference.attention`.
+    """What runs a call: an op of `torch.ops.sinkattn`, or a function of `reference`.
 
     Raises ValueError if the backend was asked for by name and does not take the call.
     """

@@ -75,7 +75,8 @@ class SinkCache(Cache):
     Attributes:
         lengths: (batch,) int64, tokens each row holds (padding not counted), or None before the first call.
         seen: columns of the text that were fed, padding included (also `get_seq_length()`).
-        nbytes: bytes of the key and value buffers.
+        nbytes: bytes of the key and value buffers, of shared sinks once.
+        shares_sinks: whether the rows have their sinks together.
         is_torn: whether something has ended half-way; all but `reset` is then refused.
 
     Raises ValueError if the model is not patched.
@@ -151,7 +152,19 @@ class SinkCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for ring in self.rings.values() if ring.is_initialized for x in (ring.keys, ring.values))
+        rings = [ring for ring in self.rings.values() if ring.is_initialized]
+        held = [*rings, *(ring.shared for ring in rings if ring.shared is not None)]
+        return sum(x.nbytes for one in held for x in (one.keys, one.values))
+
+    @property
+    def shares_sinks(self) -> bool:
+        """Whether all rows have their sinks together, (1, num_kv_heads, S, head_dim) a layer: copies of one row have,
+        that `repeat` or `Stream.fork` has made, where it saves 2,048 tokens or more. They stay theirs until `reset`.
+
+        Layers that do not see all sinks as they lie there (dynamic frequencies, windows of their own between W and
+        S + W) have their own, and so have all rows of models with a state, and of texts with pictures.
+        """
+        return self.rows is not None and self.rows.shares_sinks
 
     # Steps.
 
@@ -285,10 +298,10 @@ class SinkCache(Cache):
         return query_length, 0
 
     def reset(self) -> None:
-        """Forget the text and keep the memory, unless it is torn."""
-        was_torn, self.is_torn = self.is_torn, True
+        """Forget the text and keep the memory, unless it is torn or the rows share their sinks."""
+        is_lost, self.is_torn = self.is_torn or (self.rows is not None and self.rows.shares_sinks), True
         self.changes += 1
-        if was_torn:
+        if is_lost:
             if self._keeper is not None:
                 self._keeper.detach()
             self.rows, (self.layers, self.rings) = None, layers_of(self.plan)
@@ -301,12 +314,12 @@ class SinkCache(Cache):
         ids, mask = ids.to(self.lengths), mask.to(self.lengths)
         return self.rows.compare(ids, mask.sum(1), self._all_known)
 
-    def picked(self, index: Tensor) -> "SinkCache":
-        """A cache of its own with a copy of some rows, index (n,) int64."""
+    def picked(self, index: Tensor, may_share: bool = False) -> "SinkCache":
+        """A cache of its own with a copy of some rows, index (n,) int64. may_share: see `Rows.picked`."""
         other = object.__new__(type(self))
         vars(other).update(self.__getstate__())
         other.unfed = None if self.unfed is None else self.unfed.picked(index)
-        other._use(self.rows.picked(index))
+        other._use(self.rows.picked(index, may_share and not self.has_places))
         return other
 
     def put(self, index: Tensor, other: "SinkCache") -> None:
@@ -321,15 +334,18 @@ class SinkCache(Cache):
     def repeat(self, n: int) -> "SinkCache":
         """A cache of its own with n copies of every row: rows ``i * n`` to ``i * n + n - 1`` go on as row i would.
 
+        Many copies of a single row share its sinks, see `shares_sinks`.
+
         n: at least 1. Raises ValueError for less, and if the cache is empty or torn.
         """
         self._check_holds()
         if n < 1:
             raise ValueError(f"n={n}: it needs at least one copy")
-        return self.picked(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(n))
+        index = torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(n)
+        return self.picked(index, may_share=True)
 
     def forget(self, index: Tensor) -> None:
-        """Forget the texts of some rows, index (n,) int64, and keep the memory."""
+        """Forget the texts of some rows, index (n,) int64, and keep the memory, and the sinks that they share."""
         with self._changing():
             self.rows.forget(index)
             self.unfed = None if self.unfed is None else self.unfed.without(index)
@@ -408,17 +424,20 @@ class SinkCache(Cache):
         )
         about = saved.about_of(self.plan, self.lengths.device, **facts)
         if index is None:
-            return saved.Texts(about, {name: x.cpu() for name, x in tensors.items()})
-        return saved.Texts(
-            about, *saved.on_host({name: x.index_select(0, index.to(x.device)) for name, x in tensors.items()})
-        )
+            return saved.Texts(about, {name: x.cpu() for name, x in self.rows.with_sinks(tensors).items()})
+        tensors = {name: x.index_select(0, index.to(x.device)) for name, x in tensors.items()}
+        return saved.Texts(about, *saved.on_host(self.rows.with_sinks(tensors)))
 
     def hold(self, texts: saved.Texts, index: Tensor) -> None:
-        """Let the rows `index`, (n,) int64, go on as n texts that fit."""
-        about = texts.about
+        """Let the rows `index`, (n,) int64, go on as n texts that fit.
+
+        Raises ValueError, before anything is changed, for texts with other sinks than those that the rows share.
+        """
+        about, held = texts.about, self.rows.named()
+        new = self.rows.without_sinks({name: texts.on(name, mine.device) for name, mine in held.items()})
         with self._changing(), torch.inference_mode(False), torch.no_grad():
-            for name, mine in self.rows.named().items():
-                mine.index_copy_(0, index.to(mine.device), texts.on(name, mine.device))
+            for name, mine in held.items():
+                mine.index_copy_(0, index.to(mine.device), new[name])
             self._all_known, self.seen = self._all_known and about["all_known"], max(self.seen, about["seen"])
             self.unfed = None if self.unfed is None else self.unfed.without(index)
 

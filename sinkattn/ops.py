@@ -81,17 +81,31 @@ def _check(tensors: Tensors, sizes: Sizes) -> None:
     check_devices(tensors)
 
 
+def _check_joined(tensors: Tensors, values: Tensor, logits: Tensor) -> None:
+    (batch, num_heads), v_dim = tensors.q.shape[:2], tensors.v.shape[3]
+    parts = values.shape[0] if values.dim() == 4 else 0
+    if parts == 0 or values.shape != (parts, batch, num_heads, v_dim) or logits.shape != (parts, batch, num_heads):
+        raise ValueError(
+            f"joined has shapes {tuple(values.shape)} and {tuple(logits.shape)}; it needs (parts, {batch}, "
+            f"{num_heads}, {v_dim}) and (parts, {batch}, {num_heads})"
+        )
+    wide = torch.promote_types(tensors.q.dtype, torch.float32)
+    if values.dtype != wide or logits.dtype != wide:
+        raise TypeError(f"joined is {values.dtype} and {logits.dtype}; it needs {wide}")
+    check_devices((tensors.q, values, logits))
+
+
 _compiled: dict[tuple, Callable | None] = {}  # which op of csrc took calls of this kind
 _DECODE_CUDA = torch.ops.sinkattn.decode_cuda.default
 
 
-def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, in_cuda: tuple = ()) -> Tensor:
+def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = (), in_cuda: tuple = ()) -> Tensor:
     """Run a call. The ops of csrc refuse themselves what `_check` refuses, so that calls like earlier ones go there
     at once: the checks in Python take longer than a launch.
 
-    in_cuda: arguments that only those of csrc/cuda take.
+    joined: what decode takes besides. in_cuda: arguments that only those of csrc/cuda take.
     """
-    q, v, arguments = tensors.q, tensors.v, (*tensors, *sizes.of(op))
+    q, v, arguments = tensors.q, tensors.v, (*tensors, *sizes.of(op), *joined)
     kind = None
     if not torch.compiler.is_compiling():
         kind = op, backend, q.device, q.dtype, q.shape[1::2], v.shape[1::2]
@@ -106,6 +120,8 @@ def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, in_cuda: tuple =
     if reason := missing_backend(backend, q.device.type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     _check(tensors, sizes)
+    if joined and joined != (None, None):
+        _check_joined(tensors, *joined)
     run = backends.chosen(op, backend, tensors, sizes)
     if kind is not None:
         if kind not in _compiled:
@@ -140,6 +156,7 @@ def decode(
     softcap: float = 0.0,
     rotary_start: int = 0,
     interleaved: bool = False,
+    joined: tuple[Tensor, Tensor] | None = None,
     overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -166,6 +183,9 @@ def decode(
         learned_logits: (num_heads,), one logit per head that joins the softmax's denominator (gpt-oss); None for none.
         alibi_slopes: (num_heads,) float32, ALiBi: ``slope * distance`` is taken from the capped scores, where the
             distance is ``t - j`` in the window and ``min(t, C - 1) - j`` for a sink (arXiv 2108.12409); None for none.
+        joined: what the queries have found among other keys, as `attend_shared` returns it: values (parts, batch,
+            num_heads, v_head_dim) and their log-sum-exps (parts, batch, num_heads), float32. Each part joins the
+            softmax like a key with this value and this score. None for none.
     Scalars:
         sink_size, window_size: tokens. scale: factor of the scores, positive. softcap: 0 for none.
         rotary_start: first rotated dim. interleaved: pairs (2i, 2i + 1) instead of (i, i + r / 2).
@@ -183,7 +203,77 @@ def decode(
     """
     tensors = Tensors(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
     sizes = Sizes(sink_size, window_size, scale, softcap, rotary_start, interleaved)
-    return _run("decode", backend, tensors, sizes, (overlap,))
+    return _run("decode", backend, tensors, sizes, (None, None) if joined is None else tuple(joined), (overlap,))
+
+
+def attend_shared(
+    q: Tensor,
+    k_shared: Tensor,
+    v_shared: Tensor,
+    lengths: Tensor,
+    rotation: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    *,
+    window_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    rotary_start: int = 0,
+    interleaved: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attend with one token of every row over sinks that all rows share, which are read once for all of them.
+
+        ``values = softmax_j(s_j) v_j`` and ``logits = log sum_j exp(s_j)`` over the S sinks j,
+        with ``s_j = cap(scale * R(min(t, C - 1)) q . k_j)``
+
+    `decode` takes both as `joined`, over a cache of the ring alone (its sink_size 0, its lengths and positions less S):
+    the result is that of `decode` over sinks and ring together.
+
+    Tensors, in any strides whose last is 1:
+        q: (batch, num_heads, 1, head_dim), as for `decode`. Not rotated.
+        k_shared: (1, num_kv_heads, S, head_dim), v_shared: (1, num_kv_heads, S, v_head_dim); dtype of q, S >= 1. Keys
+            rotated by their position, as `decode` stores them.
+        lengths, rotation, alibi_slopes: as for `decode`; lengths count the sinks, and are S at least.
+    Scalars: as for `decode`. S and window_size make C.
+
+    Returns values, (parts, batch, num_heads, v_head_dim), and logits, (parts, batch, num_heads), float32 contiguous: of
+    so many parts of the sinks as keep a GPU busy.
+
+    Raises ValueError for shapes, devices or an unknown backend, TypeError for dtypes, RuntimeError for a backend that
+    is not available.
+
+    Source: Hydragen, arXiv 2402.05099, section 3.1; the definition in code is `sinkattn.reference.attend_shared`.
+    """
+    if reason := missing_backend(backend, q.device.type):
+        raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    if any(x.dim() != 4 or (x.shape[3] > 1 and x.stride(3) != 1) for x in (q, k_shared, v_shared)) or q.shape[2] != 1:
+        raise ValueError("q, k_shared and v_shared need 4 dims, the last of stride 1, and q one token a row")
+    (batch, num_heads, _, head_dim), (_, num_kv_heads, sinks, _) = q.shape, k_shared.shape
+    if (
+        k_shared.shape != (1, num_kv_heads, sinks, head_dim)
+        or v_shared.shape[:3] != (1, num_kv_heads, sinks)
+        or sinks == 0
+        or num_heads % max(num_kv_heads, 1)
+    ):
+        raise ValueError(
+            f"k_shared {tuple(k_shared.shape)} and v_shared {tuple(v_shared.shape)} do not fit q {tuple(q.shape)}: "
+            "they need (1, num_kv_heads, S, head_dim) and (1, num_kv_heads, S, v_head_dim), S >= 1"
+        )
+    if {q.dtype, k_shared.dtype, v_shared.dtype} != {q.dtype}:
+        raise TypeError(f"k_shared is {k_shared.dtype}, v_shared {v_shared.dtype}, q {q.dtype}: they need one dtype")
+    half = rotation.shape[-1] if rotation is not None and rotation.dim() == 5 else 0
+    if rotation is not None and (rotation.shape != (batch, 1, 2, 2, half) or rotary_start + 2 * half > head_dim):
+        raise ValueError(f"rotation {tuple(rotation.shape)} from dim {rotary_start} does not fit q {tuple(q.shape)}")
+    if lengths.shape != (batch,) or lengths.dtype != torch.int64 or window_size < 1 or not scale > 0:
+        raise ValueError(f"lengths need int64 ({batch},), window_size={window_size} 1 or more, scale={scale} above 0")
+    if alibi_slopes is not None and alibi_slopes.shape != (num_heads,):
+        raise ValueError(f"alibi_slopes has shape {tuple(alibi_slopes.shape)}; it needs ({num_heads},)")
+    check_devices((q, k_shared, v_shared, lengths, rotation, alibi_slopes))
+    run, parts = backends.chosen_shared(backend, q, k_shared, v_shared)
+    return run(
+        q, k_shared, v_shared, lengths, rotation, alibi_slopes, window_size, scale, softcap, rotary_start, interleaved,
+        parts,
+    )  # fmt: skip
 
 
 def prefill(

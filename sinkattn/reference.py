@@ -94,6 +94,7 @@ def attention(
     dense_window: int = 0,
     *,
     sink_reach: int | None = None,
+    joined: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Append T new tokens to every row of a cache of sinks + ring, and let each of them attend over what it may see.
 
@@ -105,7 +106,8 @@ def attention(
     where R_text(t) turns by the angle of t and R_sink(t) by that of ``min(t, C - 1)``. ALiBi takes the same distances,
     ``slope * (t - j)`` and ``slope * (min(t, C - 1) - j)``, from the scores. `ops.decode` and `ops.prefill` have
     the same arguments but sink_reach; their docstrings say shapes, layouts and errors. sink_reach: the distance
-    from which a sink is not seen, for layers with a window of their own between W and C; None for none.
+    from which a sink is not seen, for layers with a window of their own between W and C; None for none. joined: as of
+    `ops.decode`.
     """
     batch, num_heads, tokens, _ = q.shape
     num_kv_heads, ring_size = k_cache.shape[1], k_cache.shape[2] - sink_size
@@ -156,12 +158,62 @@ def attention(
     if learned_logits is not None:  # one more column in the softmax's denominator, with no value
         column = learned_logits.to(wide)[None, :, None, None].expand(batch, -1, tokens, 1)
         scores = torch.cat((scores, column), dim=-1)
-    weights = torch.softmax(scores, dim=-1)[..., : keys.shape[2]].where(is_new[:, None, :, None], 0)
+    if joined is not None:  # a key more for each part
+        scores = torch.cat((joined[1].to(wide).permute(1, 2, 0)[:, :, None], scores), dim=-1)
+        values = torch.cat((joined[0].to(wide).permute(1, 2, 0, 3), values), dim=2)
+    weights = torch.softmax(scores, dim=-1)[..., : values.shape[2]].where(is_new[:, None, :, None], 0)
     out = (weights @ values).transpose(1, 2).to(q.dtype).contiguous()
 
     append(k_cache, k, position, lengths, lengths + counts, sink_size)
     append(v_cache, v, position, lengths, lengths + counts, sink_size)
     return out
+
+
+def decode(*arguments) -> Tensor:
+    """`attention` of one token a row, with the arguments of `sinkattn::decode` in their order."""
+    values, logits = arguments[16:18] or (None, None)
+    return attention(*arguments[:16], joined=None if values is None else (values, logits))
+
+
+def attend_shared(
+    q: Tensor,
+    k_shared: Tensor,
+    v_shared: Tensor,
+    lengths: Tensor,
+    rotation: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    rotary_start: int = 0,
+    interleaved: bool = False,
+    parts: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """What `attention` finds among the sinks, one token a row, where all rows have the same: values, and log-sum-exps.
+
+    `ops.attend_shared` has the same arguments; its docstring says shapes. parts: 1.
+    """
+    batch, num_heads, _, _ = q.shape
+    num_kv_heads, sinks, v_dim = v_shared.shape[1:]
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q = q.to(wide)
+    if rotation is not None:
+        cos, sin = rotation.to(wide)[:, None, :, 1].unbind(3)
+        q = rotate(q, cos, sin, rotary_start, interleaved)
+    group = num_heads // num_kv_heads
+    queries = q.view(batch, num_kv_heads, group, q.shape[3]).transpose(0, 1).flatten(1, 2)  # a key head's together
+    scores = queries @ k_shared[0].to(wide).mT * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.view(num_kv_heads, batch, group, sinks)
+    if alibi_slopes is not None:
+        seen_from = lengths.clamp(max=sinks + window_size - 1)[:, None]
+        distance = (seen_from - torch.arange(sinks, device=q.device)).to(wide)  # (batch, S)
+        scores = scores - alibi_slopes.to(wide).view(num_kv_heads, 1, -1, 1) * distance[None, :, None]
+    logits = scores.logsumexp(-1)
+    values = (scores - logits[..., None]).exp().flatten(1, 2) @ v_shared[0].to(wide)
+    values = values.view(num_kv_heads, batch, group, v_dim).transpose(0, 1).reshape(1, batch, num_heads, v_dim)
+    return values, logits.transpose(0, 1).reshape(1, batch, num_heads)
 
 
 def linear(

@@ -86,16 +86,29 @@ def _plan_named(name: str) -> Plan:
     return plan
 
 
+@dataclass(frozen=True, eq=False)
+class SharedSinks:
+    """The sinks of one attention that all rows have, (1, num_kv_heads, S, head_dim) each: nobody writes them."""
+
+    keys: Tensor
+    values: Tensor
+
+    def __deepcopy__(self, memo) -> "SharedSinks":
+        return self
+
+
 class SinkLayer(CacheLayerMixin):
     """Keys and values of one attention: (batch, num_kv_heads, S + R, head_dim) each, slots as in `reference.slot_of`.
 
     R = W + slack: what leaves the window stays in the ring for `slack` tokens, unseen unless tokens are taken back.
+    Where the rows share their sinks, keys and values are the ring alone, (batch, num_kv_heads, R, head_dim).
 
     A layer whose own sliding window is not larger than W keeps that window: the same ring with no sinks. One whose
     window lies between W and S + W sees the sinks for as long as they are nearer than that: sink_reach, else None.
     """
 
     is_compileable = False  # so that `generate` makes no masks of its own
+    shared: SharedSinks | None = None
 
     def __init__(self, probed: ProbedLayer, plan: Plan):
         super().__init__()
@@ -116,9 +129,20 @@ class SinkLayer(CacheLayerMixin):
                 torch.zeros(*x.shape[:2], slots, x.shape[3], dtype=x.dtype, device=x.device)
                 for x in (key_states, value_states)
             )
-        self.is_initialized = True
+        self.is_initialized, self.shared = True, None
 
     lazy_initialization = allocate
+
+    @property
+    def can_share(self) -> bool:
+        """Whether rows may share the sinks: there are any, and all queries see all of them as they lie there."""
+        varies = self.rope is not None and self.rope.varies
+        return self.is_initialized and self.sink_size > 0 and self.sink_reach is None and not varies
+
+    def with_sinks(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Of some rows' rings, (n, num_kv_heads, R, head_dim), what they would be if each row had its own sinks."""
+        shared = (x.expand(len(keys), -1, -1, -1) for x in (self.shared.keys, self.shared.values))
+        return tuple(torch.cat(pair, dim=2) for pair in zip(shared, (keys, values), strict=True))
 
     def fits(self, key_states: Tensor) -> bool:
         """Whether new keys have the dtype and the device of the buffers."""

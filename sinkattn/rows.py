@@ -12,13 +12,14 @@ from torch import Tensor
 
 from .graph import Captured
 from .reference import held_positions
-from .rings import Plan, has_state, layers_of, states_of
+from .rings import Plan, SharedSinks, has_state, layers_of, states_of
 
 FEW = 16  # tokens a row: steps of so many may be captured
 BASE = 6364136223846793005  # of digests, modulo 2^64: odd, so that a digest can be taken back
 INVERSE = (pow(BASE, -1, 2**64) + 2**63) % 2**64 - 2**63  # of BASE, as an int64
 PIECE = 8  # tokens: a text that is but one piece of so many, over and over, tells nothing
 FIRST = 3  # tokens of every text whose ids are kept at least, to know it by
+SHARED = 2048  # copies of sinks, in tokens, that cost more memory and time than to share the sinks
 SURE = 8  # tokens that begin as the row's, or half of that, tell that what differs behind them was edited
 
 
@@ -92,9 +93,49 @@ class Rows:
         return {name: getattr(self, name) for name in ("lengths", "peak", "ids", "tops", "digest", "anchor")}
 
     @torch.inference_mode(False)
-    def picked(self, index: Tensor) -> "Rows":
-        """A copy of some rows."""
-        return copy.deepcopy(self, {id(x): x.index_select(0, index.to(x.device)) for x in self.tensors()})
+    def picked(self, index: Tensor, may_share: bool = False) -> "Rows":
+        """A copy of some rows. may_share: whether many copies of one row may have its sinks together."""
+        made = {id(x): x.index_select(0, index.to(x.device)) for x in self.tensors()}
+        size = self.plan.sink_size if may_share and not (self.has_state or self.shares_sinks) else 0
+        is_one = (len(index) - 1) * size >= SHARED and bool((index == index[0]).all())
+        if not is_one or int(self.lengths[index[0]]) < size:
+            return copy.deepcopy(self, made)
+        shared = {}
+        for name, ring in self.rings.items():
+            if ring.can_share:
+                held = ring.keys, ring.values
+                made |= {id(x): x[:, :, size:].index_select(0, index.to(x.device)) for x in held}
+                shared[name] = SharedSinks(*(x[index[:1].to(x.device), :, :size] for x in held))
+        other = copy.deepcopy(self, made)
+        for name, sinks in shared.items():
+            other.rings[name].shared = sinks
+        other.drop_captured()
+        return other
+
+    @property
+    def shares_sinks(self) -> bool:
+        """Whether the rows have their sinks together: all begin with the same S tokens, as long as they live."""
+        return any(ring.shared is not None for ring in self.rings.values())
+
+    def with_sinks(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`named` of some rows, as if each had its own sinks."""
+        tensors = dict(tensors)
+        for (layer, call), ring in self.rings.items():
+            if ring.shared is not None:
+                names = [f"{name}.{layer}.{call}" for name in ("keys", "values")]
+                tensors.update(zip(names, ring.with_sinks(*(tensors[name] for name in names)), strict=True))
+        return tensors
+
+    def without_sinks(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The other way round. Raises ValueError if any row has others than those that are shared."""
+        tensors = dict(tensors)
+        for (layer, call), ring in self.rings.items():
+            for what in ("keys", "values") if ring.shared is not None else ():
+                name, sinks = f"{what}.{layer}.{call}", getattr(ring.shared, what)
+                own, tensors[name] = tensors[name].split([sinks.shape[2], tensors[name].shape[2] - sinks.shape[2]], 2)
+                if not torch.equal(own, sinks.expand_as(own)):
+                    raise ValueError("these texts begin otherwise than those of the rows, which share their sinks")
+        return tensors
 
     # The text.
 
@@ -158,7 +199,8 @@ class Rows:
             return torch.zeros_like(self.lengths)
         peak = torch.maximum(self.peak, self.lengths)
         spare = (self.slack + refeeds + self.lengths - peak).clamp(min=0)
-        return torch.where(peak > self.smallest, torch.minimum(spare, self.lengths), self.lengths)
+        own = self.lengths - self.plan.sink_size if self.shares_sinks else self.lengths
+        return torch.where(peak > self.smallest, torch.minimum(spare, own), own)
 
     def take_back(self, counts: Tensor, most: int) -> None:
         """Let the rows end earlier, by counts, (batch,) int64, of at most `room` and `most`.
@@ -238,10 +280,15 @@ class Rows:
         return found
 
     def forget(self, index: Tensor) -> None:
-        """Forget the texts of some rows, index (n,) int64."""
-        zeros = [(x, 0) for x in (*self.states(), self.digest, self.peak, self.lengths)]
-        for x, empty in ((self.ids, -1), (self.tops, -1), *zeros):
-            x.index_fill_(0, index.to(x.device), empty)
+        """Forget the texts of some rows, index (n,) int64, all but the sinks that they share."""
+        size, index = self.plan.sink_size if self.shares_sinks else 0, index.to(self.lengths.device)
+        for x in (*self.states(), self.peak):
+            x.index_fill_(0, index.to(x.device), 0)
+        for x in (self.ids, self.tops):
+            x[:, size:].index_fill_(0, index, -1)
+        self.lengths.index_fill_(0, index, size)
+        exponents = torch.arange(size - 1, -1, -1, device=index.device).expand(len(index), -1)
+        self.digest.index_copy_(0, index, _digest(self.ids[index, :size], exponents))
 
     def reset(self) -> None:
         for x, empty in ((self.ids, -1), (self.tops, -1), (self.digest, 0), (self.peak, 0), (self.lengths, 0)):
@@ -344,7 +391,7 @@ class SpareRows:
         self.is_closed = False
 
     def put(self, rows: Rows) -> None:
-        if rows.captured and not self.is_closed:
+        if rows.captured and not self.is_closed and not rows.shares_sinks:
             self.rows = rows
 
     def take(self, batch: int, device: torch.device) -> Rows | None:

@@ -45,6 +45,7 @@ class Step:
             self.positions = self.positions + torch.arange(tokens, device=first.device)
         self._start_places(places)
         self._rotations: dict[tuple[Rope, torch.device], Tensor] = {}
+        self._in_ring: dict[torch.device, Tensor] = {}  # lengths behind shared sinks
         self._calls: dict[int, int] = {}  # how often each layer has attended
         self._updated: int | None = None  # layer that has handed its keys to the cache and not attended yet
         self.written, self.is_fixed = False, True
@@ -137,12 +138,34 @@ class Step:
         else:
             rotation = None if rope is None else self._rotation(rope, query.device)
             given = (query, key, value, layer.keys, layer.values, lengths, counts, rotation, learned_logits, slopes)
+            if layer.shared is not None:
+                return self._attend_shared(layer, given, sizes)[:, -asked:]
             # overlap: since the cache was last written, torch's kernels have made the step's lengths and angles
             op = partial(ops.decode, overlap=True) if self.tokens == 1 else ops.prefill
             if layer.sink_reach is not None:
                 op, _ = partial(attention, sink_reach=layer.sink_reach), sizes.pop("backend")
             out = self._write(op, given, sizes)
         return out[:, -asked:]
+
+    def _attend_shared(self, layer: SinkLayer, given: tuple, sizes: dict) -> Tensor:
+        """Attention where the rows share their sinks: those are read once, and the ring as if it were all of the cache.
+
+        Several tokens a row go over a copy of the cache with sinks for each row, by the usual op.
+        """
+        query, key, value, keys, values, lengths, counts, rotation, learned_logits, slopes = given
+        if self.tokens > 1:
+            whole = layer.with_sinks(keys, values)
+            out = self._write(ops.prefill, (*given[:3], *whole, *given[5:]), sizes)
+            for ring, x in zip((keys, values), whole, strict=True):
+                ring.copy_(x[:, :, layer.sink_size :])
+            return out
+        if query.device not in self._in_ring:
+            self._in_ring[query.device] = lengths - layer.sink_size
+        alone = {name: x for name, x in sizes.items() if name != "sink_size"}
+        sinks = layer.shared.keys, layer.shared.values
+        found = ops.attend_shared(query, *sinks, lengths, rotation, slopes, **alone)
+        given = query, key, value, keys, values, self._in_ring[query.device], counts, rotation, learned_logits, slopes
+        return self._write(partial(ops.decode, joined=found, overlap=True), given, dict(sizes, sink_size=0))
 
     def _write(self, op, given: tuple, sizes: dict) -> Tensor:
         """Run an op that writes a ring. What it refuses, it refuses before it writes."""

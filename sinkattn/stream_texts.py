@@ -130,9 +130,12 @@ class StreamTexts:
     def reset(self, rows: Rows | None = None) -> None:
         """Forget the text of some rows and keep the memory: they wait, and yield padding, until they get a new one.
 
+        Rows that share their sinks (see `fork`) keep those, and the new text goes on behind them; without `rows` the
+        shared sinks are forgotten as well, and the next text decides how many rows there are.
+
         rows: (n,) int64 or a list; None for all. Raises ValueError for rows that are not there.
         """
-        if rows is None and (self._logits is None or self._cache.is_torn):
+        if rows is None and (self._logits is None or self._cache.is_torn or self._cache.shares_sinks):
             self.__init__(self.model)  # type: ignore[misc]  # begin anew
             return
         index = self._index_of(range(len(self._ended)) if rows is None else rows)
@@ -197,6 +200,9 @@ class StreamTexts:
     def fork(self: OneStream, row: int, n: int) -> OneStream:
         """A new Stream of n rows, each a copy of one row's text: they go on as it would, and each on its own.
 
+        Where that is worth it they share its sinks, see `SinkCache.shares_sinks`: with ``patch(..., sink_size=2000)``
+        and a system prompt of 2,000 tokens, which is then computed, kept and read once for all rows.
+
         row: which. n: at least 1. Nothing is computed again, and this Stream stays as it is.
         Raises ValueError for a row that is not there, and for n below 1.
         """
@@ -205,7 +211,7 @@ class StreamTexts:
         if n < 1:
             raise ValueError(f"n={n}: it needs at least one copy")
         index, other = index.repeat(n), type(self)(self.model)
-        other._cache = self.cache.picked(index)
+        other._cache = self.cache.picked(index, may_share=True)
         other._follow({name: x.index_select(0, index) for name, x in self._kept().items()})
         return other
 
@@ -262,8 +268,8 @@ class StreamTexts:
 
         texts: n texts. rows: (n,) int64 or a list, each once, in the texts' order, whatever they hold; None for all. A
         Stream that holds nothing yet gets n rows.
-        Raises ValueError for rows that are not there, for another number of them than n, and for texts that do not fit
-        the model; nothing is changed then.
+        Raises ValueError for rows that are not there, for another number of them than n, for texts that do not fit the
+        model, and for such as have other sinks than those that the rows share; nothing is changed then.
         """
         self._check_whole()
         if self._logits is None and rows is None:
@@ -276,7 +282,8 @@ class StreamTexts:
         if len(index) != len(texts):
             raise ValueError(f"{len(texts)} texts, for {len(index)} rows of the Stream")
         cache, kept = self.cache, {name: self._kept()[name] for name in KEPT}
-        texts.check_fits(cache.plan, {**cache.rows.named(), **kept})
+        one = {name: x[:1] for name, x in cache.rows.named().items()}
+        texts.check_fits(cache.plan, {**cache.rows.with_sinks(one), **kept})
         cache.hold(texts, index)
         for name, x in kept.items():
             x.index_copy_(0, index, texts.on(name, self._device))

@@ -181,7 +181,8 @@ class Task {
         if constexpr (in_pairs)
           for (float* o = out + r * v_dim; o < out + (r + 1) * v_dim; o += 2 * LANES) sort<Operand>(o);
         T* result = at<T>(p.out, batch_row, kv_head * group + g, token);
-        const float sum = sum_lanes(load(sums + r * LANES));
+        float sum = sum_lanes(load(sums + r * LANES));
+        if (p.joined_parts > 0) sum = join(kv_head * group + g, r, sum);
         for (int64_t d = 0; d < p.v_dim; ++d) from_float(out[r * v_dim + d] / sum, result[d]);
       }
     }
@@ -189,6 +190,26 @@ class Task {
 
  private:
   int64_t position_of(int64_t token) const { return length + token - padding; }
+
+  // Takes what a head's query has found elsewhere into its values, as if it were a key a part; returns the new sum.
+  float join(int64_t head, int64_t r, float sum) {
+    const int64_t apart = p.batch * p.num_heads, place = batch_row * p.num_heads + head;
+    float max = state[r].max;  // finite: the token sees itself
+    for (int part = 0; part < p.joined_parts; ++part) {
+      const float logit = p.joined_logits[part * apart + place];
+      max = logit > max ? logit : max;
+    }
+    const float fade = __builtin_expf(state[r].max - max);
+    sum *= fade;
+    for (int64_t d = 0; d < p.v_dim; ++d) out[r * v_dim + d] *= fade;
+    for (int part = 0; part < p.joined_parts; ++part) {
+      const int64_t at = part * apart + place;
+      const float weight = __builtin_expf(p.joined_logits[at] - max);
+      sum += weight;
+      for (int64_t d = 0; d < p.v_dim; ++d) out[r * v_dim + d] += weight * p.joined_values[at * p.v_dim + d];
+    }
+    return sum;
+  }
 
   void start_rows() {
     const int64_t rows = (last - first) * group;

@@ -151,7 +151,8 @@ void run(const Params& p) {
   }
 }
 
-Tensor prefill(const Tensors& x, const Sizes& sizes, int64_t dense_window) {
+Tensor attend(const Tensors& x, const Sizes& sizes, int64_t dense_window, const std::optional<Tensor>& joined_values,
+              const std::optional<Tensor>& joined_logits) {
   check(x, sizes);
   const auto& [q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes] = x;
   STD_TORCH_CHECK(q.is_cpu(), "sinkattn: all tensors must be on the CPU");
@@ -181,6 +182,8 @@ Tensor prefill(const Tensors& x, const Sizes& sizes, int64_t dense_window) {
   }
   if (learned_logits) p.learned_logits = data_of<float>(*learned_logits, ScalarType::Float, copies);
   if (alibi_slopes) p.alibi_slopes = data_of<float>(*alibi_slopes, ScalarType::Float, copies);
+  const Joined joined = joined_of(x, joined_values, joined_logits, copies);
+  p.joined_values = joined.values, p.joined_logits = joined.logits, p.joined_parts = joined.parts;
   p.q = rows_of(q), p.k = rows_of(k), p.v = rows_of(v), p.k_cache = rows_of(k_cache), p.v_cache = rows_of(v_cache);
   p.out = {out.data_ptr(), out.stride(0), out.stride(2), out.stride(1)};
   p.rotated_k = p.k;
@@ -197,9 +200,15 @@ Tensor prefill(const Tensors& x, const Sizes& sizes, int64_t dense_window) {
   return out;
 }
 
-Tensor decode(const Tensors& x, const Sizes& sizes) {
+Tensor prefill(const Tensors& x, const Sizes& sizes, int64_t dense_window) {
+  return attend(x, sizes, dense_window, {}, {});
+}
+
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor decode(const Tensors& x, const Sizes& sizes, OptionalTensor joined_values, OptionalTensor joined_logits) {
   STD_TORCH_CHECK(x.q.dim() == 4 && x.q.size(2) == 1, "sinkattn: decode takes one token a row");
-  return prefill(x, sizes, 0);
+  return attend(x, sizes, 0, joined_values, joined_logits);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -246,7 +255,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sinkattn, CPU, m) {
-  m.impl("decode", TORCH_BOX((&with_arguments<decode>)));
+  m.impl("decode", TORCH_BOX((&with_arguments<decode, OptionalTensor, OptionalTensor>)));
   m.impl("prefill", TORCH_BOX((&with_arguments<prefill, int64_t>)));
   m.impl("linear", TORCH_BOX(&linear));
 }

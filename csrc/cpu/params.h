@@ -38,6 +38,10 @@ struct Params {
   const int64_t* counts;        // (batch,); null: all T tokens of every row are its own
   const float* learned_logits;  // (num_heads,); null for none
   const float* alibi_slopes;    // (num_heads,); null for none
+  // Of one token a row: what its queries have found elsewhere, (parts, batch, num_heads, v_dim), and how much that
+  // weighs, (parts, batch, num_heads).
+  const float *joined_values, *joined_logits;
+  int joined_parts;
 
   // A pair is a key head of a row of the batch, shared by `group` query heads. A task is a block of queries of a pair.
   int64_t group, block_tokens, blocks_per_pair;

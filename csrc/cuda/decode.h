@@ -16,6 +16,10 @@ constexpr int SURELY_FEW = 8;   // of more, prefill is faster once they fill the
 struct Params : Call {  // of one token a row, or a few: R >= W + tokens - 1, so that none takes a slot that another sees
   int64_t q_token, k_token, v_token;
   const float* alibi_slopes;  // (num_heads,); null for none
+  // Of one token a row: what its queries have found elsewhere, (parts, batch, num_heads, v_dim), and the logits that this
+  // weighs by, (parts, batch, num_heads).
+  const float *joined_values, *joined_logits;
+  int joined_parts;
   // Of several small blocks a key head: what each finds, (batch, tokens, num_kv_heads, splits, group, v_dim) and (...,
   // splits, group, 2), and how many have, (batch, tokens, num_kv_heads), zero between launches.
   float* partials;

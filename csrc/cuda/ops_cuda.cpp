@@ -136,11 +136,17 @@ void run_decode(const Tensors& x, Params& p, bool overlap, int64_t splits, bool 
   check(decode(p, sharing, device, stream), "launch of decode");
 }
 
-Tensor decode_op(const Tensors& x, const Sizes& sizes, bool overlap, int64_t splits, bool cluster) {
+using OptionalTensor = std::optional<Tensor>;
+
+Tensor decode_op(const Tensors& x, const Sizes& sizes, OptionalTensor joined_values, OptionalTensor joined_logits,
+                 bool overlap, int64_t splits, bool cluster) {
   STD_TORCH_CHECK(x.q.dim() == 4 && x.q.size(2) == 1, "sinkattn: decode takes one token a row");
   std::vector<Tensor> copies;
   Params p = {};
   Tensor out = unpack(x, sizes, p, copies);
+  const Joined joined = joined_of(x, joined_values, joined_logits, copies);
+  p.joined_values = joined.values, p.joined_logits = joined.logits, p.joined_parts = joined.parts;
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.joined_values) % 16 == 0, "sinkattn: joined must be aligned to 16 bytes");
   run_decode(x, p, overlap, splits, cluster, copies);
   return out;
 }
@@ -234,7 +240,7 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sinkattn, CUDA, m) {
-  m.impl("decode_cuda", TORCH_BOX((&with_arguments<decode_op, bool, int64_t, bool>)));
+  m.impl("decode_cuda", TORCH_BOX((&with_arguments<decode_op, OptionalTensor, OptionalTensor, bool, int64_t, bool>)));
   m.impl("prefill_cuda", TORCH_BOX((&with_arguments<prefill_op, int64_t>)));
   m.impl("linear", TORCH_BOX(&linear_op));
 }

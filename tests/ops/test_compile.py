@@ -29,6 +29,17 @@ def test_opcheck(op):
     opcheck(op, "cpu")
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck_of_shared_sinks(device):
+    q, keys = torch.randn(3, 4, 1, 64, device=device), torch.randn(1, 2, 300, 64, device=device)
+    lengths, rotation = torch.tensor([300, 310, 999], device=device), torch.randn(3, 1, 2, 2, 16, device=device)
+    parts = 1 if device == "cpu" else 3
+    torch.library.opcheck(
+        torch.ops.sinkattn.attend_shared.default,
+        (q, keys, keys + 1, lengths, rotation, torch.rand(4, device=device), 50, 0.1, 0.0, 0, False, parts),
+    )
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", GPU_OPS)
 def test_opcheck_on_a_gpu(op):

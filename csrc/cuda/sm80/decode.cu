@@ -29,9 +29,10 @@ namespace {
 // Dynamic shared memory in bytes: tiles, queries of both angles, new keys and values, then what blocks hand over.
 template <int HEAD_DIM, int V_DIM, bool LARGE>
 int shared_bytes(int splits, int group, int tokens) {
-  using S = Shape<HEAD_DIM, V_DIM, LARGE>;
+  using One = Shape<HEAD_DIM, V_DIM, LARGE, false>;
+  using Few = Shape<HEAD_DIM, V_DIM, LARGE, true>;
   const int handed = LARGE && splits > 1 ? splits * group * (V_DIM + 2) * int(sizeof(float)) : 0;
-  return (S::BLOCK + 2 * S::QUERIES) * 16 + tokens * (HEAD_DIM + V_DIM) * 2 + handed;
+  return ((tokens > 1 ? Few::BLOCK : One::BLOCK) + 2 * One::QUERIES) * 16 + tokens * (HEAD_DIM + V_DIM) * 2 + handed;
 }
 
 // `clusters` asked for: launches nothing and says how many clusters run at a time.
@@ -40,7 +41,7 @@ cudaError_t launch(const Params& p, Sharing sharing, const Device& device, cudaS
   const auto kernel = decode_kernel<T, HEAD_DIM, V_DIM, WIDE, LARGE, FEW>;
   const int bytes = shared_bytes<HEAD_DIM, V_DIM, LARGE>(sharing.splits, p.group, p.tokens);
   const dim3 blocks(sharing.splits, p.num_kv_heads, p.batch * p.tokens);
-  Grid grid(blocks, Shape<HEAD_DIM, V_DIM, LARGE>::THREADS, bytes, stream);
+  Grid grid(blocks, Shape<HEAD_DIM, V_DIM, LARGE, FEW>::THREADS, bytes, stream);
   if (device.compute_major >= 9 && !clusters) grid.overlap();
   if (sharing.cluster && sharing.splits > 1) grid.cluster(sharing.splits);
   if (const cudaError_t error = grid.allow_shared(kernel)) return error;

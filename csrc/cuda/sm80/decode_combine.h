@@ -131,13 +131,23 @@ __device__ __forceinline__ void store_found(const float (&acc)[N][4], const floa
   }
 }
 
-// Four outputs of a key head's group, (group, V_DIM), from number i on; a learned logit joins the softmax here.
+// Four outputs of a pair's group, (group, V_DIM), from number i on. What was found elsewhere and a learned logit join the
+// softmax here.
 template <typename T, int V_DIM>
-__device__ __forceinline__ void finish(const Params& p, int head, T* out, int i, const Combined& x) {
-  float top = x.top, total = x.total, fade = 1;
+__device__ __forceinline__ void finish(const Params& p, int64_t pair, int head, T* out, int i, Combined x) {
+  for (int part = 0; part < p.joined_parts; ++part) {
+    const int64_t query = (int64_t(part) * p.batch * p.num_kv_heads + pair) * p.group + i / V_DIM;
+    const float logit = p.joined_logits[query] * LOG2E;
+    const float4 value = *reinterpret_cast<const float4*>(p.joined_values + query * V_DIM + i % V_DIM);
+    const float top = fmaxf(x.top, logit), fade = exp2_fast(x.top - top), weight = exp2_fast(logit - top);
+    x.top = top, x.total = x.total * fade + weight;
+    x.sum.x = x.sum.x * fade + weight * value.x, x.sum.y = x.sum.y * fade + weight * value.y;
+    x.sum.z = x.sum.z * fade + weight * value.z, x.sum.w = x.sum.w * fade + weight * value.w;
+  }
+  float total = x.total, fade = 1;
   if (p.learned_logits) {
-    const float logit = p.learned_logits[head * p.group + i / V_DIM] * LOG2E;
-    top = fmaxf(top, logit), fade = exp2_fast(x.top - top), total = total * fade + exp2_fast(logit - top);
+    const float logit = p.learned_logits[head * p.group + i / V_DIM] * LOG2E, top = fmaxf(x.top, logit);
+    fade = exp2_fast(x.top - top), total = total * fade + exp2_fast(logit - top);
   }
   fade = __fdividef(fade, total);
   const T rounded[4] = {from_float<T>(x.sum.x * fade), from_float<T>(x.sum.y * fade), from_float<T>(x.sum.z * fade),

@@ -10,9 +10,9 @@ namespace {
 
 // FEW: of several tokens a row; each has blocks of its own.
 template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, bool FEW>
-__global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
+__global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE, FEW>::THREADS)
     decode_kernel(const __grid_constant__ Params p, int share) {  // share: tiles of a block at least
-  using S = Shape<HEAD_DIM, V_DIM, LARGE>;
+  using S = Shape<HEAD_DIM, V_DIM, LARGE, FEW>;
   constexpr int WARPS = S::WARPS, THREADS = S::THREADS;
   constexpr int ROWS = WIDE ? 2 : 1;                // softmax rows per lane: heads g and g + 8
   extern __shared__ __align__(128) uint4 shared[];  // a row of a tile's column is a line; across two, copies are slow
@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
                           MAX_GROUP * 2);
   };
   if (splits == 1) {
-    for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) finish<T, V_DIM>(p, head, out, i, of_block(i));
+    for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) finish<T, V_DIM>(p, pair, head, out, i, of_block(i));
   } else if constexpr (LARGE) {
     float* handed_softmax = handed + splits * columns;
     const unsigned there = in_first_block(handed + rank * columns);
@@ -318,7 +318,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
     if (rank > 0) return;
     wait_for_bytes(&arrived);
     for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4)
-      finish<T, V_DIM>(p, head, out, i,
+      finish<T, V_DIM>(p, pair, head, out, i,
                        combine<MAX_CLUSTER>(splits, handed + i, columns, handed_softmax + i / V_DIM * 2, p.group * 2));
   } else {
     const int64_t pairs = int64_t(gridDim.z) * p.num_kv_heads;
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
     __syncthreads();
     if (!is_last) return;
     for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4)
-      finish<T, V_DIM>(p, head, out, i,
+      finish<T, V_DIM>(p, pair, head, out, i,
                        combine<8>(splits, found_values + i, columns, found_softmax + i / V_DIM * 2, p.group * 2));
   }
 }
