@@ -459,11 +459,12 @@ TABLES = {
     ),
     "shared step table": Table(
         "h200/shared_step", "sinks | until all rows have read them, s | ms a token | cache, GB",
-        "{way} | {prompt_s} | {ms_per_token} | {cache_gb}",
+        "{way} | {prompt_s} | {ms_per_token} | {cache_gb}", after=lambda x: "`python bench/shared.py --output-dir bench/results/h200`.",
     ),
     "speculative table": Table(
         "h200/speculative_shapes", "draft | rows | proposals | {chance:.0%} right",
-        "{draft} | {batch} | {proposals} | {times}", "draft batch proposals", after=command,
+        "{draft} | {batch} | {proposals} | {times}", "draft batch proposals",
+        after=lambda x: "`python bench/speculative.py --output-dir bench/results/h200`.",
     ),
     "speculative real table": Table(
         "h200/speculative_real", "how | proposals | right | rounds | the same text | ms a token | alone",
