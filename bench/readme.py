@@ -459,7 +459,8 @@ TABLES = {
     ),
     "shared step table": Table(
         "h200/shared_step", "sinks | until all rows have read them, s | ms a token | cache, GB",
-        "{way} | {prompt_s} | {ms_per_token} | {cache_gb}", after=lambda x: "`python bench/shared.py --output-dir bench/results/h200`.",
+        "{way} | {prompt_s} | {ms_per_token} | {cache_gb}",
+        after=lambda x: "`python bench/shared.py --output-dir bench/results/h200`.",
     ),
     "speculative table": Table(
         "h200/speculative_shapes", "draft | rows | proposals | {chance:.0%} right",
