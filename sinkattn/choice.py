@@ -53,7 +53,8 @@ class Choice:
     processors: LogitsProcessorList = field(compare=False)
 
     @classmethod
-    def of(cls, model: Any, config: GenerationConfig | None, options: dict) -> "Choice":
+    def of(cls, model: Any, config: GenerationConfig | None, options: dict, device: torch.device) -> "Choice":
+        """By a model's configs and what was asked for; device: of its logits."""
         if unknown := [name for name in options if name not in OPTIONS]:
             raise TypeError(f"Stream.generate takes no {unknown[0]!r}; it takes {', '.join(OPTIONS)}")
         given = {name: value for name, value in options.items() if value is not None}
@@ -66,8 +67,8 @@ class Choice:
                 )
         ends = () if config.eos_token_id is None else torch.as_tensor(config.eos_token_id).flatten().tolist()
         told = config.to_json_string(use_diff=False)
-        config._eos_token_tensor = torch.tensor(ends, device=model.device) if ends else None
-        processors = model._get_logits_processor(config, input_ids_seq_length=1, device=model.device, model_kwargs={})
+        config._eos_token_tensor = torch.tensor(ends, device=device) if ends else None
+        processors = model._get_logits_processor(config, input_ids_seq_length=1, device=device, model_kwargs={})
         for processor in processors:
             if not isinstance(processor, STATELESS):
                 raise ValueError(

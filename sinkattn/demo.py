@@ -136,7 +136,7 @@ def _measure(way: Way, model: PreTrainedModel, cache: Cache, ids: Tensor, advanc
 
 def _now(device: torch.device) -> float:
     if device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 

@@ -5,6 +5,7 @@ run. A graph launches all of them at once. It repeats the kernels and nothing el
 so hooks and whatever else may act in the middle of a step keep a model out (`why_eager`).
 """
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -12,6 +13,17 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 _OWN_HOOKS = "transformers.utils.output_capturing"  # they note outputs if a step asks for them; such steps run eagerly
+
+
+_streams = threading.local()  # by device, those that are captured on
+
+
+def _stream_of(device: torch.device) -> "torch.cuda.Stream":
+    """One of the device's own: torch's default for captures is on the GPU that was current at the first of all."""
+    made = vars(_streams)
+    if str(device) not in made:
+        made[str(device)] = torch.cuda.Stream(device)
+    return made[str(device)]
 
 
 class Captured:
@@ -28,8 +40,13 @@ class Captured:
     def __init__(self, run: Callable, device: torch.device, **inputs: Tensor):
         with torch.inference_mode(False):
             self.inputs = {name: x.clone() for name, x in inputs.items()}
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        self._graph, stream = torch.cuda.CUDAGraph(), _stream_of(device)
+        capture = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
+        with (
+            torch.cuda.device(device),
+            torch.cuda.stream(stream),
+            capture,
+        ):  # one that fails leaves its stream set
             self.output = run(**self.inputs)
 
     def __call__(self, **inputs: Tensor):

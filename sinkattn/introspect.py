@@ -44,7 +44,9 @@ def input_device(model: PreTrainedModel) -> torch.device:
     """Where the model takes its ids. The weights of an offloaded model are elsewhere; accelerate's hooks know."""
     embedding = model.get_input_embeddings()
     device = getattr(getattr(embedding, "_hf_hook", None), "execution_device", None)
-    return next(embedding.parameters()).device if device is None else torch.device(device)
+    if device is None:
+        return next(embedding.parameters()).device
+    return torch.empty(0, device=device).device  # with its index
 
 
 def takes_positions(forward) -> bool:

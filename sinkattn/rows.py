@@ -397,7 +397,9 @@ class SpareRows:
     def take(self, batch: int, device: torch.device) -> Rows | None:
         """Empty rows, if there are any that suit."""
         rows, self.rows = self.rows, None
-        if rows is None or len(rows.lengths) != batch or rows.stream != _stream_of(device):
+        if rows is None or len(rows.lengths) != batch or rows.lengths.device != device:
+            return None
+        if rows.stream != _stream_of(device):
             return None
         rows.reset()
         return rows

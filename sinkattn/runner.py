@@ -60,6 +60,7 @@ class Runner:
         self._takes_one = False  # whether steps of more tokens cannot be captured
         self._forward = model.forward
         self._version, self._seen, self._changes = 0, None, -1  # see `look`
+        self._mark = object()  # what is captured reads the weights of this model, and of no copy of it
         self._attending: dict[nn.Module, nn.Module] = {}
         self._rotaries: list[tuple[str, Tensor]] = []
         counting = counts_in_three(model)
@@ -68,7 +69,7 @@ class Runner:
         self._parameters = tuple(inspect.signature(model.forward).parameters)
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "_seen": (), "_changes": -1}  # a copy is looked at anew
+        return {**vars(self), "_seen": (), "_changes": -1, "_mark": object()}  # a copy is looked at anew
 
     def keep_in_sight(self, attending: list[nn.Module]) -> None:
         """Note what was found out and cannot be followed if it changes. attending: the model's attention modules."""
@@ -322,7 +323,7 @@ class Runner:
         """
         device = ids.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        rows, wanted, tokens = cache.rows, (self._version, cache.has_places, autocast), ids.shape[1]
+        rows, wanted, tokens = cache.rows, (self._mark, self._version, cache.has_places, autocast), ids.shape[1]
         if rows.captured_for != wanted:
             rows.captured.clear()
             rows.captured_for = wanted
@@ -368,7 +369,7 @@ class Runner:
                 return output.logits[:, -keep:]
         kept = {"logits_to_keep": keep} if "logits_to_keep" in self._parameters else {}
         output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, **kept)
-        return output.logits[:, -keep:]
+        return output.logits[:, -keep:].to(ids.device)  # of a model that is split by hand
 
     def _few_tokens(self, cache: SinkCache, ids: Tensor, mask: Tensor):
         """What is captured: a step over the cache, on the device."""

@@ -112,7 +112,7 @@ def on_host(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list["torch.
         _beside(device).wait_stream(torch.cuda.current_stream(device))
     for name, x in tensors.items():
         if x.device in devices:
-            with torch.cuda.stream(_beside(x.device)):
+            with torch.cuda.device(x.device), torch.cuda.stream(_beside(x.device)):
                 made[name] = torch.empty_like(x, device="cpu", pin_memory=True).copy_(x, non_blocking=True)
             x.record_stream(_beside(x.device))
         else:

@@ -80,7 +80,7 @@ class Stream(StreamTexts):
         self._check_whole()
         if self._logits is None or len(self._waiting) == len(self._ended):
             raise ValueError("an empty prompt: append() at least one token first")
-        settings = Choice.of(self.model, generation_config, options)
+        settings = Choice.of(self.model, generation_config, options, self._device)
         generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
         if max_new_tokens is not None:
             max_new_tokens = _count("max_new_tokens", max_new_tokens, 0)
@@ -129,12 +129,13 @@ class Stream(StreamTexts):
         watched = bool(settings.ends or self._waiting) or streamer is not None
         host = torch.zeros(1 + len(self._ended), dtype=torch.int64, pin_memory=on_gpu)  # whether any goes on, ids
         here, aside = (torch.cuda.current_stream(self._device), side_stream(self._device)) if on_gpu else (None, None)
+        there = torch.cuda.device(self._device if on_gpu else -1)  # so that no other GPU is touched
         try:
             while max_new_tokens is None or made < max_new_tokens:
                 watched = watched or bool(self._waiting)
                 if not self._late:
                     self._check_whole()
-                    with torch.inference_mode(False), torch.no_grad(), torch.cuda.stream(aside):
+                    with torch.inference_mode(False), torch.no_grad(), there, torch.cuda.stream(aside):
                         if on_gpu:
                             aside.wait_stream(here)
                         ids, fed, report = self._choose(settings, watched, generator)

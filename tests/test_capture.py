@@ -1,5 +1,6 @@
 """Captured steps, on a GPU: they write what eager ones write, and memory comes back."""
 
+import copy
 import gc
 
 import pytest
@@ -225,7 +226,29 @@ def test_what_cannot_be_captured_runs_eagerly():
     with patch(model, S, W) as handle:
         found = model.generate(ids, do_sample=False, max_new_tokens=30)
         assert "capturing its step failed" in handle.why_eager
-    assert torch.equal(found, first)
+    assert torch.equal(found, first) and torch.cuda.current_stream() == torch.cuda.default_stream()
+
+
+@pytest.mark.gpu
+def test_copies_of_a_patched_model(captures):
+    """They share what caches leave behind, and none replays the step of another: each has weights of its own."""
+    model, ids, texts = tiny("llama").cuda(), random_ids(2, 20, "cuda"), {}
+    asked = dict(do_sample=False, max_new_tokens=30, repetition_penalty=1.3, **TOLD)
+    with patch(model, S, W):
+        models = [model, copy.deepcopy(model), copy.deepcopy(model)]
+        with torch.no_grad():
+            for i, one in enumerate(models):
+                for parameter in one.parameters():
+                    parameter.mul_(1 + 0.2 * i)
+        for i in (0, 1, 2, 1, 0, 2):
+            found = models[i].generate(ids, **asked)
+            assert torch.equal(texts.setdefault(i, found), found)
+        assert all(captures)
+        for one in models:
+            one._sinkattn.runner.why_eager, one._sinkattn.runner._refused = "a test", True
+        for i, one in enumerate(models):
+            assert torch.equal(one.generate(ids, **asked), texts[i])
+    assert not torch.equal(texts[0], texts[1]) and not torch.equal(texts[1], texts[2])
 
 
 class _Waits(torch.nn.Module):

@@ -61,6 +61,33 @@ def test_layers_on_several_devices(tmp_path):
     assert relative_error(found.cpu(), expected) < 1e-4
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_models_on_several_devices(order):
+    """One after the other, whatever device is current: generate, Stream and proposals, captured and not; a model that
+    moves to another GPU; the ops alone."""
+    texts, ids = {}, random_ids(2, 20)
+    asked = dict(max_new_tokens=3 * C, do_sample=False, repetition_penalty=1.3, eos_token_id=0, suppress_tokens=[0])
+    for cuda_graph in (True, False):
+        for device in order:
+            model = tiny("llama").to(f"cuda:{device}")
+            with patch(model, S, W, cuda_graph=cuda_graph) as handle:
+                found = [model.generate(ids.to(model.device), **asked).cpu()]
+                stream = Stream(model)
+                stream.append(ids)
+                for proposals in ({}, dict(prompt_lookup_num_tokens=3)):
+                    steps = [x.view(2, -1) for x in stream.generate(3 * C, repetition_penalty=1.3, **proposals)]
+                    found += [row[row >= 0].cpu() for row in torch.cat(steps, dim=1)]
+                assert cuda_graph == (handle.why_eager is None)
+                model.to(f"cuda:{1 - device}")
+                found.append(model.generate(ids.to(model.device), **asked).cpu())
+            for text, known in zip(found, texts.setdefault("all", found), strict=True):
+                assert torch.equal(text, known)
+            assert torch.cuda.current_device() == 0
+    assert torch.equal(found[0], found[-1])
+
+
 @pytest.mark.slow
 def test_tensor_parallel(tmp_path):
     """``tp_plan="auto"`` in two processes: each holds half of the heads, and both give the logits of one."""

@@ -31,6 +31,7 @@ struct Call {
 };
 
 struct Device {
+  int index = 0;
   int multiprocessors, shared_bytes, compute_major;  // shared_bytes: what a block may take
 };
 

@@ -1,6 +1,8 @@
 // The function that launches decode, and prefill of few tokens. No torch in here.
 #pragma once
 
+#include <algorithm>
+
 #include "call.h"
 
 namespace sinkattn::cuda {
@@ -11,7 +13,7 @@ constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_SPLITS = 64;  // small blocks that share a key head of a row
 constexpr int MAX_CLUSTER = 8;  // large ones
 constexpr int MAX_FEW = 16;     // tokens of a row
-constexpr int SURELY_FEW = 8;   // of more, prefill is faster once they fill the GPU
+constexpr int SURELY_FEW = 16;  // of more, prefill is faster once they fill the GPU
 
 struct Params : Call {  // of one token a row, or a few: R >= W + tokens - 1, so that none takes a slot that another sees
   int64_t q_token, k_token, v_token;
@@ -20,14 +22,14 @@ struct Params : Call {  // of one token a row, or a few: R >= W + tokens - 1, so
   // weighs by, (parts, batch, num_heads).
   const float *joined_values, *joined_logits;
   int joined_parts;
-  // Of several small blocks a key head: what each finds, (batch, tokens, num_kv_heads, splits, group, v_dim) and (...,
-  // splits, group, 2), and how many have, (batch, tokens, num_kv_heads), zero between launches.
+  // Of several small blocks a key head: what each finds, (batch, blocks_of, num_kv_heads, splits, width_of * group, v_dim)
+  // and (..., splits, width_of * group, 2), and how many have, (batch, blocks_of, num_kv_heads), zero between launches.
   float* partials;
   int* arrivals;
   bool overlap;  // the cache may be read before the kernel ahead is done
 };
 
-// How a key head of a token is shared: by so many small blocks, two to a multiprocessor, that meet in memory, or by a
+// How a key head of a token, or of a few, is shared: by so many small blocks, two to a multiprocessor, that meet in memory, or by a
 // cluster of large ones, a multiprocessor each, that meet faster. Clusters of more than one are sm_90's first.
 struct Sharing {
   int splits;
@@ -40,10 +42,17 @@ bool serves(const Params&, Sharing, const Device&);
 // What is fast, on the current device.
 Sharing sharing_of(const Params&, const Device&);
 
+// Tokens that a block takes at once, as many as their query heads fill the rows of a product, and blocks for all tokens.
+inline int width_of(const Params& p) {
+  const int most = p.group < MAX_GROUP ? MAX_GROUP / std::max(p.group, 1) : 1, blocks = (p.tokens + most - 1) / most;
+  return (p.tokens + blocks - 1) / std::max(blocks, 1);
+}
+inline int blocks_of(const Params& p) { return p.tokens < 2 ? p.tokens : (p.tokens + width_of(p) - 1) / width_of(p); }
+
 // Floats of `partials`; 0 for none.
 inline int64_t partial_floats(const Params& p, Sharing sharing) {
   if (sharing.cluster || sharing.splits == 1) return 0;
-  return int64_t(p.batch) * p.tokens * p.num_kv_heads * sharing.splits * p.group * (p.v_dim + 2);
+  return int64_t(p.batch) * blocks_of(p) * p.num_kv_heads * sharing.splits * width_of(p) * p.group * (p.v_dim + 2);
 }
 
 cudaError_t decode(const Params&, Sharing, const Device&, cudaStream_t);

@@ -34,6 +34,7 @@ const Device& properties_of(int index) {
   Device& device = devices[index];
   if (device.compute_major == 0) {  // threads that meet here write the same
     Device found;
+    found.index = index;
     check(cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, index), "device");
     check(cudaDeviceGetAttribute(&found.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "device");
     check(cudaDeviceGetAttribute(&found.compute_major, cudaDevAttrComputeCapabilityMajor, index), "device");
@@ -130,7 +131,7 @@ void run_decode(const Tensors& x, Params& p, bool overlap, int64_t splits, bool 
   if (const int64_t floats = partial_floats(p, sharing)) {
     copies.push_back(empty(x.q, {floats}, aoti_torch_dtype_float32()));
     p.partials = static_cast<float*>(copies.back().data_ptr());
-    copies.push_back(arrivals_of(x.k_cache, int64_t(p.batch) * p.tokens * p.num_kv_heads, stream));
+    copies.push_back(arrivals_of(x.k_cache, int64_t(p.batch) * blocks_of(p) * p.num_kv_heads, stream));
     p.arrivals = static_cast<int*>(copies.back().data_ptr());
   }
   check(decode(p, sharing, device, stream), "launch of decode");
@@ -172,8 +173,7 @@ Tensor prefill_op(const Tensors& x, const Sizes& sizes, int64_t dense_window) {
 
   Params few = {};
   static_cast<Call&>(few) = p;
-  const int64_t pairs = int64_t(p.batch) * p.tokens * p.num_kv_heads;
-  const bool is_faster = p.tokens <= SURELY_FEW || pairs <= device.multiprocessors;
+  const bool is_faster = p.tokens <= SURELY_FEW || int64_t(p.batch) * p.num_kv_heads <= device.multiprocessors;
   if (dense_window == 0 && (refused || is_faster) && serves(few, {1, false}, device)) {
     run_decode(x, few, false, -1, false, copies);
     return out;

@@ -12,14 +12,15 @@
 //   queries and weights, so that both are as good as float32 at no cost. Larger groups fill all 16 and round.
 // * The warps of a block meet in shared memory, the blocks of a cluster in that of its first block, and blocks without
 //   a cluster in memory, where the last to arrive combines what all found.
-// * Of a few tokens a row, each has blocks of its own, which lay it and those before it over the tiles that they read:
-//   nobody waits for what another one appends. The cache is read from memory once, and from the L2 by every token.
+// * Of a few tokens a row, as many share a block as have 16 query heads: a tile is read once for all of them. The block
+//   lays them and those before them over the tiles: nobody waits for what another one appends.
 // * The next kernel may launch at once. Where `overlap` says that the cache is settled, its first tiles are asked for
 //   before the kernel ahead is done.
 //
 // The kernel is in decode_kernel.h, its phases in the other headers; this is how a key head is shared, and the launch.
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 
 #include "decode_kernel.h"
 
@@ -29,25 +30,24 @@ namespace {
 // Dynamic shared memory in bytes: tiles, queries of both angles, new keys and values, then what blocks hand over.
 template <int HEAD_DIM, int V_DIM, bool LARGE>
 int shared_bytes(int splits, int group, int tokens) {
-  using One = Shape<HEAD_DIM, V_DIM, LARGE, false>;
-  using Few = Shape<HEAD_DIM, V_DIM, LARGE, true>;
+  using S = Shape<HEAD_DIM, V_DIM, LARGE>;
   const int handed = LARGE && splits > 1 ? splits * group * (V_DIM + 2) * int(sizeof(float)) : 0;
-  return ((tokens > 1 ? Few::BLOCK : One::BLOCK) + 2 * One::QUERIES) * 16 + tokens * (HEAD_DIM + V_DIM) * 2 + handed;
+  return (S::BLOCK + 2 * S::QUERIES) * 16 + tokens * (HEAD_DIM + V_DIM) * 2 + handed;
 }
 
 // `clusters` asked for: launches nothing and says how many clusters run at a time.
 template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, bool FEW>
 cudaError_t launch(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
   const auto kernel = decode_kernel<T, HEAD_DIM, V_DIM, WIDE, LARGE, FEW>;
-  const int bytes = shared_bytes<HEAD_DIM, V_DIM, LARGE>(sharing.splits, p.group, p.tokens);
-  const dim3 blocks(sharing.splits, p.num_kv_heads, p.batch * p.tokens);
-  Grid grid(blocks, Shape<HEAD_DIM, V_DIM, LARGE, FEW>::THREADS, bytes, stream);
+  const int width = width_of(p), bytes = shared_bytes<HEAD_DIM, V_DIM, LARGE>(sharing.splits, width * p.group, p.tokens);
+  const dim3 blocks(sharing.splits, p.num_kv_heads, p.batch * blocks_of(p));
+  Grid grid(blocks, Shape<HEAD_DIM, V_DIM, LARGE>::THREADS, bytes, stream);
   if (device.compute_major >= 9 && !clusters) grid.overlap();
   if (sharing.cluster && sharing.splits > 1) grid.cluster(sharing.splits);
   if (const cudaError_t error = grid.allow_shared(kernel)) return error;
   if (clusters) return cudaOccupancyMaxActiveClusters(clusters, kernel, &grid.config);
   const int tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
-  return cudaLaunchKernelEx(&grid.config, kernel, p, tiles / sharing.splits);
+  return cudaLaunchKernelEx(&grid.config, kernel, p, tiles / sharing.splits, width);
 }
 
 // f(shape) for the head dims of the call; returns what it returns, or `otherwise` for dims that are not served.
@@ -70,27 +70,30 @@ R with_dims(const Params& p, R otherwise, F f) {
   }
 }
 
-template <typename T, bool FEW>
+template <typename T>
 cudaError_t launch_as(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
   return with_dims(p, cudaErrorInvalidValue, [&](auto dims) {
     constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
-    const bool large = sharing.cluster;
-    const auto chosen = p.group > 8 ? (large ? launch<T, K, V, true, true, FEW> : launch<T, K, V, true, false, FEW>)
-                                    : (large ? launch<T, K, V, false, true, FEW> : launch<T, K, V, false, false, FEW>);
+    const auto of = [&](auto large) {
+      constexpr bool LARGE = decltype(large)::value;
+      if (p.tokens > 1) return launch<T, K, V, true, LARGE, true>;
+      return p.group > 8 ? launch<T, K, V, true, LARGE, false> : launch<T, K, V, false, LARGE, false>;
+    };
+    const auto chosen = sharing.cluster ? of(std::true_type()) : of(std::false_type());
     return chosen(p, sharing, device, stream, clusters);
   });
 }
 
 cudaError_t launch_any(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
-  const auto chosen = p.tokens > 1 ? (p.is_bfloat16 ? launch_as<__nv_bfloat16, true> : launch_as<__half, true>)
-                                   : (p.is_bfloat16 ? launch_as<__nv_bfloat16, false> : launch_as<__half, false>);
-  return chosen(p, sharing, device, stream, clusters);
+  return (p.is_bfloat16 ? launch_as<__nv_bfloat16> : launch_as<__half>)(p, sharing, device, stream, clusters);
 }
 
-// Clusters of so many blocks that run at a time, found once. GPUs of several kinds in one process share the finding.
+// Clusters of so many blocks that run at a time, found once for a GPU (or for every 8th, if there are more).
 int clusters_at_a_time(const Params& p, int size, const Device& device) {
-  static std::atomic<int> found[2][2][MAX_HEAD_DIM / 16 + 1][MAX_GROUP + 1][MAX_CLUSTER + 1] = {};
-  std::atomic<int>& clusters = found[p.is_bfloat16][p.v_dim == p.head_dim][p.head_dim / 16][p.group][size];
+  static std::atomic<int> found[8][2][2][2][MAX_HEAD_DIM / 16 + 1][MAX_GROUP + 1][MAX_CLUSTER + 1] = {};
+  const int members = width_of(p) * p.group;
+  std::atomic<int>& clusters =
+      found[device.index % 8][p.is_bfloat16][p.tokens > 1][p.v_dim == p.head_dim][p.head_dim / 16][members][size];
   if (clusters == 0) {
     int count = 0;
     clusters = launch_any(p, {size, true}, device, nullptr, &count) == cudaSuccess && count > 0 ? count : -1;
@@ -102,19 +105,19 @@ int clusters_at_a_time(const Params& p, int size, const Device& device) {
 
 bool serves(const Params& p, Sharing sharing, const Device& device) {
   if (p.group > MAX_GROUP || p.num_kv_heads > 65535) return false;
-  if (p.tokens > MAX_FEW || int64_t(p.batch) * p.tokens > 65535) return false;
+  if (p.tokens > MAX_FEW || int64_t(p.batch) * blocks_of(p) > 65535) return false;
   if (p.ring_size < p.window_size + p.tokens - 1) return false;
   if (sharing.splits < 1 || sharing.splits > (sharing.cluster ? MAX_CLUSTER : MAX_SPLITS)) return false;
   if (sharing.cluster && sharing.splits > 1 && device.compute_major < 9) return false;
   return with_dims(p, false, [&](auto dims) {
     constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
     const auto of_shape = sharing.cluster ? shared_bytes<K, V, true> : shared_bytes<K, V, false>;
-    return of_shape(sharing.splits, p.group, p.tokens) + 1024 + 128 <= device.shared_bytes;  // and what is not dynamic
+    return of_shape(sharing.splits, width_of(p) * p.group, p.tokens) + 1024 + 128 <= device.shared_bytes;  // and what is not dynamic
   });
 }
 
 Sharing sharing_of(const Params& p, const Device& device) {
-  const int64_t pairs = int64_t(p.batch) * p.tokens * p.num_kv_heads;
+  const int64_t pairs = int64_t(p.batch) * blocks_of(p) * p.num_kv_heads;
   const int64_t tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
   if (pairs == 0 || pairs > device.multiprocessors) return {1, false};
   int size = MAX_CLUSTER;
@@ -125,7 +128,7 @@ Sharing sharing_of(const Params& p, const Device& device) {
   // multiprocessor needs for some 128 KB, and the last one has to read what all found.
   const int splits = int(std::min<int64_t>(2 * device.multiprocessors / pairs, MAX_SPLITS));
   const int64_t of_one = size > 0 ? tiles / size : 2 * tiles, tile_bytes = KEYS * (p.head_dim + p.v_dim) * 2;
-  const int64_t found_bytes = int64_t(splits) * p.group * (p.v_dim + 2) * 4;
+  const int64_t found_bytes = int64_t(splits) * width_of(p) * p.group * (p.v_dim + 2) * 4;
   if ((of_one - 2 * tiles / splits) * tile_bytes > 128 * 1024 + 6 * found_bytes) return {splits, false};
   return size > 0 ? Sharing{size, true} : Sharing{1, false};
 }

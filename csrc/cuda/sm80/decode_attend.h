@@ -20,32 +20,49 @@ __device__ float capped(float score, float softcap) {
   return softcap > 0 ? softcap * LOG2E * (2 / (1 + exp2_fast(-score)) - 1) : score;
 }
 
-// What a row's new token sees.
+// What a token sees, of the position t that it stands at.
 struct Seen {
   int slots, new_slot;
-  int reach;  // ages of the ring
+  int reach;  // ages of the ring, which count from the token, 0, back around the ring
   int sinks;  // that there are
   int from;   // where the sinks see the query
+
+  __device__ Seen() {}
+  __device__ Seen(const Params& p, int64_t t) : slots(p.sink_size + p.ring_size) {
+    const bool in_ring = t >= p.sink_size;
+    const int64_t written = t - p.sink_size;
+    const int ring_slot = written >> 31 ? int(written % p.ring_size) : int(written) % p.ring_size;  // 64 bits take long
+    new_slot = in_ring ? p.sink_size + ring_slot : int(t);
+    reach = in_ring ? int(min(int64_t(p.window_size), written + 1)) : -slots;
+    sinks = int(min(int64_t(p.sink_size), t + 1));
+    from = int(min(t, int64_t(p.sink_size + p.window_size - 1)));
+  }
+  __device__ int age_of(int slot, int ring_size) const { return new_slot - slot + (slot > new_slot ? ring_size : 0); }
+  __device__ bool hides(int slot, int age, bool is_sink) const {
+    return is_sink ? slot >= sinks : age >= reach || slot >= slots;
+  }
 };
 
-// Caps scores, takes ALiBi's share off them, and hides what is not visible.
-template <int ROWS>
+// Caps scores, takes ALiBi's share off them, and hides what is not visible. seen: of each softmax row, or of all (SEEN
+// 1). hidden: what none of them sees, which `last` decides where they differ.
+template <int ROWS, int SEEN>
 __device__ __forceinline__ void mask(float (&x)[ROWS][2][2], bool (&hidden)[2][2], const float (&slope)[ROWS],
-                                     const Params& p, Seen seen, int first, int c) {
+                                     const Params& p, const Seen (&seen)[SEEN], const Seen& last, int first, int c) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int slot = first + row_of(j * 8 + c * 2 + e);
       const bool is_sink = slot < p.sink_size;
-      const int age = seen.new_slot - slot + (slot > seen.new_slot ? p.ring_size : 0);
-      hidden[j][e] = is_sink ? slot >= seen.sinks : age >= seen.reach || slot >= seen.slots;
+      hidden[j][e] = last.hides(slot, last.age_of(slot, p.ring_size), is_sink);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
+        const Seen& by = seen[SEEN > 1 ? r : 0];
+        const int age = by.age_of(slot, p.ring_size);
         float& y = x[r][j][e];
         if (p.softcap > 0) y = capped(y, p.softcap);
-        if (p.alibi_slopes) y -= slope[r] * float(is_sink ? seen.from - slot : age);
-        if (hidden[j][e]) y = -INFINITY;
+        if (p.alibi_slopes) y -= slope[r] * float(is_sink ? by.from - slot : age);
+        if (SEEN > 1 ? by.hides(slot, age, is_sink) : hidden[j][e]) y = -INFINITY;
       }
     }
   }

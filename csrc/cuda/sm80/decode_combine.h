@@ -131,14 +131,14 @@ __device__ __forceinline__ void store_found(const float (&acc)[N][4], const floa
   }
 }
 
-// Four outputs of a pair's group, (group, V_DIM), from number i on. What was found elsewhere and a learned logit join the
-// softmax here.
+// Four outputs of a query, number (row * tokens + token) * num_heads + head of all, from a dim on. What was found
+// elsewhere and a learned logit join the softmax here.
 template <typename T, int V_DIM>
-__device__ __forceinline__ void finish(const Params& p, int64_t pair, int head, T* out, int i, Combined x) {
+__device__ __forceinline__ void finish(const Params& p, int64_t query, int head, int dim, Combined x) {
   for (int part = 0; part < p.joined_parts; ++part) {
-    const int64_t query = (int64_t(part) * p.batch * p.num_kv_heads + pair) * p.group + i / V_DIM;
-    const float logit = p.joined_logits[query] * LOG2E;
-    const float4 value = *reinterpret_cast<const float4*>(p.joined_values + query * V_DIM + i % V_DIM);
+    const int64_t found = int64_t(part) * p.batch * p.num_kv_heads * p.group + query;
+    const float logit = p.joined_logits[found] * LOG2E;
+    const float4 value = *reinterpret_cast<const float4*>(p.joined_values + found * V_DIM + dim);
     const float top = fmaxf(x.top, logit), fade = exp2_fast(x.top - top), weight = exp2_fast(logit - top);
     x.top = top, x.total = x.total * fade + weight;
     x.sum.x = x.sum.x * fade + weight * value.x, x.sum.y = x.sum.y * fade + weight * value.y;
@@ -146,13 +146,14 @@ __device__ __forceinline__ void finish(const Params& p, int64_t pair, int head, 
   }
   float total = x.total, fade = 1;
   if (p.learned_logits) {
-    const float logit = p.learned_logits[head * p.group + i / V_DIM] * LOG2E, top = fmaxf(x.top, logit);
+    const float logit = p.learned_logits[head] * LOG2E, top = fmaxf(x.top, logit);
     fade = exp2_fast(x.top - top), total = total * fade + exp2_fast(logit - top);
   }
   fade = __fdividef(fade, total);
   const T rounded[4] = {from_float<T>(x.sum.x * fade), from_float<T>(x.sum.y * fade), from_float<T>(x.sum.z * fade),
                         from_float<T>(x.sum.w * fade)};
-  *reinterpret_cast<uint2*>(out + i) = make_uint2(pack(rounded[0], rounded[1]), pack(rounded[2], rounded[3]));
+  *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + query * V_DIM + dim) =
+      make_uint2(pack(rounded[0], rounded[1]), pack(rounded[2], rounded[3]));
 }
 
 }  // namespace

@@ -8,25 +8,30 @@
 namespace sinkattn::cuda {
 namespace {
 
-// FEW: of several tokens a row; each has blocks of its own.
+// FEW: of several tokens a row. A block takes `width` of them, whose query heads are rows of the same products (WIDE).
 template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, bool FEW>
-__global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE, FEW>::THREADS)
-    decode_kernel(const __grid_constant__ Params p, int share) {  // share: tiles of a block at least
-  using S = Shape<HEAD_DIM, V_DIM, LARGE, FEW>;
+__global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
+    decode_kernel(const __grid_constant__ Params p, int share, int width) {  // share: tiles of a block at least
+  static_assert(WIDE || !FEW);
+  using S = Shape<HEAD_DIM, V_DIM, LARGE>;
   constexpr int WARPS = S::WARPS, THREADS = S::THREADS;
-  constexpr int ROWS = WIDE ? 2 : 1;                // softmax rows per lane: heads g and g + 8
+  constexpr int ROWS = WIDE ? 2 : 1;                // softmax rows per lane: members g and g + 8
   extern __shared__ __align__(128) uint4 shared[];  // a row of a tile's column is a line; across two, copies are slow
   __shared__ __align__(8) float softmax[WARPS][MAX_GROUP][2];  // maximum and sum
   __shared__ uint64_t arrived;
   __shared__ bool is_last;
   let_next_launch();
   const int rank = blockIdx.x, splits = gridDim.x, head = blockIdx.y;
+  const int group = FEW ? width * p.group : p.group;  // queries of the block: its members
   const bool clustered = LARGE && splits > 1;
   if (clustered) {
-    if (rank == 0 && threadIdx.x == 0) expect_bytes(&arrived, splits * p.group * (V_DIM + 2) * 4);
+    if (rank == 0 && threadIdx.x == 0) expect_bytes(&arrived, splits * group * (V_DIM + 2) * 4);
     cluster_arrive();
   }
-  const int tokens = FEW ? p.tokens : 1, number = blockIdx.z, row = number / tokens, token = FEW ? number % tokens : 0;
+  const int tokens = FEW ? p.tokens : 1, blocks = FEW ? (tokens + width - 1) / width : 1, number = blockIdx.z;
+  const int row = FEW ? number / blocks : number, first_token = FEW ? number % blocks * width : 0;
+  const int own = FEW ? min(width, tokens - first_token) : 1, last_token = first_token + own - 1;  // tokens of the block
+  const int members = own * p.group;  // that are there
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int slots = p.sink_size + p.ring_size, tiles = (slots + KEYS - 1) / KEYS;
   const int larger = tiles - share * splits;  // the last blocks take one more: the first ones have the sinks
@@ -61,95 +66,115 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE, FEW>::THREADS)
 
   // Turn. What is small is asked for at once, and ahead of tiles, as it would wait behind them: the row's state, its
   // angles, query, new key and value.
-  const int nth = token - (p.counts ? tokens - int(p.counts[row]) : 0);  // of the row's new tokens; below 0: padding
+  const int nth = last_token - (p.counts ? tokens - int(p.counts[row]) : 0);  // of the new tokens; below 0: padding
   const int64_t t = p.lengths[row] + nth;
-  // A thread takes a dim (or two) of every SPREAD-th head.
-  constexpr int SPREAD = THREADS >= HEAD_DIM ? THREADS / HEAD_DIM : 1, DIMS = (HEAD_DIM + THREADS - 1) / THREADS;
-  constexpr int HEADS = (WIDE ? 16 : 8) / SPREAD + ((WIDE ? 16 : 8) % SPREAD > 0);
-  const int first_head = DIMS > 1 ? 0 : threadIdx.x / HEAD_DIM, first_dim = threadIdx.x - first_head * HEAD_DIM;
-  Turn turns[DIMS];
-  T query[DIMS][HEADS][2], key[DIMS][2], value[DIMS];  // dims and their partners
+  const T* q = static_cast<const T*>(p.q) + row * p.q_row + int64_t(head) * p.group * p.q_head;
   const T* k = static_cast<const T*>(p.k) + row * p.k_row + head * p.k_head;
   const T* v = static_cast<const T*>(p.v) + row * p.v_row + head * p.v_head;
-  if (first_head < SPREAD) {
-    const T* q = static_cast<const T*>(p.q) + row * p.q_row + token * p.q_token + int64_t(head) * p.group * p.q_head;
-    const T *own_k = k + token * p.k_token, *own_v = v + token * p.v_token;
-#pragma unroll
-    for (int i = 0; i < DIMS; ++i) {
-      const int dim = first_dim + i * THREADS;
-      if (HEAD_DIM % THREADS && dim >= HEAD_DIM) break;
-      turns[i] = Turn(p, number, dim);
-      key[i][0] = own_k[dim], key[i][1] = own_k[turns[i].other];
-      if (dim < V_DIM) value[i] = own_v[dim];
-#pragma unroll
-      for (int h = 0; h < HEADS; ++h) {
-        const T* x = q + (first_head + h * SPREAD) * p.q_head;
-        if (first_head + h * SPREAD < p.group) query[i][h][0] = x[dim], query[i][h][1] = x[turns[i].other];
-      }
-    }
-  }
-#pragma unroll 1
-  for (int stage = early; stage < S::STAGES; ++stage) fetch(begin + warp + stage * WARPS, stage);
-
   // The queries as fragments: piece (step * 32 + lane) * 2 + half holds 8 dims of a row of the products.
-  if (first_head < SPREAD) {
+  auto write = [&](float x, int member, int dim, T* fragments) {
+    T* place = fragments + (dim / 32 * 32 + member % 8 * 4 + dim % 32 / 8) * 16 + dim % 8;
+    const T rounded = from_float<T>(x);
+    place[member / 8 * 8] = rounded;
+    if (!WIDE) place[8] = from_float<T>(x - to_float(rounded));
+  };
+  if constexpr (FEW) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < members * HEAD_DIM; i += THREADS) {
+      const int member = i / HEAD_DIM, dim = i % HEAD_DIM, token = first_token + member / p.group;
+      const Turn turn(p, int64_t(row) * tokens + token, dim);
+      const T* x = q + token * p.q_token + member % p.group * p.q_head;
+      const T both[2] = {x[dim], x[turn.other]};
+      write(turn(both, 0), member, dim, queries);
+      if (has_sinks) write(turn(both, 1), member, dim, queries + S::QUERIES * 8);
+    }
+#pragma unroll 4
+    for (int i = threadIdx.x; i < (last_token + 1) * HEAD_DIM; i += THREADS) {  // and of the tokens before
+      const int token = i / HEAD_DIM, dim = i % HEAD_DIM;
+      const Turn turn(p, int64_t(row) * tokens + token, dim);
+      const T* x = k + token * p.k_token;
+      const T both[2] = {x[dim], x[turn.other]};
+      new_keys[i] = from_float<T>(turn(both, 0));
+      if (dim < V_DIM) new_values[token * V_DIM + dim] = v[token * p.v_token + dim];
+    }
+#pragma unroll 1
+    for (int stage = early; stage < S::STAGES; ++stage) fetch(begin + warp + stage * WARPS, stage);
+  } else {
+    // A thread takes a dim (or two) of every SPREAD-th head.
+    constexpr int SPREAD = THREADS >= HEAD_DIM ? THREADS / HEAD_DIM : 1, DIMS = (HEAD_DIM + THREADS - 1) / THREADS;
+    constexpr int HEADS = (WIDE ? 16 : 8) / SPREAD + ((WIDE ? 16 : 8) % SPREAD > 0);
+    const int first_head = DIMS > 1 ? 0 : threadIdx.x / HEAD_DIM, first_dim = threadIdx.x - first_head * HEAD_DIM;
+    Turn turns[DIMS];
+    T query[DIMS][HEADS][2], key[DIMS][2], value[DIMS];  // dims and their partners
+    if (first_head < SPREAD) {
 #pragma unroll
-    for (int i = 0; i < DIMS; ++i) {
-      const int dim = first_dim + i * THREADS;
-      if (HEAD_DIM % THREADS && dim >= HEAD_DIM) break;
-      if (first_head == 0) {
-        new_keys[token * HEAD_DIM + dim] = from_float<T>(turns[i](key[i], 0));
-        if (dim < V_DIM) new_values[token * V_DIM + dim] = value[i];
+      for (int i = 0; i < DIMS; ++i) {
+        const int dim = first_dim + i * THREADS;
+        if (HEAD_DIM % THREADS && dim >= HEAD_DIM) break;
+        turns[i] = Turn(p, row, dim);
+        key[i][0] = k[dim], key[i][1] = k[turns[i].other];
+        if (dim < V_DIM) value[i] = v[dim];
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h) {
+          const T* x = q + (first_head + h * SPREAD) * p.q_head;
+          if (first_head + h * SPREAD < p.group) query[i][h][0] = x[dim], query[i][h][1] = x[turns[i].other];
+        }
       }
-      auto write = [&](float x, int h, T* fragments) {
-        T* place = fragments + (dim / 32 * 32 + h % 8 * 4 + dim % 32 / 8) * 16 + dim % 8;
-        const T rounded = from_float<T>(x);
-        place[h / 8 * 8] = rounded;
-        if (!WIDE) place[8] = from_float<T>(x - to_float(rounded));
-      };
+    }
+#pragma unroll 1
+    for (int stage = early; stage < S::STAGES; ++stage) fetch(begin + warp + stage * WARPS, stage);
+    if (first_head < SPREAD) {
 #pragma unroll
-      for (int h = 0; h < HEADS; ++h) {
-        const int member = first_head + h * SPREAD;
-        if (member >= p.group) continue;
-        const float scale = WIDE ? 1 : p.query_scale;  // what is rounded is not scaled before
-        write(turns[i](query[i][h], 0) * scale, member, queries);
-        if (has_sinks) write(turns[i](query[i][h], 1) * scale, member, queries + S::QUERIES * 8);
+      for (int i = 0; i < DIMS; ++i) {
+        const int dim = first_dim + i * THREADS;
+        if (HEAD_DIM % THREADS && dim >= HEAD_DIM) break;
+        if (first_head == 0) {
+          new_keys[dim] = from_float<T>(turns[i](key[i], 0));
+          if (dim < V_DIM) new_values[dim] = value[i];
+        }
+#pragma unroll
+        for (int h = 0; h < HEADS; ++h) {
+          const int member = first_head + h * SPREAD;
+          if (member >= p.group) continue;
+          const float scale = WIDE ? 1 : p.query_scale;  // what is rounded is not scaled before
+          write(turns[i](query[i][h], 0) * scale, member, dim, queries);
+          if (has_sinks) write(turns[i](query[i][h], 1) * scale, member, dim, queries + S::QUERIES * 8);
+        }
       }
     }
   }
-  for (int i = threadIdx.x; FEW && i < token * HEAD_DIM; i += THREADS) {  // of the tokens before
-    const int other = i / HEAD_DIM, dim = i % HEAD_DIM;
-    const Turn turn(p, number - token + other, dim);
-    const T* x = k + other * p.k_token;
-    const T both[2] = {x[dim], x[turn.other]};
-    new_keys[i] = from_float<T>(turn(both, 0));
-    if (dim < V_DIM) new_values[other * V_DIM + dim] = v[other * p.v_token + dim];
-  }
-  T* out = static_cast<T*>(p.out) + pair * p.group * V_DIM;
+  // A member's query, counted over rows, tokens and heads.
+  auto query_of = [&](int member) -> int64_t {
+    if (!FEW) return pair * p.group + member;
+    const int64_t token = int64_t(row) * tokens + first_token + member / p.group;
+    return (token * p.num_kv_heads + head) * p.group + member % p.group;
+  };
+  T* out = static_cast<T*>(p.out);
   if (nth < 0) {  // for all that share the key head
     if (rank == 0)
-      for (int i = threadIdx.x; i < p.group * V_DIM; i += THREADS) out[i] = from_float<T>(0);
+      for (int i = threadIdx.x; i < members * V_DIM; i += THREADS)
+        out[query_of(i / V_DIM) * V_DIM + i % V_DIM] = from_float<T>(0);
     wait_for_copies<0>();
     if (clustered) cluster_wait();
     return;
   }
   __syncthreads();
 
-  // Attend. Ages count from the new token, which is 0, back around the ring.
-  const bool in_ring = t >= p.sink_size;
-  const int64_t written = t - p.sink_size;
-  const int ring_slot = written >> 31 ? int(written % p.ring_size) : int(written) % p.ring_size;  // 64 bits take long
-  const int new_slot = in_ring ? p.sink_size + ring_slot : int(t);
-  const int reach = in_ring ? int(min(int64_t(p.window_size), written + 1)) : -slots;  // ages seen of the ring
-  const int sinks = int(min(int64_t(p.sink_size), t + 1));
-  const int seen_from = int(min(t, int64_t(p.sink_size + p.window_size - 1)));  // where the sinks see the query
-  if (t < slots) end = min(end, int(t) / KEYS + 1);                             // further tiles are empty
-  const bool wraps = FEW && new_slot - nth < p.sink_size;                       // new tokens lie at both ends
-  const Seen seen = {slots, new_slot, reach, sinks, seen_from};
+  // Attend. Ages count from the last token of the block, or from the member's own, which is 0, back around the ring.
+  const Seen last(p, t);
+  const int new_slot = last.new_slot, spread = FEW ? min(own - 1, nth) : 0;  // ages of the block's own tokens, at most
+  Seen seen[FEW ? ROWS : 1] = {last}, any = last;
+  if constexpr (FEW) {
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) seen[r] = Seen(p, t - max(own - 1 - (g + 8 * r) / p.group, 0));
+    if (any.reach > 0) any.reach = int(min(int64_t(p.window_size) + spread, t - p.sink_size + 1));
+  }
+  if (t < slots) end = min(end, int(t) / KEYS + 1);        // further tiles are empty
+  const bool wraps = FEW && new_slot - nth < p.sink_size;  // new tokens lie at both ends
 
   const uint4* query_pieces = reinterpret_cast<uint4*>(queries) + lane * 2;
   auto query_piece = [&](int angle, int step, int half) {  // zero for heads that are not there, or past the last dim
-    const bool inside = g + (WIDE ? 8 * half : 0) < p.group && (HEAD_DIM % 32 == 0 || step * 32 + c * 8 < HEAD_DIM);
+    const bool inside = g + (WIDE ? 8 * half : 0) < members && (HEAD_DIM % 32 == 0 || step * 32 + c * 8 < HEAD_DIM);
     return inside ? query_pieces[angle * S::QUERIES + step * 64 + half] : make_uint4(0, 0, 0, 0);
   };
   constexpr bool KEEP = HEAD_DIM <= 128;  // the text query's in registers
@@ -170,8 +195,9 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE, FEW>::THREADS)
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
     top[r] = LOWEST, total[r] = 0;
-    const bool has_slope = p.alibi_slopes && g + 8 * r < p.group;
-    slope[r] = has_slope ? p.alibi_slopes[head * p.group + g + 8 * r] * LOG2E : 0;
+    const int member = g + 8 * r;
+    const bool has_slope = p.alibi_slopes && member < members;
+    slope[r] = has_slope ? p.alibi_slopes[head * p.group + (FEW ? member % p.group : member)] * LOG2E : 0;
   }
 #pragma unroll
   for (int i = 0; i < S::V_STEPS * 8; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
@@ -188,7 +214,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE, FEW>::THREADS)
     uint4 *key_rows = staged + stage * S::TILE, *value_rows = key_rows + Rows<HEAD_DIM>::SIZE;
     const int first = tile * KEYS;
 
-    // Append: new tokens take the place of what their slots held, the query's own in the cache as well. What others
+    // Append: new tokens take the place of what their slots held, the block's own in the cache as well. What others
     // append there at this moment is hidden, or laid over like this.
     const int before = FEW ? nth : 0;
     if ((new_slot >= first && new_slot - before < first + KEYS) || wraps) {
@@ -197,15 +223,15 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE, FEW>::THREADS)
         int slot = new_slot - back;
         if (FEW && slot < p.sink_size && t - back >= p.sink_size) slot += p.ring_size;
         if (FEW && unsigned(slot - first) >= KEYS) continue;
-        const uint4* new_key = reinterpret_cast<uint4*>(new_keys + (token - back) * HEAD_DIM);
-        const uint4* new_value = reinterpret_cast<uint4*>(new_values + (token - back) * V_DIM);
+        const uint4* new_key = reinterpret_cast<uint4*>(new_keys + (last_token - back) * HEAD_DIM);
+        const uint4* new_value = reinterpret_cast<uint4*>(new_values + (last_token - back) * V_DIM);
         for (int i = lane; i < HEAD_DIM / 8; i += 32) {
           key_rows[Rows<HEAD_DIM>::place(slot - first, i)] = new_key[i];
-          if (back == 0) *reinterpret_cast<uint4*>(keys + slot * p.k_cache_slot + i * 8) = new_key[i];
+          if (back < own) *reinterpret_cast<uint4*>(keys + slot * p.k_cache_slot + i * 8) = new_key[i];
         }
         for (int i = lane; i < V_DIM / 8; i += 32) {
           value_rows[Rows<V_DIM>::place(slot - first, i)] = new_value[i];
-          if (back == 0) *reinterpret_cast<uint4*>(values + slot * p.v_cache_slot + i * 8) = new_value[i];
+          if (back < own) *reinterpret_cast<uint4*>(values + slot * p.v_cache_slot + i * 8) = new_value[i];
         }
       }
     }
@@ -249,13 +275,14 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE, FEW>::THREADS)
 #pragma unroll
         for (int r = 0; r < ROWS; ++r)
           x[r][j][e] = WIDE ? score[j][2 * r + e] * p.query_scale : score[j][e] + score[j][2 + e];
-    // Whether all of the tile is visible: the oldest slot of its ring is, and no age within it begins anew. With a
-    // ring, sinks all are.
-    const int from = max(first, p.sink_size), oldest = new_slot - from + (from > new_slot ? p.ring_size : 0);
-    const bool anew = new_slot >= from && new_slot < first + KEYS - 1 && reach < p.ring_size;
-    const bool all = first + KEYS <= slots && !anew && oldest < reach;
+    // Whether all of the tile is visible to all members: to the last token the oldest slot of its ring is, no age within
+    // it begins anew, and the youngest slot is no younger than the first token. With a ring, sinks all are.
+    const int from = max(first, p.sink_size), oldest = last.age_of(from, p.ring_size);
+    const bool anew = new_slot >= from && new_slot < first + KEYS - 1 && last.reach < p.ring_size;
+    const bool all = first + KEYS <= slots && !anew && oldest < last.reach &&
+                     (!FEW || oldest - (first + KEYS - 1 - from) >= spread);
     bool hidden[2][2] = {};
-    if (!all || !is_plain) mask(x, hidden, slope, p, seen, first, c);
+    if (!all || !is_plain) mask(x, hidden, slope, p, seen, any, first, c);
     uint32_t weights[4];
     soften<T>(x, weights, top, total, acc);
     // Values: what is not visible may hold NaN, which a weight of zero would not undo.
@@ -293,21 +320,29 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE, FEW>::THREADS)
   __syncwarp();  // for the lanes' copies are each other's place
 
   // What the warp found, (group, V_DIM), where its tiles were.
-  store_found<V_DIM>(acc, top, total, p.group, g, c, reinterpret_cast<float*>(staged), softmax[warp]);
+  store_found<V_DIM>(acc, top, total, group, g, c, reinterpret_cast<float*>(staged), softmax[warp]);
   __syncthreads();
 
   // Combine: columns, (group, V_DIM), four at a time.
-  const int columns = p.group * V_DIM;
+  const int columns = group * V_DIM;
   auto of_block = [&](int i) {
     return combine<WARPS>(WARPS, reinterpret_cast<float*>(shared) + i, S::WARP * 4, softmax[0][i / V_DIM],
                           MAX_GROUP * 2);
   };
+  auto finish_at = [&](int i, const Combined& x) {
+    const int member = i / V_DIM, dim = i % V_DIM;
+    if (!FEW) return finish<T, V_DIM>(p, query_of(member), head * p.group + member, dim, x);
+    const int behind = own - 1 - member / p.group;  // its token lies before the last one
+    if (member >= members) return;
+    if (behind <= nth) return finish<T, V_DIM>(p, query_of(member), head * p.group + member % p.group, dim, x);
+    *reinterpret_cast<uint2*>(out + query_of(member) * V_DIM + dim) = make_uint2(0, 0);  // padding
+  };
   if (splits == 1) {
-    for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) finish<T, V_DIM>(p, pair, head, out, i, of_block(i));
+    for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) finish_at(i, of_block(i));
   } else if constexpr (LARGE) {
     float* handed_softmax = handed + splits * columns;
     const unsigned there = in_first_block(handed + rank * columns);
-    const unsigned there_softmax = in_first_block(handed_softmax + rank * p.group * 2);
+    const unsigned there_softmax = in_first_block(handed_softmax + rank * group * 2);
     const unsigned barrier = in_first_block(&arrived);
     cluster_wait();  // the first block of the cluster has started
     for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) {
@@ -318,17 +353,16 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE, FEW>::THREADS)
     if (rank > 0) return;
     wait_for_bytes(&arrived);
     for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4)
-      finish<T, V_DIM>(p, pair, head, out, i,
-                       combine<MAX_CLUSTER>(splits, handed + i, columns, handed_softmax + i / V_DIM * 2, p.group * 2));
+      finish_at(i, combine<MAX_CLUSTER>(splits, handed + i, columns, handed_softmax + i / V_DIM * 2, group * 2));
   } else {
     const int64_t pairs = int64_t(gridDim.z) * p.num_kv_heads;
     float* found_values = p.partials + pair * splits * columns;
-    float* found_softmax = p.partials + pairs * splits * columns + pair * splits * p.group * 2;
+    float* found_softmax = p.partials + pairs * splits * columns + pair * splits * group * 2;
     for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4) {
       const Combined x = of_block(i);
       *reinterpret_cast<float4*>(found_values + rank * columns + i) = x.sum;
       if (i % V_DIM == 0)
-        *reinterpret_cast<float2*>(found_softmax + (rank * p.group + i / V_DIM) * 2) = make_float2(x.top, x.total);
+        *reinterpret_cast<float2*>(found_softmax + (rank * group + i / V_DIM) * 2) = make_float2(x.top, x.total);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -338,8 +372,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE, FEW>::THREADS)
     __syncthreads();
     if (!is_last) return;
     for (int i = threadIdx.x * 4; i < columns; i += THREADS * 4)
-      finish<T, V_DIM>(p, pair, head, out, i,
-                       combine<8>(splits, found_values + i, columns, found_softmax + i / V_DIM * 2, p.group * 2));
+      finish_at(i, combine<8>(splits, found_values + i, columns, found_softmax + i / V_DIM * 2, group * 2));
   }
 }
 

@@ -20,14 +20,14 @@ struct Rows {
 };
 
 // Large blocks come in clusters and have a multiprocessor each. Of small ones two share one, and while one of them
-// starts or ends the other keeps the memory busy. Of several tokens a row (FEW) three do: they meet in the L2.
-template <int HEAD_DIM, int V_DIM, bool LARGE, bool FEW>
+// starts or ends the other keeps the memory busy.
+template <int HEAD_DIM, int V_DIM, bool LARGE>
 struct Shape {
   static constexpr int WARPS = LARGE ? 8 : 4, THREADS = WARPS * 32;
   static constexpr int K_STEPS = (HEAD_DIM + 31) / 32, V_STEPS = (V_DIM + 63) / 64;
   static constexpr int TILE = Rows<HEAD_DIM>::SIZE + Rows<V_DIM>::SIZE;  // pieces, as all that follows
   // Tiles in flight per warp. With more, asking for them takes longer than they do.
-  static constexpr int STAGES = LARGE ? (TILE <= 256 ? 4 : TILE <= 768 ? 2 : 1) : (FEW ? 2 : 3) * (TILE <= 256 ? 2 : 1);
+  static constexpr int STAGES = LARGE ? (TILE <= 256 ? 4 : TILE <= 768 ? 2 : 1) : TILE <= 256 ? 6 : 3;
   static constexpr int WARP = STAGES * TILE, BLOCK = WARPS * WARP;
   static constexpr int QUERIES = K_STEPS * 64;  // of one angle: step, lane, (head g | its remainder or head g + 8)
 };
