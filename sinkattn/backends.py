@@ -300,10 +300,17 @@ BACKENDS = {
 
 
 def chosen_shared(backend: str, q: Tensor, k_shared: Tensor, v_shared: Tensor) -> tuple[Callable, int]:
-    """What runs `ops.attend_shared`, and in how many parts: a kernel wherever Triton serves, else the reference."""
-    kernels = backend == "triton" or (backend in ("auto", "cuda") and q.is_cuda and _missing_triton("cuda") is None)
-    if not kernels or q.dtype not in DTYPES or max(q.shape[3], v_shared.shape[3]) > MAX_HEAD_DIM:
+    """What runs `ops.attend_shared`, and in how many parts: a kernel wherever Triton serves, else the reference.
+
+    Raises ValueError if "triton" or "cuda" was asked for by name and the kernel does not take the call.
+    """
+    if backend in ("cpu", "reference") or (backend == "auto" and not q.is_cuda):
         return reference.attend_shared, 1
+    call = Tensors(q, k_shared, v_shared, k_shared, v_shared, q)
+    if reason := _missing_triton(q.device.type) or _refused_by_triton("decode", call):
+        if backend == "auto":
+            return reference.attend_shared, 1
+        raise ValueError(f"backend {backend!r} takes {reason}")
     shared = importlib.import_module(".kernels.shared", __package__)
     return (_op("attend_shared") if q.is_cuda else shared.attend_shared), shared.parts_of(q, k_shared, v_shared)
 

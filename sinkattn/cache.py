@@ -162,7 +162,8 @@ class SinkCache(Cache):
         that `repeat` or `Stream.fork` has made, where it saves 2,048 tokens or more. They stay theirs until `reset`.
 
         Layers that do not see all sinks as they lie there (dynamic frequencies, windows of their own between W and
-        S + W) have their own, and so have all rows of models with a state, and of texts with pictures.
+        S + W) have their own. All rows do in models with a state or with layers that see no sinks (a window of their
+        own of W or less), and in texts with pictures.
         """
         return self.rows is not None and self.rows.shares_sinks
 
@@ -431,7 +432,8 @@ class SinkCache(Cache):
     def hold(self, texts: saved.Texts, index: Tensor) -> None:
         """Let the rows `index`, (n,) int64, go on as n texts that fit.
 
-        Raises ValueError, before anything is changed, for texts with other sinks than those that the rows share.
+        Raises ValueError, before anything is changed, for texts with other sinks than those that the rows share, to the
+        bit: of the same tokens, but computed in another batch, they may be others.
         """
         about, held = texts.about, self.rows.named()
         new = self.rows.without_sinks({name: texts.on(name, mine.device) for name, mine in held.items()})
@@ -477,6 +479,16 @@ class SinkCache(Cache):
             raise ValueError(f"{taken} tokens cannot be taken back: this SinkCache is empty")
         self.take_back(torch.full_like(self.lengths, taken), columns=taken)
 
+    @property
+    def bound(self) -> str:
+        """Why no more tokens can be taken back, and what to do, in words."""
+        if self.rows.shares_sinks:
+            return f"the {self.plan.sink_size} sinks that the rows share stay; reset() the cache"
+        return (
+            f"a cache that has wrapped keeps slack={self.plan.slack} for that; give patch() a larger slack, or reset() "
+            "the cache"
+        )
+
     def take_back(self, counts: Tensor, columns: int = 0, refeeds: bool = False) -> Callable[[], None]:
         """`crop` by different counts, (batch,) int64. columns: by how many `seen` shrinks. refeeds: whether every row
         that loses tokens gets the first of them again, so that one more than slack can be taken back.
@@ -490,8 +502,7 @@ class SinkCache(Cache):
             at = int((counts > room).nonzero()[0])
             raise ValueError(
                 f"row {at} can take back {int(room[at])} of its {int(self.lengths[at])} tokens now, not "
-                f"{int(counts[at])}: a cache that has wrapped keeps slack={self.plan.slack} for that; give patch() a "
-                "larger slack, or reset() the cache"
+                f"{int(counts[at])}: {self.bound}"
             )
         rows, seen, unfed = self.rows, self.seen, self.unfed
         before = [x.clone() for x in (rows.lengths, rows.digest)]

@@ -275,10 +275,7 @@ class Generation:
         if not row.is_same:
             return "what is forgotten cannot be taken back: reset() it or make another"
         if row.back > row.room:
-            return (
-                f"it can take back {row.room} tokens now, not {row.back}: reset() it or make another, or patch() with "
-                "a larger slack"
-            )
+            return f"it can take back {row.room} tokens now, not {row.back}: {cache.bound}, or make another"
         return f"too little of it agrees to take {row.back} tokens back: crop() or reset() it, or make another"
 
     def _history(self, cache: SinkCache, new: list[int], real: Tensor) -> Tensor:

@@ -39,8 +39,7 @@ def _check(tensors: Tensors, sizes: Sizes) -> None:
             raise ValueError(f"{name} has strides {tensor.stride()}; the last must be 1, call contiguous()")
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name} is {tensor.dtype}, q is {q.dtype}; all five must have one dtype")
-        if tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"{name} requires gradients; these ops are for inference: use torch.no_grad()")
+        _check_inference(**{name: tensor})
     batch, num_heads, tokens, head_dim = q.shape
     num_kv_heads, v_dim = v.shape[1], v.shape[3]
     if k.shape != (batch, num_kv_heads, tokens, head_dim) or v.shape != (batch, num_kv_heads, tokens, v_dim):
@@ -81,7 +80,10 @@ def _check(tensors: Tensors, sizes: Sizes) -> None:
     check_devices(tensors)
 
 
-def _check_joined(tensors: Tensors, values: Tensor, logits: Tensor) -> None:
+def _check_joined(tensors: Tensors, joined: tuple) -> None:
+    if len(joined) != 2 or not all(isinstance(x, Tensor) for x in joined):
+        raise TypeError("joined needs two tensors, values and their log-sum-exps, as attend_shared returns them")
+    values, logits = joined
     (batch, num_heads), v_dim = tensors.q.shape[:2], tensors.v.shape[3]
     parts = values.shape[0] if values.dim() == 4 else 0
     if parts == 0 or values.shape != (parts, batch, num_heads, v_dim) or logits.shape != (parts, batch, num_heads):
@@ -92,11 +94,19 @@ def _check_joined(tensors: Tensors, values: Tensor, logits: Tensor) -> None:
     wide = torch.promote_types(tensors.q.dtype, torch.float32)
     if values.dtype != wide or logits.dtype != wide:
         raise TypeError(f"joined is {values.dtype} and {logits.dtype}; it needs {wide}")
+    _check_inference(joined=values, logits=logits)
     check_devices((tensors.q, values, logits))
+
+
+def _check_inference(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"{name} requires gradients; these ops are for inference: use torch.no_grad()")
 
 
 _compiled: dict[tuple, Callable | None] = {}  # which op of csrc took calls of this kind
 _DECODE_CUDA = torch.ops.sinkattn.decode_cuda.default
+_ALONE = (None, None)  # a decode that nothing joins
 
 
 def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = (), in_cuda: tuple = ()) -> Tensor:
@@ -110,7 +120,7 @@ def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = 
     if not torch.compiler.is_compiling():
         kind = op, backend, q.device, q.dtype, q.shape[1::2], v.shape[1::2]
         compiled = _compiled.get(kind)
-        if compiled is not None and type(q) is Tensor and not _wants_gradients(tensors):
+        if compiled is not None and type(q) is Tensor and not _wants_gradients((*tensors[:5], *joined)):
             try:
                 return compiled(*arguments, *(in_cuda if q.is_cuda else ()))
             except (RuntimeError, ValueError, TypeError):
@@ -120,8 +130,8 @@ def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = 
     if reason := missing_backend(backend, q.device.type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     _check(tensors, sizes)
-    if joined and joined != (None, None):
-        _check_joined(tensors, *joined)
+    if joined and joined != _ALONE:
+        _check_joined(tensors, joined)
     run = backends.chosen(op, backend, tensors, sizes)
     if kind is not None:
         if kind not in _compiled:
@@ -134,8 +144,8 @@ def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = 
     return run(*arguments, *(in_cuda if run is _DECODE_CUDA else ()))
 
 
-def _wants_gradients(tensors: Tensors) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors[:5])
+def _wants_gradients(tensors: tuple) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in tensors)
 
 
 def decode(
@@ -203,7 +213,7 @@ def decode(
     """
     tensors = Tensors(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
     sizes = Sizes(sink_size, window_size, scale, softcap, rotary_start, interleaved)
-    return _run("decode", backend, tensors, sizes, (None, None) if joined is None else tuple(joined), (overlap,))
+    return _run("decode", backend, tensors, sizes, _ALONE if joined is None else tuple(joined), (overlap,))
 
 
 def attend_shared(
@@ -237,15 +247,17 @@ def attend_shared(
     Scalars: as for `decode`. S and window_size make C.
 
     Returns values, (parts, batch, num_heads, v_head_dim), and logits, (parts, batch, num_heads), float32 contiguous: of
-    so many parts of the sinks as keep a GPU busy.
+    so many parts of the sinks as keep a GPU busy. backend: "cuda" and "triton" are kernels/shared.py, "cpu" and
+    "reference" are reference.py.
 
     Raises ValueError for shapes, devices or an unknown backend, TypeError for dtypes, RuntimeError for a backend that
-    is not available.
+    is not available or tensors that require gradients.
 
     Source: Hydragen, arXiv 2402.05099, section 3.1; the definition in code is `sinkattn.reference.attend_shared`.
     """
     if reason := missing_backend(backend, q.device.type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
+    _check_inference(q=q, k_shared=k_shared, v_shared=v_shared)
     if any(x.dim() != 4 or (x.shape[3] > 1 and x.stride(3) != 1) for x in (q, k_shared, v_shared)) or q.shape[2] != 1:
         raise ValueError("q, k_shared and v_shared need 4 dims, the last of stride 1, and q one token a row")
     (batch, num_heads, _, head_dim), (_, num_kv_heads, sinks, _) = q.shape, k_shared.shape
@@ -253,16 +265,20 @@ def attend_shared(
         k_shared.shape != (1, num_kv_heads, sinks, head_dim)
         or v_shared.shape[:3] != (1, num_kv_heads, sinks)
         or sinks == 0
-        or num_heads % max(num_kv_heads, 1)
+        or num_kv_heads == 0
+        or num_heads % num_kv_heads
     ):
         raise ValueError(
             f"k_shared {tuple(k_shared.shape)} and v_shared {tuple(v_shared.shape)} do not fit q {tuple(q.shape)}: "
             "they need (1, num_kv_heads, S, head_dim) and (1, num_kv_heads, S, v_head_dim), S >= 1"
         )
-    if {q.dtype, k_shared.dtype, v_shared.dtype} != {q.dtype}:
+    if {q.dtype, k_shared.dtype, v_shared.dtype} != {q.dtype} or not q.is_floating_point():
         raise TypeError(f"k_shared is {k_shared.dtype}, v_shared {v_shared.dtype}, q {q.dtype}: they need one dtype")
+    if rotation is not None and rotation.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"rotation is {rotation.dtype}; it needs float32")
     half = rotation.shape[-1] if rotation is not None and rotation.dim() == 5 else 0
-    if rotation is not None and (rotation.shape != (batch, 1, 2, 2, half) or rotary_start + 2 * half > head_dim):
+    ends = rotary_start, rotary_start + 2 * half
+    if rotation is not None and (rotation.shape != (batch, 1, 2, 2, half) or ends[0] < 0 or ends[1] > head_dim):
         raise ValueError(f"rotation {tuple(rotation.shape)} from dim {rotary_start} does not fit q {tuple(q.shape)}")
     if lengths.shape != (batch,) or lengths.dtype != torch.int64 or window_size < 1 or not scale > 0:
         raise ValueError(f"lengths need int64 ({batch},), window_size={window_size} 1 or more, scale={scale} above 0")

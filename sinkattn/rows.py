@@ -97,6 +97,8 @@ class Rows:
         """A copy of some rows. may_share: whether many copies of one row may have its sinks together."""
         made = {id(x): x.index_select(0, index.to(x.device)) for x in self.tensors()}
         size = self.plan.sink_size if may_share and not (self.has_state or self.shares_sinks) else 0
+        if any(ring.sink_size < size for ring in self.rings.values()):  # its ring has more of the beginning than sinks
+            size = 0
         is_one = (len(index) - 1) * size >= SHARED and bool((index == index[0]).all())
         if not is_one or int(self.lengths[index[0]]) < size:
             return copy.deepcopy(self, made)
@@ -129,12 +131,17 @@ class Rows:
     def without_sinks(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The other way round. Raises ValueError if any row has others than those that are shared."""
         tensors = dict(tensors)
+        if self.shares_sinks and int(tensors["lengths"].min()) < self.plan.sink_size:
+            raise ValueError(f"these texts are shorter than the {self.plan.sink_size} sinks that the rows share")
         for (layer, call), ring in self.rings.items():
             for what in ("keys", "values") if ring.shared is not None else ():
                 name, sinks = f"{what}.{layer}.{call}", getattr(ring.shared, what)
                 own, tensors[name] = tensors[name].split([sinks.shape[2], tensors[name].shape[2] - sinks.shape[2]], 2)
                 if not torch.equal(own, sinks.expand_as(own)):
-                    raise ValueError("these texts begin otherwise than those of the rows, which share their sinks")
+                    raise ValueError(
+                        "these texts begin otherwise than those of the rows, which share their sinks, or were computed "
+                        "in another batch, which rounds otherwise"
+                    )
         return tensors
 
     # The text.

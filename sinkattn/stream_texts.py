@@ -136,7 +136,7 @@ class StreamTexts:
         rows: (n,) int64 or a list; None for all. Raises ValueError for rows that are not there.
         """
         if rows is None and (self._logits is None or self._cache.is_torn or self._cache.shares_sinks):
-            self.__init__(self.model)  # type: ignore[misc]  # begin anew
+            vars(self).update(vars(type(self)(self.model)))  # begin anew, at once
             return
         index = self._index_of(range(len(self._ended)) if rows is None else rows)
         if rows is not None:
@@ -184,7 +184,7 @@ class StreamTexts:
             at = int((asked > most).nonzero()[0])
             raise ValueError(
                 f"row {at} can take back {max(int(most[at]), 0)} of its {int(cache.lengths[at])} tokens now, not "
-                f"{int(asked[at])} (refused proposals count too): give patch() a larger slack, or reset() the row"
+                f"{int(asked[at])} (refused proposals count too): {cache.bound}, or the row"
             )
         cache.take_back(counts, columns=1, refeeds=True)
         ids = cache.rows.next_id()  # what was taken back last lies there still
@@ -269,7 +269,8 @@ class StreamTexts:
         texts: n texts. rows: (n,) int64 or a list, each once, in the texts' order, whatever they hold; None for all. A
         Stream that holds nothing yet gets n rows.
         Raises ValueError for rows that are not there, for another number of them than n, for texts that do not fit the
-        model, and for such as have other sinks than those that the rows share; nothing is changed then.
+        model, and for such as have other sinks than those that the rows share (the same tokens, if they were read in
+        another batch or in pieces, may have); nothing is changed then.
         """
         self._check_whole()
         if self._logits is None and rows is None:

@@ -75,6 +75,16 @@ def test_in_parts(backend, device):
             assert_close(out.cpu(), expected, reference.attention(*copies(before), **case.sizes), dtype)
 
 
+def test_a_backend_asked_for_by_name():
+    """It never gives way to another, and Triton's interpreter is not asked for what it multiplies wrongly."""
+    for dtype, head_dim in ((torch.float64, 16), (torch.float32, 272), (torch.bfloat16, 16)):
+        q, keys = torch.zeros(2, 4, 1, head_dim, dtype=dtype), torch.zeros(1, 2, 70, head_dim, dtype=dtype)
+        asked = dict(lengths=torch.tensor([70, 80]), window_size=12, scale=1.0)
+        assert ops.attend_shared(q, keys, keys, **asked)[0].shape == (1, 2, 4, head_dim)
+        with pytest.raises((ValueError, RuntimeError), match="backend 'triton'"):
+            ops.attend_shared(q, keys, keys, **asked, backend="triton")
+
+
 def test_no_rows():
     q, k = torch.zeros(0, 2, 1, 16), torch.zeros(1, 2, 70, 16)
     values, logits = ops.attend_shared(q, k, k, torch.zeros(0, dtype=torch.int64), window_size=12, scale=1.0)
@@ -93,6 +103,11 @@ def test_no_rows():
         (lambda a: a.update(rotation=torch.zeros(2, 1, 2, 2, 9)), ValueError, "rotation"),
         (lambda a: a.update(alibi_slopes=torch.zeros(2)), ValueError, "alibi_slopes"),
         (lambda a: a.update(scale=0.0), ValueError, "scale"),
+        (lambda a: a.update(rotation=torch.zeros(2, 1, 2, 2, 4), rotary_start=-2), ValueError, "rotation"),
+        (lambda a: a.update(rotation=torch.zeros(2, 1, 2, 2, 4).half()), TypeError, "rotation"),
+        (lambda a: a.update(k_shared=torch.zeros(1, 0, 70, 16), v_shared=torch.zeros(1, 0, 70, 16)), ValueError, "fit"),
+        (lambda a: a["q"].requires_grad_(), RuntimeError, "gradients"),
+        (lambda a: a.update({n: a[n].long() for n in ("q", "k_shared", "v_shared")}), TypeError, "dtype"),
         (lambda a: a.update(backend="cuda"), RuntimeError, "not available"),
         (lambda a: a.update(backend="none"), ValueError, "unknown backend"),
     ],
@@ -115,6 +130,9 @@ def test_what_is_refused(change, error, words):
         (torch.zeros(2, 2, 2, 16), torch.zeros(1, 2, 2), ValueError),
         (torch.zeros(0, 2, 2, 16), torch.zeros(0, 2, 2), ValueError),
         (torch.zeros(1, 2, 2, 16).double(), torch.zeros(1, 2, 2).double(), TypeError),
+        (torch.zeros(1, 2, 2, 16), None, TypeError),
+        (None, torch.zeros(1, 2, 2), TypeError),
+        (torch.zeros(1, 2, 2, 16).requires_grad_(), torch.zeros(1, 2, 2), RuntimeError),
     ],
 )
 def test_what_decode_refuses_to_join(values, logits, error):
