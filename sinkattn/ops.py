@@ -130,7 +130,7 @@ def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = 
     if reason := missing_backend(backend, q.device.type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
     _check(tensors, sizes)
-    if joined and joined != _ALONE:
+    if any(x is not None for x in joined):
         _check_joined(tensors, joined)
     run = backends.chosen(op, backend, tensors, sizes)
     if kind is not None:
