@@ -468,8 +468,8 @@ TABLES = {
         after=lambda x: "`python bench/speculative.py --output-dir bench/results/h200`.",
     ),
     "speculative real table": Table(
-        "h200/speculative_real", "how | proposals | right | rounds | the same text | ms a token | alone",
-        "{how} | {proposals} | {taken} | {rounds} | {same_text} | {ms_per_token} | {alone_ms}",
+        "h200/speculative_real", "how | proposals | right | rounds | the same text",
+        "{how} | {proposals} | {taken} | {rounds} | {same_text}",
     ),
     "flatness table": Table(
         "h200/flatness", "tokens of one Stream | ms a token | bytes allocated",

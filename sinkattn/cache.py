@@ -159,7 +159,7 @@ class SinkCache(Cache):
     @property
     def shares_sinks(self) -> bool:
         """Whether all rows have their sinks together, (1, num_kv_heads, S, head_dim) a layer: copies of one row have,
-        that `repeat` or `Stream.fork` has made, where it saves 2,048 tokens or more. They stay theirs until `reset`.
+        that `repeat` or `Stream.fork` has made, where it saves 8,192 tokens or more. They stay theirs until `reset`.
 
         Layers that do not see all sinks as they lie there (dynamic frequencies, windows of their own between W and
         S + W) have their own. All rows do in models with a state or with layers that see no sinks (a window of their

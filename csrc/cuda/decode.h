@@ -13,7 +13,7 @@ constexpr int MAX_HEAD_DIM = 256;
 constexpr int MAX_SPLITS = 64;  // small blocks that share a key head of a row
 constexpr int MAX_CLUSTER = 8;  // large ones
 constexpr int MAX_FEW = 16;     // tokens of a row
-constexpr int SURELY_FEW = 16;  // of more, prefill is faster once they fill the GPU
+constexpr int SURELY_FEW = 8;   // of more, prefill may be faster once rows fill the GPU
 
 struct Params : Call {  // of one token a row, or a few: R >= W + tokens - 1, so that none takes a slot that another sees
   int64_t q_token, k_token, v_token;
