@@ -153,8 +153,9 @@ class SinkCache(Cache):
     @property
     def nbytes(self) -> int:
         rings = [ring for ring in self.rings.values() if ring.is_initialized]
-        held = [*rings, *(ring.shared for ring in rings if ring.shared is not None)]
-        return sum(x.nbytes for one in held for x in (one.keys, one.values))
+        shared = [ring.shared for ring in rings if ring.shared is not None]
+        of_rings, of_all = ([x for one in held for x in (one.keys, one.values)] for held in (rings, shared))
+        return sum(x.nbytes for x in (*of_rings, *of_all))
 
     @property
     def shares_sinks(self) -> bool:

@@ -11,6 +11,7 @@ Position j lives in slot ``j`` if ``j < S`` and in slot ``S + (j - S) % R`` othe
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,7 +170,7 @@ def attention(
     return out
 
 
-def decode(*arguments) -> Tensor:
+def decode(*arguments: Any) -> Tensor:
     """`attention` of one token a row, with the arguments of `sinkattn::decode` in their order."""
     values, logits = arguments[16:18] or (None, None)
     return attention(*arguments[:16], joined=None if values is None else (values, logits))

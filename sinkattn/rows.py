@@ -19,9 +19,7 @@ BASE = 6364136223846793005  # of digests, modulo 2^64: odd, so that a digest can
 INVERSE = (pow(BASE, -1, 2**64) + 2**63) % 2**64 - 2**63  # of BASE, as an int64
 PIECE = 8  # tokens: a text that is but one piece of so many, over and over, tells nothing
 FIRST = 3  # tokens of every text whose ids are kept at least, to know it by
-SHARED = (
-    8192  # copies of sinks, in tokens, that cost more time than to read shared ones apart (an H200, bench/shared.py)
-)
+SHARED = 8192  # copied sinks, in tokens, that take more time on an H200 than shared ones read apart
 SURE = 8  # tokens that begin as the row's, or half of that, tell that what differs behind them was edited
 
 
