@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from . import saved
+from .agreement import Agreement
 from .introspect import input_device
 from .rings import Plan, has_state, layers_of
-from .rows import Agreement, Rows
+from .rows import Rows
 from .step import Step
 
 

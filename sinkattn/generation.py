@@ -11,9 +11,9 @@ import transformers
 from torch import Tensor
 from transformers import Cache, GenerationMixin, StoppingCriteriaList
 
+from .agreement import Agreement
 from .cache import SinkCache, Unfed
 from .introspect import CACHE, named
-from .rows import Agreement
 from .runner import Runner, is_plain
 
 BY_TOKEN = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")  # a column for each token

@@ -5,22 +5,19 @@ tokens, whatever the padding) and its own ring head; all of that follows from on
 """
 
 import copy
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .agreement import BASE, INVERSE, Agreement, digest, powers
 from .graph import Captured
 from .reference import held_positions
 from .rings import Plan, SharedSinks, has_state, layers_of, states_of
 
 FEW = 16  # tokens a row: steps of so many may be captured
-BASE = 6364136223846793005  # of digests, modulo 2^64: odd, so that a digest can be taken back
-INVERSE = (pow(BASE, -1, 2**64) + 2**63) % 2**64 - 2**63  # of BASE, as an int64
 PIECE = 8  # tokens: a text that is but one piece of so many, over and over, tells nothing
 FIRST = 3  # tokens of every text whose ids are kept at least, to know it by
 SHARED = 8192  # copied sinks, in tokens, that take more time on an H200 than shared ones read apart
-SURE = 8  # tokens that begin as the row's, or half of that, tell that what differs behind them was edited
 
 
 class Rows:
@@ -172,8 +169,8 @@ class Rows:
         self.ids.scatter_(1, slots, ids)
         if tops is not None:
             self.tops.scatter_(1, slots, tops)
-        power = _powers(positions.shape[1], ids.device)[(after - before)[:, 0]]
-        self.digest.mul_(power).add_(_digest(ids, (after - 1 - positions).masked_fill(~fed, -1)))
+        power = powers(positions.shape[1], ids.device)[(after - before)[:, 0]]
+        self.digest.mul_(power).add_(digest(ids, (after - 1 - positions).masked_fill(~fed, -1)))
 
     def _slots(self, positions: Tensor) -> Tensor:
         """`slot_of` in fewer kernels: the remainder of C is below 0 for sinks, so that they stay where they are."""
@@ -221,7 +218,7 @@ class Rows:
         behind = torch.arange(most, device=counts.device)
         ids = self.ids.gather(1, self._slots(self.lengths[:, None] + behind))  # what is taken back comes first
         exponents = counts[:, None] - 1 - behind
-        self.digest.sub_(_digest(ids, exponents)).mul_(_powers(most, ids.device, INVERSE)[counts])
+        self.digest.sub_(digest(ids, exponents)).mul_(powers(most, ids.device, INVERSE)[counts])
 
     def top(self) -> Tensor:
         """The largest position that each row has had, (batch,) int64, -1 for none."""
@@ -253,7 +250,7 @@ class Rows:
         is_gone = (positions >= self.sink_size) & (positions < oldest)
         return ids, positions.masked_fill((ids < 0) | is_gone, -1)
 
-    def compare(self, ids: Tensor, counts: Tensor, with_digest: bool) -> list["Agreement"]:
+    def compare(self, ids: Tensor, counts: Tensor, with_digest: bool) -> list[Agreement]:
         """How texts agree with those that the rows hold, row by row.
 
         ids: (batch, n) int64, padded on the left. counts: (batch,) int64, tokens of each that are no padding.
@@ -267,12 +264,12 @@ class Rows:
         first = positions.masked_fill(~compared | agrees, width).amin(1)
         leading = (agrees & (positions < first[:, None])).sum(1)
         common = torch.minimum(torch.minimum(first, counts), self.lengths)[:, None]  # the digests of so many tokens
-        behind = _digest(self.ids[:, :-1], (lengths - 1 - positions).masked_fill(positions < common, -1))
-        inverse = _powers(held.shape[1], ids.device, INVERSE)
+        behind = digest(self.ids[:, :-1], (lengths - 1 - positions).masked_fill(positions < common, -1))
+        inverse = powers(held.shape[1], ids.device, INVERSE)
         mine = (self.digest - behind) * inverse[(lengths - common)[:, 0].clamp(max=held.shape[1])]
         columns = torch.arange(width, device=ids.device) - begins
         exponents = (common - 1 - columns).masked_fill((columns < 0) | (columns >= common), -1)
-        is_same = (_digest(ids, exponents) == mine) | (not with_digest)
+        is_same = (digest(ids, exponents) == mine) | (not with_digest)
         found = (self.lengths, counts, first, leading, agrees.sum(1), compared.sum(1), is_same, self.room(True))
         return [Agreement(*row) for row in torch.stack(found, dim=1).tolist()]
 
@@ -295,7 +292,7 @@ class Rows:
             x[:, size:].index_fill_(0, index, -1)
         self.lengths.index_fill_(0, index, size)
         exponents = torch.arange(size - 1, -1, -1, device=index.device).expand(len(index), -1)
-        self.digest.index_copy_(0, index, _digest(self.ids[index, :size], exponents))
+        self.digest.index_copy_(0, index, digest(self.ids[index, :size], exponents))
 
     def reset(self) -> None:
         for x, empty in ((self.ids, -1), (self.tops, -1), (self.digest, 0), (self.peak, 0), (self.lengths, 0)):
@@ -320,74 +317,6 @@ class Rows:
         vars(other).update(taken)
         other.drop_captured()
         return other
-
-
-class Agreement(NamedTuple):
-    """How a text agrees with that of a row.
-
-    length, count: tokens of the row and of the text. first: where the first of those that can be compared differs, or
-    any larger number. leading: how many agree before. agreeing, compared: how many do, of how many. is_same: whether
-    what is forgotten of both before `first` agrees too. room: tokens that the row can take back now, the first of which
-    is fed again.
-    """
-
-    length: int
-    count: int
-    first: int
-    leading: int
-    agreeing: int
-    compared: int
-    is_same: int
-    room: int
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the text begins with all of the row's."""
-        return self.length <= min(self.count, self.first) and bool(self.is_same)
-
-    @property
-    def back(self) -> int:
-        """Tokens to be taken back so that the text goes on, by one token at least."""
-        return max(self.length - min(self.first, self.count - 1), 0)
-
-    @property
-    def can_follow(self) -> bool:
-        """Whether the text is the row's, perhaps edited, so that it goes on once `back` tokens are taken back."""
-        kept = self.length - self.back
-        is_sure = self.goes_on or (self.seems_meant and (kept >= SURE or 2 * kept >= self.length))
-        return bool(self.is_same) and is_sure and self.back <= self.room
-
-    @property
-    def seems_meant(self) -> bool:
-        """Whether so much agrees that the text is the row's, edited, and not new."""
-        return self.leading >= 3 or 2 * self.agreeing > self.compared
-
-    @property
-    def likeness(self) -> tuple[bool, int]:
-        """The larger, the more it looks like the row's."""
-        return self.goes_on, self.agreeing if self.seems_meant else 0
-
-    @property
-    def difference(self) -> str:
-        """Where the text differs from the row's, in words."""
-        if self.goes_on:
-            return "in nothing, so that there is nothing new behind it"
-        if self.first < min(self.length, self.count):
-            return f"from token {self.first} on"
-        return f"from token {self.count} on, where it ends" if self.count < self.length else "in what is forgotten"
-
-
-def _powers(n: int, device: torch.device, base: int = BASE) -> Tensor:
-    """``base ** i`` for i <= n, modulo 2^64: (n + 1,) int64."""
-    powers = torch.full((n + 1,), base, dtype=torch.int64, device=device)
-    powers[:1].fill_(1)  # an assignment would copy from the host, which no graph holds
-    return powers.cumprod(0)
-
-
-def _digest(ids: Tensor, exponents: Tensor) -> Tensor:
-    """The sum of ``id * BASE ** exponent`` of each row, modulo 2^64; exponents below 0 are left out. (batch,) int64."""
-    powers = _powers(ids.shape[1], ids.device)[exponents.clamp(0, ids.shape[1])]
-    return (ids * powers).masked_fill(exponents < 0, 0).sum(1)
 
 
 class SpareRows:

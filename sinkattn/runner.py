@@ -19,6 +19,7 @@ from . import changes
 from .cache import SinkCache
 from .fuse import Fused
 from .graph import Captured, is_shortage, why_eager
+from .inputs import check_ids, check_values, mask_of
 from .interface import current
 from .introspect import (
     CACHE_NAMES,
@@ -115,7 +116,7 @@ class Runner:
             )
         cache.check(batch, given.device, self.plan)
         keep_cache = self.cache_name in kwargs or use_cache
-        mask = self._mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
+        mask = mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
         if cache.ended is not None and tokens == 1:
             mask = ~cache.ended[:, None].to(given.device)
         if (tokens == 1 or cache.are_checked) and self.may_replay(kwargs, cache, tokens):
@@ -127,13 +128,13 @@ class Runner:
         mask = None if mask is None else mask.bool()
         is_at_hand = given.device.type == "cpu" and not torch.compiler.is_compiling()
         if ids is not None and (tokens > 1 or is_at_hand):
-            self._check_ids(ids)
+            check_ids(ids, self.model.get_input_embeddings().num_embeddings)
         places = self.places_of(kwargs, mask, cache)
         is_new = tokens > 1 or not cache.seen or self._changes != changes.made()
         if is_new and self._seen is not None and not torch.compiler.is_compiling():
             self.look()  # once a prompt, not once a token
         if tokens > 1:
-            self._check_values(tokens, mask, kwargs.get("position_ids"), places, cache)
+            check_values(tokens, mask, kwargs.get("position_ids"), places, cache)
         with cache.whole():
             return self._run(kwargs, tokens, cache, mask, places, keep_cache)
 
@@ -157,48 +158,6 @@ class Runner:
         if places is None:
             return said
         return places + cache.top[:, None, None] + 1 if cache is not None and cache.seen else places
-
-    def _mask_of(self, attention_mask, batch: int, tokens: int, cache: SinkCache) -> Tensor | None:
-        """The mask's columns of the new tokens, (batch, tokens), or None where nothing is padding."""
-        if attention_mask is None:
-            return None
-        if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
-            raise ValueError(
-                "attention_mask must be 2D, (batch, tokens): sinkattn decides what is seen, padding is up to you"
-            )
-        if attention_mask.shape[0] != batch or attention_mask.shape[1] not in (tokens, cache.seen + tokens):
-            raise ValueError(
-                f"attention_mask {tuple(attention_mask.shape)} does not fit {batch} rows of {tokens} new tokens after "
-                f"{cache.seen}: give ({batch}, {tokens}) or ({batch}, {cache.seen + tokens})"
-            )
-        return attention_mask[:, -tokens:]
-
-    def _check_ids(self, ids: Tensor) -> None:
-        """Raise ValueError for ids without an embedding."""
-        size, low, high = self.model.get_input_embeddings().num_embeddings, int(ids.min()), int(ids.max())
-        if low < 0 or high >= size:
-            raise ValueError(f"input_ids reach from {low} to {high}, the model embeds 0 to {size - 1}")
-
-    def _check_values(self, tokens: int, mask, position_ids, places, cache: SinkCache) -> None:
-        """Raise ValueError for right padding, and for positions that are not the text's."""
-        if mask is not None and bool((mask[:, :-1] & ~mask[:, 1:]).any()):
-            raise ValueError("attention_mask has zeros after ones: pad on the left (tokenizer.padding_side = 'left')")
-        if position_ids is None:
-            return
-        new = torch.ones(1, tokens, dtype=torch.bool, device=position_ids.device) if mask is None else mask
-        text, is_right = new.cumsum(-1) - 1, position_ids.shape[-1] == tokens
-        if is_right and position_ids.dim() == 3:  # time, height and width, perhaps behind the count of tokens
-            text = text + cache.top[:, None] + 1 if cache.seen else text
-            is_text = bool((places == places[..., :1]).all())
-            is_right = not bool(((position_ids[-3:] != (text if is_text else places.movedim(-1, 0))) & new).any())
-        elif is_right:
-            text = text + cache.lengths[:, None] if cache.seen else text
-            is_right = not bool(((position_ids != text) & new).any())
-        if not is_right:
-            raise ValueError(
-                "position_ids do not count each row's tokens from its first one on (packed texts, or padding "
-                "counted): leave position_ids out, sinkattn counts them"
-            )
 
     def _run(self, kwargs: dict, tokens: int, cache: SinkCache, mask, places, keep_cache: bool):
         """Feed an input, a long one in chunks, and finish what comes out."""

@@ -15,7 +15,8 @@ import torch
 from helpers import plain, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, patch
-from sinkattn.rows import BASE, Rows
+from sinkattn.agreement import BASE
+from sinkattn.rows import Rows
 
 S, W = 3, 6
 
