@@ -8,7 +8,7 @@ import torch
 
 from helpers import fed, random_ids
 from oracle import relative_error, streaming_logits
-from sinkattn import patch
+from sinkattn import SinkCache, Stream, patch
 from tiny import tiny
 
 S, W = 4, 8
@@ -98,6 +98,29 @@ def test_whatever_is_exchanged(what, fuse):
         assert relative_error(before, expected) > 1e-2, "the change makes no difference"
         assert relative_error(model(ids).logits, expected) < EXACT
         assert relative_error(fed(model, ids, 1), expected) < EXACT
+
+
+def test_steps_of_one_token_do_not_look(monkeypatch):
+    """Whatever a model makes of its modules in a step; but a module that is put behind one that was put is noticed."""
+    model, ids, looked = tiny("llama"), random_ids(1, 40), []
+    with patch(model, S, W) as handle, torch.no_grad():
+        cache, stream = SinkCache(model), Stream(model)
+        model(ids, past_key_values=cache)
+        stream.append(ids)
+        look = handle.runner.look
+        monkeypatch.setattr(handle.runner, "look", lambda: (looked.append(1), look()))
+        for piece in ids.split(1, dim=1):
+            model(piece, past_key_values=cache)
+        list(stream.generate(10, eos_token_id=[]))
+        assert not looked
+        model.generate(ids, max_new_tokens=10, eos_token_id=None)
+        assert len(looked) == 1
+        model.model.layers[1].mlp.act_fn = torch.nn.Sequential(torch.nn.Tanh())
+        model(ids[:, :1], past_key_values=cache)
+        assert len(looked) == 2
+        model.model.layers[1].mlp.act_fn[0] = torch.nn.ReLU()
+        model(ids[:, :1], past_key_values=cache)
+        assert len(looked) == 3
 
 
 def test_learned_sink_logits_that_are_exchanged():
