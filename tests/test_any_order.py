@@ -41,6 +41,7 @@ class OneCache(RuleBasedStateMachine):
         self.model = patched()
         self.cache, self.texts, self.chosen = SinkCache(self.model), [[] for _ in range(rows)], None
         self.peaks = [0] * rows  # the longest that each row has been
+        self.shared = []  # what all rows begin with, if they share their sinks
         torch.manual_seed(seed)
 
     def new(self, lengths):
@@ -58,10 +59,11 @@ class OneCache(RuleBasedStateMachine):
         self.peaks = [max(peak, len(text)) for peak, text in zip(self.peaks, self.texts, strict=True)]
         self.chosen = chosen
 
-    def room(self, row):
-        """Tokens of a row that can be taken back."""
-        length, peak = len(self.texts[row]), self.peaks[row]
-        return length if peak <= C + SLACK else min(max(SLACK - (peak - length), 0), length)
+    def room(self, row, refeeds=False):
+        """Tokens of a row that can be taken back. refeeds: whether the first of them is fed again."""
+        length, peak, most = len(self.texts[row]), self.peaks[row], SLACK + refeeds
+        own = length - len(self.shared)
+        return own if peak <= C + SLACK else min(max(most - (peak - length), 0), own)
 
     # Moves.
 
@@ -114,7 +116,7 @@ class OneCache(RuleBasedStateMachine):
         back = len(self.texts[row]) - at
         options = dict(max_new_tokens=1, do_sample=False, pad_token_id=0, suppress_tokens=[0])
         is_sure = at >= 8 or 2 * at >= len(self.texts[row])
-        if not is_sure or back > self.room(row) + (self.peaks[row] > C + SLACK):  # the first of them is fed again
+        if not is_sure or back > self.room(row, True):
             with pytest.raises(ValueError, match="differs from the text that this SinkCache holds"):
                 self.model.generate(ids, past_key_values=self.cache, **options)
         elif at > 0 or len(whole) == 1:
@@ -165,14 +167,28 @@ class OneCache(RuleBasedStateMachine):
         if self.cache.seen:
             row = data.draw(st.integers(0, len(self.texts) - 1))
             self.cache.forget(torch.tensor([row]))
-            self.texts[row], self.peaks[row] = [], 0
+            self.texts[row], self.peaks[row] = list(self.shared), 0
             if self.chosen:
                 self.chosen[row] = []
 
     @rule(rows=ROWS)
     def reset(self, rows):
         self.cache.reset()
-        self.texts, self.chosen, self.peaks = [[] for _ in range(rows)], None, [0] * rows
+        self.texts, self.chosen, self.peaks, self.shared = [[] for _ in range(rows)], None, [0] * rows, []
+
+    @precondition(lambda self: self.cache.seen)
+    @rule(data=st.data(), rows=ROWS)
+    def fork(self, data, rows):
+        """Copies of one row, which share its sinks if it has all of them."""
+        row = data.draw(st.integers(0, len(self.texts) - 1))
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("sinkattn.rows.SHARED", 0)
+            self.cache = self.cache.picked(torch.tensor([row] * rows), may_share=True)
+        if len(self.texts[row]) >= S:
+            self.shared = self.texts[row][:S]
+        self.texts, self.peaks = [self.texts[row]] * rows, [self.peaks[row]] * rows
+        self.chosen = self.chosen and [self.chosen[row]] * rows
+        assert self.cache.shares_sinks == bool(self.shared)
 
     @rule(how=st.sampled_from([copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]))
     def go_on_with_a_copy(self, how):
