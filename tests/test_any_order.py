@@ -91,12 +91,15 @@ class OneCache(RuleBasedStateMachine):
             width = self.cache.seen + (self.chosen is not None)
             mask = torch.cat((torch.ones(len(texts), width, dtype=torch.int64), mask), dim=1)
         options = dict(max_new_tokens=steps, do_sample=False, eos_token_id=None, pad_token_id=None)
+        options["suppress_tokens"] = [0]  # padding, if no mask says otherwise
         found = self.model.generate(ids, attention_mask=mask, past_key_values=self.cache, **options)
         answers = found[:, ids.shape[1] :].tolist()
         self.feed([a + b + c[:-1] for a, b, c in zip(behind, texts, answers, strict=True)], [c[-1:] for c in answers])
         for text, answer in zip(self.texts, answers, strict=True):
             logits = logits_of(tuple(text))[len(text) - steps :]
-            assert logits.gather(1, torch.tensor(answer)[:, None]).add(1e-3).ge(logits.amax(1, keepdim=True)).all()
+            assert (
+                logits.gather(1, torch.tensor(answer)[:, None]).add(1e-3).ge(logits[:, 1:].amax(1, keepdim=True)).all()
+            )
 
     def is_blank(self):
         return all(len(set(text)) < 3 for text in self.texts)
