@@ -96,7 +96,7 @@ class Rows:
         size = self.plan.sink_size if may_share and not (self.has_state or self.shares_sinks) else 0
         if any(ring.sink_size < size for ring in self.rings.values()):  # its ring has more of the beginning than sinks
             size = 0
-        is_one = 0 < size and (len(index) - 1) * size >= SHARED and bool((index == index[0]).all())
+        is_one = size > 0 and (len(index) - 1) * size >= SHARED and bool((index == index[0]).all())
         if not is_one or int(self.lengths[index[0]]) < size:
             return copy.deepcopy(self, made)
         shared = {}
