@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from torch.utils.hooks import RemovableHandle
 
-_put = 0  # modules and parameters put into `_looked_at`, while any model is patched
-_looked_at: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_put = 0  # modules and parameters put into what was looked at, while any model is patched
+# Where modules that were looked at hold their parts. By the places of these dicts: a shallow copy has the same ones,
+# and a module may not be hashable while it is made.
+_looked_at: dict[int, "weakref.ref[nn.Module]"] = {}
 
 
 def made() -> int:
@@ -26,20 +28,43 @@ def made() -> int:
     return _put + RemovableHandle.next_id
 
 
+_watchers = 0
+_hooks: list[RemovableHandle] = []
+
+
 def watch() -> contextlib.ExitStack:
     """Begin to count what is put into modules. Closing what is returned ends it."""
+    global _watchers
+    _watchers += 1
+    if not _hooks:  # one of each for all, so that models that are dropped leave no more
+        _hooks.append(modules.register_module_module_registration_hook(_counted))
+        _hooks.append(modules.register_module_parameter_registration_hook(_counted))
     stack = contextlib.ExitStack()
-    for register in (
-        modules.register_module_module_registration_hook,
-        modules.register_module_parameter_registration_hook,
-    ):
-        stack.callback(register(_counted).remove)
+    stack.callback(_unwatch)
     return stack
+
+
+def _unwatch() -> None:
+    global _watchers
+    _watchers -= 1
+    while not _watchers and _hooks:
+        _hooks.pop().remove()
 
 
 def _counted(module: nn.Module, *_) -> None:
     global _put
-    _put += module in _looked_at
+    _put += any(id(held) in _looked_at for held in _holding(module))
+
+
+def _holding(module: nn.Module) -> Iterator[dict]:
+    own = vars(module)
+    return (own[name] for name in ("_modules", "_parameters") if name in own)
+
+
+def _keep_in_sight(module: nn.Module) -> None:
+    for place in map(id, _holding(module)):
+        if place not in _looked_at:
+            _looked_at[place] = weakref.ref(module, lambda _, place=place: _looked_at.pop(place, None))
 
 
 Sight = dict[nn.Module, tuple]
@@ -52,8 +77,16 @@ def sight(model: nn.Module, ours: dict[nn.Module, Callable]) -> Sight:
     That is its children, forward, hooks, settings (numbers, names, functions) and kinds of parameters, not what these
     hold. ours: the forwards that sinkattn has put on modules. From now on it counts what is put into any of them.
     """
-    _looked_at.update(model.modules())
-    return {module: tuple(_traits(module, ours.get(module))) for module in model.modules()}
+    found = {}
+    for module in model.modules():
+        _keep_in_sight(module)
+        found[module] = traits(module, ours.get(module))
+    return found
+
+
+def traits(module: nn.Module, our_forward: Callable | None) -> tuple:
+    """What `sight` has of one module."""
+    return tuple(_traits(module, our_forward))
 
 
 def _traits(module: nn.Module, our_forward: Callable | None) -> Iterator:
@@ -71,7 +104,13 @@ def _traits(module: nn.Module, our_forward: Callable | None) -> Iterator:
             yield name, x
 
 
-def weights(model: nn.Module) -> tuple[int, ...]:
-    """Where all parameters and buffers are: a CUDA graph reads them there."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tuple(x.data_ptr() if type(x) in (Tensor, nn.Parameter) else id(x) for x in tensors)  # others have no place
+def weights(model: nn.Module) -> tuple:
+    """Where all parameters and buffers are, and how they lie there: a CUDA graph reads them so."""
+    return tuple(map(place_of, (*model.parameters(), *model.buffers())))
+
+
+def place_of(x: Tensor) -> tuple:
+    """Where a tensor is and how it lies there; of a kind that has no place, which one it is."""
+    if type(x) not in (Tensor, nn.Parameter):
+        return (id(x),)
+    return x.data_ptr(), x.dtype, x.shape, x.stride()

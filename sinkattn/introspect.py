@@ -49,6 +49,12 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return torch.empty(0, device=device).device  # with its index
 
 
+def embedded_ids(model: PreTrainedModel) -> int:
+    """How many ids the model has an embedding for, whatever is wrapped around it (adapters)."""
+    embedding = model.get_input_embeddings()
+    return next(inner.num_embeddings for inner in embedding.modules() if hasattr(inner, "num_embeddings"))
+
+
 def takes_positions(forward) -> bool:
     """Whether a model's forward takes ``position_ids``, by name or among its ``**kwargs``."""
     parameters = inspect.signature(forward).parameters.values()

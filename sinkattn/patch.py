@@ -239,6 +239,8 @@ class Handle:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, _watching=changes.watch())
+        if self.runner is not None and self.runner.fused is not None:
+            self.runner.fused.begin()
         interface.register()
 
     def __enter__(self) -> "Handle":

@@ -26,6 +26,7 @@ from .introspect import (
     bodies_of,
     cache_name,
     counts_in_three,
+    embedded_ids,
     frequency_buffers,
     named,
     picks_by_length,
@@ -128,7 +129,7 @@ class Runner:
         mask = None if mask is None else mask.bool()
         is_at_hand = given.device.type == "cpu" and not torch.compiler.is_compiling()
         if ids is not None and (tokens > 1 or is_at_hand):
-            check_ids(ids, self.model.get_input_embeddings().num_embeddings)
+            check_ids(ids, embedded_ids(self.model))
         places = self.places_of(kwargs, mask, cache)
         is_new = tokens > 1 or not cache.seen or self._changes != changes.made()
         if is_new and self._seen is not None and not torch.compiler.is_compiling():

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from . import __version__
+from .introspect import embedded_ids
 from .rings import Plan
 from .rows import FIRST
 
@@ -206,7 +207,7 @@ def read(path: str | os.PathLike, kind: str, model: nn.Module) -> Texts:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         if metadata.get("crc32") != _checksum(metadata["sinkattn"], tensors):
             raise ValueError("its checksum is not that of what it holds")
-        _check(about, tensors, cast(Any, model).get_input_embeddings().num_embeddings)
+        _check(about, tensors, embedded_ids(cast(Any, model)))
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} holds no texts that can go on, or is damaged: {error}") from error
     return Texts(about, tensors)

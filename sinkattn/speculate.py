@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .cache import SinkCache
 from .choice import Choice
 from .graph import Repeated
-from .introspect import input_device
+from .introspect import embedded_ids, input_device
 
 
 class Proposer(Protocol):
@@ -55,7 +55,7 @@ class Draft:
             )
 
     def begin(self, target: SinkCache, vocabulary: int, may_be: Callable[[], bool]) -> None:
-        size = self.model.get_input_embeddings().num_embeddings
+        size = embedded_ids(self.model)
         if size < vocabulary:
             raise ValueError(f"the draft has a vocabulary of {size}, the model one of {vocabulary}")
         ids, mask = target.rows.text()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import SinkCache
-from .introspect import input_device, rewind
+from .introspect import embedded_ids, input_device, rewind
 from .observe import Observer
 from .precise import HALF, Precise
 from .rings import Plan, StatefulSinkLayer, layers_of
@@ -281,7 +281,7 @@ def _text(model: nn.Module, tokens: int) -> Tensor:
     """Ids from all over the vocabulary, the same every time, none of them special."""
     numbers = model.config.to_dict()
     special = {x for name, x in numbers.items() if "token" in name and isinstance(x, int)}
-    size = model.get_input_embeddings().num_embeddings
+    size = embedded_ids(model)
     drawn = torch.randint(size, (8 * tokens,), generator=torch.Generator().manual_seed(1)).tolist()
     plain = [x for x in drawn if x not in special][:tokens]
     return torch.tensor([plain], device=input_device(model))

@@ -1,10 +1,14 @@
 """What is changed in a model after patch(): it counts, or an error says so; never the old model's text."""
 
 import copy
+import dataclasses
+import gc
+import pickle
 
 import peft
 import pytest
 import torch
+from torch.nn.modules import module as modules
 
 from helpers import fed, random_ids
 from oracle import relative_error, streaming_logits
@@ -121,6 +125,118 @@ def test_steps_of_one_token_do_not_look(monkeypatch):
         model.model.layers[1].mlp.act_fn[0] = torch.nn.ReLU()
         model(ids[:, :1], past_key_values=cache)
         assert len(looked) == 3
+
+
+@pytest.mark.parametrize("fuse", ["layers", "none"])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+@pytest.mark.parametrize("order", ["changed, copied", "changed, run, copied", "copied, changed"])
+def test_copies_of_what_was_changed(order, how, fuse):
+    """A copy computes what its original computes, and follows changes of its own."""
+    ids, model, twin = random_ids(1, 40), tiny("llama"), tiny("llama")
+    patch(model, S, W, fuse=fuse)
+    twin.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    with torch.no_grad():
+        other = how(model) if order == "copied, changed" else model
+        other.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+        if order == "changed, run, copied":
+            model(ids)
+        copied = other if order == "copied, changed" else how(model)
+        expected = streaming_logits(twin, ids, S, W)
+        for _ in range(2):
+            assert relative_error(copied(ids).logits, expected) < EXACT
+        assert relative_error(how(copied)(ids).logits, expected) < EXACT
+
+
+def test_weights_that_lie_otherwise():
+    """In the same memory: cut, as by structured pruning, and transposed."""
+    ids, model, twin = random_ids(1, 40), tiny("llama"), tiny("llama")
+    patch(model, S, W)
+    with torch.no_grad():
+        model(ids)
+        for changed in (model, twin):
+            mlp, attention = changed.model.layers[1].mlp, changed.model.layers[0].self_attn
+            for linear in (mlp.gate_proj, mlp.up_proj):
+                linear.weight.data = linear.weight.data[:48]
+            mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, :48]
+            attention.o_proj.weight.data = attention.o_proj.weight.data.t()
+        assert relative_error(model(ids).logits, streaming_logits(twin, ids, S, W)) < EXACT
+
+
+def test_shallow_copies_change_the_model():
+    """They hold the same parts, so that what is put into one is put into the model: noticed by the next token."""
+    ids, model, plain = random_ids(1, 40), tiny("llama"), tiny("llama")
+    patch(model, S, 56)
+    cache = SinkCache(model)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+        held = plain(ids[:, :-1], use_cache=True).past_key_values
+        for changed in (model, plain):
+            mlp = copy.copy(changed.model.layers[1].mlp)
+            mlp.gate_proj = torch.nn.Sequential(mlp.gate_proj, torch.nn.Tanh())
+        found = model(ids[:, -1:], past_key_values=cache).logits
+        assert relative_error(found, plain(ids[:, -1:], past_key_values=held).logits) < EXACT
+
+
+def test_modules_made_elsewhere():
+    """A patch hears of all modules that are made: also of those that are not hashable yet."""
+
+    @dataclasses.dataclass
+    class Probe(torch.nn.Module):
+        dim: int
+
+        def __post_init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(self.dim, 1)
+
+    with patch(tiny("llama"), S, W):
+        assert Probe(3).linear.in_features == 3
+
+
+def test_a_model_that_is_dropped_leaves_no_hooks():
+    before = len(modules._global_module_registration_hooks)
+    for _ in range(3):
+        patch(tiny("llama"), S, W)
+    copy.deepcopy(patched := tiny("llama"))
+    patch(patched, S, W)
+    copy.deepcopy(patched)
+    del patched
+    gc.collect()
+    assert len(modules._global_module_registration_hooks) <= before + 1
+
+
+def test_dropout_that_is_on():
+    """In a part of a layer: the layer runs its own forward, or attention says so."""
+    model, ids = tiny("phi3", resid_pdrop=0.5), random_ids(1, 40)
+    with patch(model, S, W), torch.no_grad():
+        quiet = model(ids).logits
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.train()
+        assert not torch.allclose(model(ids).logits, quiet) and not torch.allclose(model(ids).logits, model(ids).logits)
+    model = tiny("llama", attention_dropout=0.5)
+    with patch(model, S, W), torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.train()
+        with pytest.raises(RuntimeError, match="dropout"):
+            model(ids)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_adapters_of_embeddings(before):
+    model, ids = tiny("llama"), random_ids(1, 40)
+    config = peft.LoraConfig(target_modules=["q_proj", "embed_tokens"], init_lora_weights=False)
+    torch.manual_seed(4)
+    if before:
+        adapted = peft.get_peft_model(model, config)
+        patch(model, S, W)
+    else:
+        patch(model, S, W)
+        adapted = peft.get_peft_model(model, config)
+    torch.manual_seed(4)
+    twin = peft.get_peft_model(tiny("llama"), config)
+    twin.load_state_dict(adapted.state_dict())
+    with torch.no_grad():
+        assert relative_error(adapted(ids).logits, streaming_logits(twin.base_model.model, ids, S, W)) < EXACT
 
 
 def test_learned_sink_logits_that_are_exchanged():

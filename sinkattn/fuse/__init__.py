@@ -68,7 +68,14 @@ class Fused:
     def apply(self) -> None:
         for module, forward in self.forwards.items():
             module.forward = forward
+        self.begin()
         self.look(sight(self.model, self.forwards))
+
+    def begin(self) -> None:
+        """From now on, whatever changes is a change: once `apply` is done, and in a copy once its modules are there."""
+        ours = self.forwards
+        for form in (*self.attentions, *self.layers):
+            form.begin(ours)
 
     def look(self, seen: Sight) -> None:
         """Find out what has changed in the model, and lay weights side by side that are not.

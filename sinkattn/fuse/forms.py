@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import SinkCache
-from ..changes import Sight
+from ..changes import Sight, traits
 from ..observe import AttentionRecord, ModuleRecord, same
 from ..step import Step
 from .parts import ACTIVATIONS, FusedLinear, Norm, Place, activation_of, is_plain, product, takes_one
@@ -75,19 +75,31 @@ class Form:
     def __init__(self, module: nn.Module, record: ModuleRecord):
         self.module, self.original, self.cache_name = module, module.forward, record.cache_name
         self.returned, self.is_valid, self.seen = Returned.of(record), True, None
+        self.ours: dict[nn.Module, Callable] = {}  # the forwards that sinkattn has put on modules, once it has
+        self.dropouts = [inner for inner in module.modules() if isinstance(inner, nn.modules.dropout._DropoutNd)]
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "seen": None}  # a copy is looked at anew
+        """Of a copy: valid if this is, at this moment; what it looks like is found out when all of it is there."""
+        is_valid = self.is_valid and (self.seen is None or self._looks() == self.seen)
+        return {**vars(self), "seen": None, "ours": {}, "is_valid": is_valid}
+
+    def begin(self, ours: dict[nn.Module, Callable]) -> None:
+        """From now on, whatever changes inside is a change. What was changed before it was copied stays so."""
+        self.ours = ours
+        self.seen = self._looks() if self.is_valid else []
+
+    def _looks(self) -> list[tuple]:
+        return [traits(inner, self.ours.get(inner)) for inner in self.module.modules()]
 
     def look(self, sight: Sight) -> None:
-        """Find out whether anything inside has changed since the first look."""
-        now = [sight[inner] for inner in self.module.modules()]
-        self.seen = self.seen or now
-        self.is_valid = now == self.seen
+        """Find out whether anything inside has changed since it began."""
+        self.is_valid = [sight[inner] for inner in self.module.modules()] == self.seen
 
     def step(self, kwargs: dict, hidden: Tensor) -> Step | None:
         """The step that this form serves, None if the module's own forward has to."""
         if not self.is_valid or self.module.training or torch.is_autocast_enabled(hidden.device.type):
+            return None
+        if self.dropouts and any(inner.training and inner.p > 0 for inner in self.dropouts):
             return None
         return open_step(kwargs.get(self.cache_name))
 
@@ -258,7 +270,8 @@ class Layer(Form):
 
     def forward(self, hidden_states: Tensor, *args, **kwargs):
         step = self.step(kwargs, hidden_states)
-        if step is None or not self.attention.is_valid or any(x.weight is None for x in self.products):
+        inner = self.attention
+        if step is None or not inner.is_valid or inner.module.training or any(x.weight is None for x in self.products):
             return self.original(hidden_states, *args, **kwargs)
         x = hidden_states.flatten(0, 1)
         y = product(x, self.attention.projection, self.norms[0]).unflatten(0, hidden_states.shape[:2])

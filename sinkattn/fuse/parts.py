@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
+from ..changes import place_of
 
 ACTIVATIONS: dict[str, Callable] = {
     "silu": F.silu,
@@ -88,7 +89,7 @@ class FusedLinear:
         if len(parameters) == 1:
             return parameters[0].data
         self._moved += map(weakref.ref, parameters)
-        whole = _wholes.get(tuple(x.data_ptr() for x in parameters))
+        whole = _wholes.get(tuple(map(place_of, parameters)))
         if whole is not None:  # by another model with the same parameters, as a draft of itself
             return whole
         whole = torch.cat([x.data for x in parameters])
@@ -96,7 +97,7 @@ class FusedLinear:
         for x in parameters:  # a slice of a storage is a storage: whoever saves the model finds nothing shared
             x.data = whole.new_empty(0).set_(memory[begin : begin + x.nbytes], 0, x.shape)
             begin += x.nbytes
-        _wholes[tuple(x.data_ptr() for x in parameters)] = whole
+        _wholes[tuple(map(place_of, parameters))] = whole
         return whole
 
     @torch.inference_mode(False)
@@ -123,7 +124,7 @@ _wholes: "weakref.WeakValueDictionary[tuple, Tensor]" = weakref.WeakValueDiction
 
 
 def _where(tensors: list[tuple]) -> tuple:
-    return tuple((id(x), x.data_ptr(), x.dtype) for pair in tensors for x in pair if x is not None)
+    return tuple((id(x), *place_of(x)) for pair in tensors for x in pair if x is not None)
 
 
 @dataclass
