@@ -317,10 +317,12 @@ def patch(
         be captured runs as it is, and ``handle.why_eager`` tells why.
 
     What is changed in the model afterwards counts: at once where a hook is registered or a module or parameter is put
-    anywhere (adapters, quantisation, exchanged parts), else from the next prompt on (weights moved by ``.data``, a
-    replaced ``forward``, settings such as a norm's eps, removed modules). Values written into weights count at once. A
-    module in which something was exchanged runs its own forward. An exchanged attention module, other rotary
-    frequencies and another attention implementation raise RuntimeError when the model runs: remove(), patch() again.
+    into it (adapters, quantisation, exchanged parts), else from the next prompt on (weights moved by ``.data``, a
+    replaced ``forward``, settings such as a norm's eps, removed modules, whatever is inserted or written into a module's
+    ``_modules`` or ``_parameters`` themselves; all changes of a model that `torch.compile` wraps). Values written into
+    weights count at once. A module in which something was exchanged runs its own forward. An exchanged attention
+    module, other rotary frequencies and another attention implementation raise RuntimeError at the next prompt:
+    remove(), patch() again. `torch.func.functional_call` is not served, as it changes parameters for one call, unseen.
 
     Warns once if S + W is more than the model was trained on.
 
