@@ -147,6 +147,24 @@ def test_copies_of_what_was_changed(order, how, fuse):
         assert relative_error(how(copied)(ids).logits, expected) < EXACT
 
 
+def test_a_draft_over_the_same_weights_that_is_removed():
+    """Its parameters get memory of their own: what is written into them then is seen by the model at once."""
+    ids, model, twin = random_ids(1, 40), tiny("llama"), tiny("llama")
+    draft = copy.deepcopy(model, {id(x): x for x in (*model.parameters(), *model.buffers())})
+    patch(model, S, 56)
+    handle = patch(draft, S, 56)
+    cache = SinkCache(model)
+    with torch.no_grad():
+        model(ids[:, :-1], past_key_values=cache)
+        held = twin(ids[:, :-1], use_cache=True).past_key_values
+        handle.remove()
+        for changed in (model, twin):
+            changed.model.layers[1].self_attn.k_proj.weight.mul_(3)
+            changed.model.layers[1].self_attn.v_proj.weight.mul_(3)
+        found = model(ids[:, -1:], past_key_values=cache).logits
+        assert relative_error(found, twin(ids[:, -1:], past_key_values=held).logits) < EXACT
+
+
 def test_weights_that_lie_otherwise():
     """In the same memory: cut, as by structured pruning, and transposed."""
     ids, model, twin = random_ids(1, 40), tiny("llama"), tiny("llama")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import ops
-from ..changes import place_of
+from ..changes import moved, place_of
 
 ACTIVATIONS: dict[str, Callable] = {
     "silu": F.silu,
@@ -98,6 +98,7 @@ class FusedLinear:
             x.data = whole.new_empty(0).set_(memory[begin : begin + x.nbytes], 0, x.shape)
             begin += x.nbytes
         _wholes[tuple(map(place_of, parameters))] = whole
+        moved()
         return whole
 
     @torch.inference_mode(False)
@@ -107,6 +108,7 @@ class FusedLinear:
         for x in (reference() for reference in self._moved):
             if x is not None:
                 x.data = x.data.clone()
+                moved()
         self.weight, self.bias, self._moved = None, None, []
 
     def __getstate__(self) -> dict:
