@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from torch.utils.hooks import RemovableHandle
@@ -53,6 +54,8 @@ def _unwatch() -> None:
 
 def _counted(module: nn.Module, *_) -> None:
     global _put
+    if torch.compiler.is_compiling():  # lists that a forward makes: no graph shall depend on what was looked at
+        return
     _put += any(id(held) in _looked_at for held in _holding(module))
 
 
