@@ -14,11 +14,10 @@ from torch.nn.modules import module as modules
 
 _OWN_HOOKS = "transformers.utils.output_capturing"  # they note outputs if a step asks for them; such steps run eagerly
 
+_streams = threading.local()  # by device, those that captures run on
 
-_streams = threading.local()  # by device, those that are captured on
 
-
-def _stream_of(device: torch.device) -> "torch.cuda.Stream":
+def _capture_stream(device: torch.device) -> "torch.cuda.Stream":
     """One of the device's own: torch's default for captures is on the GPU that was current at the first of all."""
     made = vars(_streams)
     if str(device) not in made:
@@ -40,13 +39,10 @@ class Captured:
     def __init__(self, run: Callable, device: torch.device, **inputs: Tensor):
         with torch.inference_mode(False):
             self.inputs = {name: x.clone() for name, x in inputs.items()}
-        self._graph, stream = torch.cuda.CUDAGraph(), _stream_of(device)
+        self._graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
         capture = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
-        with (
-            torch.cuda.device(device),
-            torch.cuda.stream(stream),
-            capture,
-        ):  # one that fails leaves its stream set
+        # A capture that fails leaves its stream set: the one around it takes it back.
+        with torch.cuda.device(device), torch.cuda.stream(stream), capture:
             self.output = run(**self.inputs)
 
     def __call__(self, **inputs: Tensor):

@@ -92,24 +92,27 @@ class Rows:
     @torch.inference_mode(False)
     def picked(self, index: Tensor, may_share: bool = False) -> "Rows":
         """A copy of some rows. may_share: whether many copies of one row may have its sinks together."""
-        made = {id(x): x.index_select(0, index.to(x.device)) for x in self.tensors()}
-        size = self.plan.sink_size if may_share and not (self.has_state or self.shares_sinks) else 0
-        if any(ring.sink_size < size for ring in self.rings.values()):  # its ring has more of the beginning than sinks
-            size = 0
-        is_one = size > 0 and (len(index) - 1) * size >= SHARED and bool((index == index[0]).all())
-        if not is_one or int(self.lengths[index[0]]) < size:
-            return copy.deepcopy(self, made)
-        shared = {}
-        for name, ring in self.rings.items():
-            if ring.can_share:
-                held = ring.keys, ring.values
-                made |= {id(x): x[:, :, size:].index_select(0, index.to(x.device)) for x in held}
-                shared[name] = SharedSinks(*(x[index[:1].to(x.device), :, :size] for x in held))
+        size = self._sinks_to_share(index) if may_share else 0
+        to_share = {name: ring for name, ring in self.rings.items() if size > 0 and ring.can_share}
+        ends = {id(x): x[:, :, size:] for ring in to_share.values() for x in (ring.keys, ring.values)}
+        made = {id(x): ends.get(id(x), x).index_select(0, index.to(x.device)) for x in self.tensors()}
         other = copy.deepcopy(self, made)
-        for name, sinks in shared.items():
-            other.rings[name].shared = sinks
-        other.drop_captured()
+        for name, ring in to_share.items():
+            sinks = (x[index[:1].to(x.device), :, :size] for x in (ring.keys, ring.values))
+            other.rings[name].shared = SharedSinks(*sinks)
+        if to_share:  # by other kernels, which have not run
+            other.drop_captured()
         return other
+
+    def _sinks_to_share(self, index: Tensor) -> int:
+        """How many sinks copies of rows, index (n,) int64, should have together: all or none."""
+        size = self.plan.sink_size
+        if size == 0 or (len(index) - 1) * size < SHARED or self.has_state or self.shares_sinks:
+            return 0
+        if any(ring.sink_size < size for ring in self.rings.values()):  # its ring has more of the beginning than sinks
+            return 0
+        is_one = bool((index == index[0]).all()) and int(self.lengths[index[0]]) >= size
+        return size if is_one else 0
 
     @property
     def shares_sinks(self) -> bool:

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+import real
 from helpers import left_padded, plain, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, ops, patch, rows
@@ -69,6 +70,39 @@ def test_memory():
         for other in (many.repeat(2), many.picked(torch.tensor([3, 1])), copy.copy(many), copy.deepcopy(many)):
             assert other.shares_sinks and [ring.shared.keys.data_ptr() for ring in other.rings.values()] == sinks
         assert pickle.loads(pickle.dumps(many)).nbytes == many.nbytes
+
+
+def test_sinks_are_never_copied_for_each_row(monkeypatch):
+    """Nor for a moment: that would be the memory that sharing saves."""
+    copied, select = [], torch.Tensor.index_select
+    with patch(plain(), S, W, slack=SLACK), torch.no_grad():
+        cache = prompted(plain())
+        monkeypatch.setattr(torch.Tensor, "index_select", lambda *a: copied.append(select(*a)) or copied[-1])
+        cache.repeat(9)
+        assert {x.shape[2] for x in copied if x.dim() == 4} == {W + SLACK}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_smollm2(dtype):
+    """In half precision about as near to float32 as with sinks of their own, past the wrap."""
+    real.needed()
+    ids, new = real.prose(200), real.prose(600)[:, 200:].view(4, 100)
+
+    def read(model, least):
+        with patch(model, 128, 64), torch.no_grad(), pytest.MonkeyPatch.context() as patched:
+            patched.setattr(rows, "SHARED", least)
+            cache = SinkCache(model)
+            model(ids, past_key_values=cache)
+            cache = cache.repeat(4)
+            assert cache.shares_sinks == (least == 1)
+            pieces = (new[:, :90], *new[:, 90:].split(1, dim=1))
+            return torch.cat([model(x, past_key_values=cache).logits[:, -1:] for x in pieces], dim=1).float()
+
+    exact = read(real.real_model(torch.float32), 1 << 60)
+    assert relative_error(read(real.real_model(torch.float32), 1), exact) < 1e-4
+    own, shared = ((read(real.real_model(dtype), least) - exact).square().mean() for least in (1 << 60, 1))
+    assert shared.sqrt() <= 1.2 * own.sqrt(), (own, shared)
 
 
 def test_where_it_is_not_worth_it(monkeypatch):

@@ -44,17 +44,17 @@ struct Seen {
 };
 
 // Caps scores, takes ALiBi's share off them, and hides what is not visible. seen: of each softmax row, or of all (SEEN
-// 1). hidden: what none of them sees, which `last` decides where they differ.
+// 1). hidden: what none of them sees, by `any`.
 template <int ROWS, int SEEN>
 __device__ __forceinline__ void mask(float (&x)[ROWS][2][2], bool (&hidden)[2][2], const float (&slope)[ROWS],
-                                     const Params& p, const Seen (&seen)[SEEN], const Seen& last, int first, int c) {
+                                     const Params& p, const Seen (&seen)[SEEN], const Seen& any, int first, int c) {
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const int slot = first + row_of(j * 8 + c * 2 + e);
       const bool is_sink = slot < p.sink_size;
-      hidden[j][e] = last.hides(slot, last.age_of(slot, p.ring_size), is_sink);
+      hidden[j][e] = any.hides(slot, any.age_of(slot, p.ring_size), is_sink);
 #pragma unroll
       for (int r = 0; r < ROWS; ++r) {
         const Seen& by = seen[SEEN > 1 ? r : 0];
