@@ -24,7 +24,21 @@ from typing import Annotated
 import torch
 import typer
 from common import RESULTS, SINKS, Output, console, finish, print_table, track, write_csv
-from gpu import SDPA, cold, graph_us, installed, new, operands, read_bandwidth, sizes, title, tried, worth, write_about
+from gpu import (
+    SDPA,
+    cold,
+    counters_of,
+    graph_us,
+    installed,
+    new,
+    operands,
+    read_bandwidth,
+    sizes,
+    title,
+    tried,
+    worth,
+    write_about,
+)
 from matplotlib.figure import Figure
 from torch.nn.attention import sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -50,8 +64,13 @@ def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype,
     if provider.startswith("sinkattn"):
         lengths = torch.randint(capacity, 10 * capacity, (batch,), device="cuda")
         more = sizes(capacity, head_dim) | {"overlap": provider == "sinkattn_overlap"}
-        calls = [lambda kv=kv: op(q, k, v, *kv, lengths, None, rotation, None, None, **more) for kv in pairs]
-        return graph_us(calls)
+        counters = [counters_of(kv) for kv in pairs]  # as a cache has them
+        return graph_us(
+            [
+                lambda kv=kv, one=one: op(q, k, v, *kv, lengths, None, rotation, None, None, arrivals=one, **more)
+                for kv, one in zip(pairs, counters, strict=True)
+            ]
+        )
     if provider in SDPA:
         with sdpa_kernel(SDPA[provider]):
             return graph_us([lambda kv=kv: scaled_dot_product_attention(q, *kv, enable_gqa=True) for kv in pairs])

@@ -69,6 +69,11 @@ def operands(num_heads: int, num_kv_heads: int, batch: int, tokens: int, head_di
     return q, k, v, new(batch, tokens, 2, 2, head_dim // 2, dtype=torch.float32)
 
 
+def counters_of(kv: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """`arrivals` for a cache of one token a row."""
+    return torch.zeros(kv[0].shape[0] * kv[0].shape[1], dtype=torch.int32, device="cuda")
+
+
 def sizes(capacity: int, head_dim: int = 128) -> dict:
     """sinkattn's scalars for a cache of `capacity` tokens."""
     return dict(sink_size=SINKS, window_size=capacity - SINKS, scale=head_dim**-0.5)

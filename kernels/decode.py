@@ -18,7 +18,6 @@ Phases have the names of csrc/cuda/sm80/decode.cu:
 """
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -240,30 +239,6 @@ def _decode_kernel(
             _combine(out, partials, lse, pair, others, GROUP, V_DIM, SPLITS, SPLIT_TILE, COLUMN_TILE)
 
 
-_arrivals: dict[tuple[torch.device, int, int], Tensor] = {}
-
-
-def _arrival_counters(k_cache: Tensor) -> Tensor:
-    """One int32 per row and key head of a cache, zero before a launch and zero again after it.
-
-    They belong to the memory of the cache, because launches that share it never overlap (each writes to it), in
-    whatever streams or CUDA graphs they run. They are kept for good, because graphs remember their address.
-    """
-    key = (k_cache.device, k_cache.data_ptr(), k_cache.shape[0] * k_cache.shape[1])
-    if key not in _arrivals:
-        zeros = functools.partial(torch.zeros, key[2], dtype=torch.int32, device=k_cache.device)
-        if not k_cache.is_cuda:
-            _arrivals[key] = zeros()
-        elif torch.cuda.is_current_stream_capturing():
-            return zeros()  # a cache first met in a capture: the graph zeroes its own counters at every replay
-        else:
-            # In a new thread, as this one may be warming up for torch.compile and allocate from the pool of a graph.
-            with ThreadPoolExecutor(1) as thread:
-                _arrivals[key] = thread.submit(zeros).result()
-            torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
-    return _arrivals[key]
-
-
 @functools.cache
 def _config(
     pairs: int, group: int, ring_size: int, slot_bytes: int, itemsize: int, sms: int, shared: int
@@ -321,6 +296,7 @@ def decode(
     interleaved: bool = False,
     joined_values: Tensor | None = None,
     joined_logits: Tensor | None = None,
+    arrivals: Tensor | None = None,
 ) -> Tensor:
     """`sinkattn.ops.decode`, which states the contract, in one kernel; the floor is at the top of this file."""
     batch, num_heads, _, head_dim = q.shape
@@ -335,10 +311,10 @@ def decode(
     splits = meta["SPLITS"]
     small = lengths, counts, rotation, learned_logits, alibi_slopes, joined_values, joined_logits
     with torch.cuda.device_of(q):
-        partials = arrivals = None
+        partials = None
         if splits > 1:
             partials = q.new_empty(pairs * splits * group * (v_dim + 1), dtype=torch.float32)
-            arrivals = _arrival_counters(k_cache)
+            arrivals = torch.zeros(pairs, dtype=torch.int32, device=q.device) if arrivals is None else arrivals
         _decode_kernel[pairs, splits](
             q, k, v, k_cache, v_cache,
             *(x if x is None else x.contiguous() for x in small), out, partials, arrivals,

@@ -61,10 +61,12 @@ _SCHEMA = (
     "float softcap=0., int rotary_start=0, bool interleaved=False{more}) -> Tensor"
 )
 _JOINED = ", Tensor? joined_values=None, Tensor? joined_logits=None"
+_ARRIVALS = ", Tensor(c!)? arrivals=None"  # of those whose blocks meet in memory
 _SHARING = ", bool overlap=False, int splits=-1, bool cluster=False"  # csrc/cuda's own; splits -1: both are chosen
+_DENSE = ", int dense_window=0"
 ATTENTION = {
-    "decode": _JOINED, "decode_cuda": _JOINED + _SHARING, "decode_triton": _JOINED,
-    **dict.fromkeys(("prefill", "prefill_cuda", "prefill_triton"), ", int dense_window=0"),
+    "decode": _JOINED, "decode_cuda": _JOINED + _ARRIVALS + _SHARING, "decode_triton": _JOINED + _ARRIVALS,
+    "prefill": _DENSE, "prefill_cuda": _DENSE + _ARRIVALS, "prefill_triton": _DENSE,
 }  # fmt: skip
 for _name, _more in ATTENTION.items():
     torch.library.define(f"sinkattn::{_name}", _SCHEMA.format(more=_more))

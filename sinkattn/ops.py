@@ -105,15 +105,19 @@ def _check_inference(**tensors: Tensor) -> None:
 
 
 _compiled: dict[tuple, Callable | None] = {}  # which op of csrc took calls of this kind
-_DECODE_CUDA = torch.ops.sinkattn.decode_cuda.default
-_ALONE = (None, None)  # a decode that nothing joins
+_GPU_ONLY = {  # what else ops for GPUs take, of (arrivals, overlap)
+    torch.ops.sinkattn.decode_cuda.default: slice(2),
+    torch.ops.sinkattn.decode_triton.default: slice(1),
+    torch.ops.sinkattn.prefill_cuda.default: slice(1),
+}
+_NOTHING, _ALONE = slice(0), (None, None)  # of no op for GPUs; a decode that nothing joins
 
 
-def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = (), in_cuda: tuple = ()) -> Tensor:
+def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = (), on_gpu: tuple = ()) -> Tensor:
     """Run a call. The ops of csrc refuse themselves what `_check` refuses, so that calls like earlier ones go there
     at once: the checks in Python take longer than a launch.
 
-    joined: what decode takes besides. in_cuda: arguments that only those of csrc/cuda take.
+    joined: what decode takes besides. on_gpu: what only ops for GPUs take, see `_GPU_ONLY`.
     """
     q, v, arguments = tensors.q, tensors.v, (*tensors, *sizes.of(op), *joined)
     kind = None
@@ -122,7 +126,7 @@ def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = 
         compiled = _compiled.get(kind)
         if compiled is not None and type(q) is Tensor and not _wants_gradients((*tensors[:5], *joined)):
             try:
-                return compiled(*arguments, *(in_cuda if q.is_cuda else ()))
+                return compiled(*arguments, *on_gpu[_GPU_ONLY.get(compiled, _NOTHING)])
             except (RuntimeError, ValueError, TypeError):
                 pass  # nothing is written yet: what follows finds the words, or another op
     if op == "decode" and q.dim() == 4 and q.shape[2] != 1:
@@ -141,7 +145,7 @@ def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = 
                 "%s, backend %r, %s on %s, (heads, dim) %s and %s: %s", *kind[:2], q.dtype, q.device, *shapes, by
             )
         _compiled[kind] = run if run in backends.COMPILED else None
-    return run(*arguments, *(in_cuda if run is _DECODE_CUDA else ()))
+    return run(*arguments, *on_gpu[_GPU_ONLY.get(run, _NOTHING)])
 
 
 def _wants_gradients(tensors: tuple) -> bool:
@@ -167,6 +171,7 @@ def decode(
     rotary_start: int = 0,
     interleaved: bool = False,
     joined: tuple[Tensor, Tensor] | None = None,
+    arrivals: Tensor | None = None,
     overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -196,6 +201,10 @@ def decode(
         joined: what the queries have found among other keys, as `attend_shared` returns it: values (parts, batch,
             num_heads, v_head_dim) and their log-sum-exps (parts, batch, num_heads), float32. Each part joins the
             softmax like a key with this value and this score. None for none.
+        arrivals: (n,) int32 on the GPU, all zero, n >= batch * num_kv_heads: by which blocks that share a key head tell
+            the last of them that it is. **Mutated**, and zero again when the call is done. Whoever keeps a cache keeps
+            one with it; no two calls that may run at a time share one. None: a call that needs it makes one, which
+            takes another launch.
     Scalars:
         sink_size, window_size: tokens. scale: factor of the scores, positive. softcap: 0 for none.
         rotary_start: first rotated dim. interleaved: pairs (2i, 2i + 1) instead of (i, i + r / 2).
@@ -213,7 +222,7 @@ def decode(
     """
     tensors = Tensors(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
     sizes = Sizes(sink_size, window_size, scale, softcap, rotary_start, interleaved)
-    return _run("decode", backend, tensors, sizes, _ALONE if joined is None else tuple(joined), (overlap,))
+    return _run("decode", backend, tensors, sizes, _ALONE if joined is None else tuple(joined), (arrivals, overlap))
 
 
 def attend_shared(
@@ -311,6 +320,7 @@ def prefill(
     rotary_start: int = 0,
     interleaved: bool = False,
     dense_window: int = 0,
+    arrivals: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Append T new tokens to every row and attend as `decode` would token by token: the cut of a text is not seen.
@@ -323,12 +333,13 @@ def prefill(
         dense_window: 0 for streaming. Otherwise tokens, and the call is attended densely: its queries see what the
             cache's window held before the call, ``j > lengths - W``, and of the call all with ``j > t - dense_window``.
             To the sinks, ALiBi then counts on from ``min(lengths, C - 1)``.
+        arrivals: n >= batch * T * num_kv_heads; only few tokens on a GPU need it.
 
     Returns (batch, T, num_heads, v_head_dim), dtype of q, contiguous.
     """
     tensors = Tensors(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
     sizes = Sizes(sink_size, window_size, scale, softcap, rotary_start, interleaved, dense_window)
-    return _run("prefill", backend, tensors, sizes)
+    return _run("prefill", backend, tensors, sizes, (), (arrivals,))
 
 
 def _check_linear(

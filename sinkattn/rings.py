@@ -14,6 +14,8 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from .rope import ProbedLayer
 
+FEW = 16  # tokens a row: steps of so many may be captured, and go by decode
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -109,6 +111,7 @@ class SinkLayer(CacheLayerMixin):
 
     is_compileable = False  # so that `generate` makes no masks of its own
     shared: SharedSinks | None = None
+    _counters: Tensor | None = None
 
     def __init__(self, probed: ProbedLayer, plan: Plan):
         super().__init__()
@@ -132,6 +135,16 @@ class SinkLayer(CacheLayerMixin):
         self.is_initialized, self.shared = True, None
 
     lazy_initialization = allocate
+
+    def counters(self) -> Tensor | None:
+        """`arrivals` of the ops, enough for `FEW` tokens a row; None where no op needs them."""
+        if not self.keys.is_cuda:
+            return None
+        count = FEW * self.keys.shape[0] * self.keys.shape[1]
+        if self._counters is None or (len(self._counters), self._counters.device) != (count, self.keys.device):
+            with torch.inference_mode(False):
+                self._counters = torch.zeros(count, dtype=torch.int32, device=self.keys.device)
+        return self._counters
 
     @property
     def can_share(self) -> bool:

@@ -12,9 +12,8 @@ from torch import Tensor
 from .agreement import BASE, INVERSE, Agreement, digest, powers
 from .graph import Captured
 from .reference import held_positions
-from .rings import Plan, SharedSinks, has_state, layers_of, states_of
+from .rings import FEW, Plan, SharedSinks, has_state, layers_of, states_of
 
-FEW = 16  # tokens a row: steps of so many may be captured
 PIECE = 8  # tokens: a text that is but one piece of so many, over and over, tells nothing
 FIRST = 3  # tokens of every text whose ids are kept at least, to know it by
 SHARED = 8192  # copied sinks, in tokens, that take more time on an H200 than shared ones read apart

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import ops
 from .observe import AttentionRecord
 from .reference import append, attention, held_positions, rotate
-from .rings import SinkLayer
+from .rings import FEW, SinkLayer
 from .rope import Rope
 from .watch import Watch
 
@@ -133,6 +133,8 @@ class Step:
             sizes.update(rotary_start=rope.start, interleaved=rope.interleaved)
         if self.tokens > 1 and layer.is_dense:
             sizes["dense_window"] = 1 << 40
+        if self.tokens <= FEW and layer.sink_reach is None:
+            sizes["arrivals"] = layer.counters()
         if rope is not None and rope.varies:
             out = self._attend_varying(layer, query, key, value, lengths, counts, learned_logits, slopes, sizes)
         else:
@@ -161,7 +163,7 @@ class Step:
             return out
         if query.device not in self._in_ring:
             self._in_ring[query.device] = lengths - layer.sink_size
-        alone = {name: x for name, x in sizes.items() if name != "sink_size"}
+        alone = {name: x for name, x in sizes.items() if name not in ("sink_size", "arrivals")}
         sinks = layer.shared.keys, layer.shared.values
         found = ops.attend_shared(query, *sinks, lengths, rotation, slopes, **alone)
         given = query, key, value, keys, values, self._in_ring[query.device], counts, rotation, learned_logits, slopes

@@ -6,11 +6,8 @@
 
 #include <algorithm>
 #include <array>
-#include <map>
-#include <mutex>
 #include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "../arguments.h"
@@ -95,24 +92,23 @@ cudaStream_t stream_of(int index) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// Counters of a cache's pairs, zero between launches, kept for as long as the process runs: whoever has the cache has
-// them to itself. A cache first met in a capture gets some that the graph zeroes at every replay.
-Tensor arrivals_of(const Tensor& k_cache, int64_t pairs, cudaStream_t stream) {
-  static std::mutex mutex;
-  static auto* kept = new std::map<std::tuple<int, void*, int64_t>, Tensor>;  // never torn down: torch may go first
-  const std::lock_guard lock(mutex);
-  const auto key = std::make_tuple(k_cache.get_device_index(), k_cache.data_ptr(), pairs);
-  if (const auto found = kept->find(key); found != kept->end()) return found->second;
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream, &status), "capture");
-  Tensor made = empty(k_cache, {pairs}, aoti_torch_dtype_int32());
-  check(cudaMemsetAsync(made.data_ptr(), 0, pairs * sizeof(int), stream), "counters");
-  if (status == cudaStreamCaptureStatusNone) kept->emplace(key, made);
-  return made;
+// Counters of pairs, zero between launches: those that were given, or new ones, which a launch of its own makes zero.
+int* arrivals_of(const std::optional<Tensor>& given, const Tensor& like, int64_t pairs, cudaStream_t stream,
+                 std::vector<Tensor>& copies) {
+  if (given) {
+    STD_TORCH_CHECK(given->scalar_type() == ScalarType::Int && given->is_contiguous() && given->numel() >= pairs &&
+                        device_of(*given) == device_of(like),
+                    "sinkattn: arrivals must be int32 on the cache's device, ", pairs, " of them or more");
+    return static_cast<int*>(given->data_ptr());
+  }
+  copies.push_back(empty(like, {pairs}, aoti_torch_dtype_int32()));
+  check(cudaMemsetAsync(copies.back().data_ptr(), 0, pairs * sizeof(int), stream), "counters");
+  return static_cast<int*>(copies.back().data_ptr());
 }
 
 // Decode, of one token a row or a few, into `out`. p: unpacked, as far as prefill has it too.
-void run_decode(const Tensors& x, Params& p, bool overlap, int64_t splits, bool cluster, std::vector<Tensor>& copies) {
+void run_decode(const Tensors& x, Params& p, const std::optional<Tensor>& arrivals, bool overlap, int64_t splits,
+                bool cluster, std::vector<Tensor>& copies) {
   p.q_token = x.q.stride(2), p.k_token = x.k.stride(2), p.v_token = x.v.stride(2);
   if (x.alibi_slopes) p.alibi_slopes = data_of<float>(*x.alibi_slopes, ScalarType::Float, copies);
 
@@ -131,8 +127,7 @@ void run_decode(const Tensors& x, Params& p, bool overlap, int64_t splits, bool 
   if (const int64_t floats = partial_floats(p, sharing)) {
     copies.push_back(empty(x.q, {floats}, aoti_torch_dtype_float32()));
     p.partials = static_cast<float*>(copies.back().data_ptr());
-    copies.push_back(arrivals_of(x.k_cache, int64_t(p.batch) * blocks_of(p) * p.num_kv_heads, stream));
-    p.arrivals = static_cast<int*>(copies.back().data_ptr());
+    p.arrivals = arrivals_of(arrivals, x.k_cache, int64_t(p.batch) * blocks_of(p) * p.num_kv_heads, stream, copies);
   }
   check(decode(p, sharing, device, stream), "launch of decode");
 }
@@ -140,7 +135,7 @@ void run_decode(const Tensors& x, Params& p, bool overlap, int64_t splits, bool 
 using OptionalTensor = std::optional<Tensor>;
 
 Tensor decode_op(const Tensors& x, const Sizes& sizes, OptionalTensor joined_values, OptionalTensor joined_logits,
-                 bool overlap, int64_t splits, bool cluster) {
+                 OptionalTensor arrivals, bool overlap, int64_t splits, bool cluster) {
   STD_TORCH_CHECK(x.q.dim() == 4 && x.q.size(2) == 1, "sinkattn: decode takes one token a row");
   std::vector<Tensor> copies;
   Params p = {};
@@ -148,7 +143,7 @@ Tensor decode_op(const Tensors& x, const Sizes& sizes, OptionalTensor joined_val
   const Joined joined = joined_of(x, joined_values, joined_logits, copies);
   p.joined_values = joined.values, p.joined_logits = joined.logits, p.joined_parts = joined.parts;
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.joined_values) % 16 == 0, "sinkattn: joined must be aligned to 16 bytes");
-  run_decode(x, p, overlap, splits, cluster, copies);
+  run_decode(x, p, arrivals, overlap, splits, cluster, copies);
   return out;
 }
 
@@ -162,7 +157,7 @@ const char* refused_by_prefill(const Tensors& x, const Prefill& p, const Device&
   return device.compute_major == 9 ? nullptr : "GPUs but those of compute capability 9.0";
 }
 
-Tensor prefill_op(const Tensors& x, const Sizes& sizes, int64_t dense_window) {
+Tensor prefill_op(const Tensors& x, const Sizes& sizes, int64_t dense_window, OptionalTensor arrivals) {
   STD_TORCH_CHECK(dense_window >= 0, "sinkattn: dense_window must not be negative");
   std::vector<Tensor> copies;
   Prefill p = {};
@@ -175,7 +170,7 @@ Tensor prefill_op(const Tensors& x, const Sizes& sizes, int64_t dense_window) {
   static_cast<Call&>(few) = p;
   const bool is_faster = p.tokens <= SURELY_FEW || int64_t(p.batch) * p.num_kv_heads <= device.multiprocessors;
   if (dense_window == 0 && (refused || is_faster) && serves(few, {1, false}, device)) {
-    run_decode(x, few, false, -1, false, copies);
+    run_decode(x, few, arrivals, false, -1, false, copies);
     return out;
   }
   STD_TORCH_CHECK(!refused, "sinkattn: the CUDA C++ prefill does not take ", refused);
@@ -240,8 +235,8 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sinkattn, CUDA, m) {
-  m.impl("decode_cuda", TORCH_BOX((&with_arguments<decode_op, OptionalTensor, OptionalTensor, bool, int64_t, bool>)));
-  m.impl("prefill_cuda", TORCH_BOX((&with_arguments<prefill_op, int64_t>)));
+  m.impl("decode_cuda", TORCH_BOX((&with_arguments<decode_op, OptionalTensor, OptionalTensor, OptionalTensor, bool, int64_t, bool>)));
+  m.impl("prefill_cuda", TORCH_BOX((&with_arguments<prefill_op, int64_t, OptionalTensor>)));
   m.impl("linear", TORCH_BOX(&linear_op));
 }
 

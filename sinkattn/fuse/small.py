@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..interface import current
-from ..rows import FEW
+from ..rings import FEW
 from ..step import Step
 from .parts import Norm
 
