@@ -7,6 +7,7 @@ step.
 """
 
 import contextlib
+import copy
 import weakref
 from collections.abc import Callable, Iterator
 from types import BuiltinFunctionType, FunctionType, MethodType
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 
 _put = 0  # modules and parameters put into what was looked at, while any model is patched
 # Where modules that were looked at hold their parts. By the places of these dicts: a shallow copy has the same ones,
@@ -116,6 +118,12 @@ def _traits(module: nn.Module, our_forward: Callable | None) -> Iterator:
 def weights(model: nn.Module) -> tuple:
     """Where all parameters and buffers are, and how they lie there: a CUDA graph reads them so."""
     return tuple(map(place_of, (*model.parameters(), *model.buffers())))
+
+
+def configs(model: nn.Module) -> list[PreTrainedConfig]:
+    """The configs that its modules hold, which a forward may read, as they are now."""
+    held = (x for module in model.modules() for x in vars(module).values() if isinstance(x, PreTrainedConfig))
+    return copy.deepcopy(list({id(x): x for x in held}.values()))
 
 
 def place_of(x: Tensor) -> tuple:

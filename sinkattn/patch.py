@@ -318,9 +318,9 @@ def patch(
 
     What is changed in the model afterwards counts: at once where a hook is registered or a module or parameter is put
     into it (adapters, quantisation, exchanged parts), else from the next prompt on (weights moved by ``.data``, a
-    replaced ``forward``, settings such as a norm's eps, removed and inserted modules, what is written into a module's
-    ``_modules`` or ``_parameters`` themselves; all changes of a model that `torch.compile` wraps). Values written into
-    weights count at once. A module in which something was exchanged runs its own forward. An exchanged attention
+    replaced ``forward``, settings such as a norm's eps or those of the config that a forward reads, removed and inserted
+    modules, what is written into a module's ``_modules`` or ``_parameters`` themselves; all changes of a model that
+    `torch.compile` wraps). Values written into weights count at once. A module in which something was exchanged runs its own forward. An exchanged attention
     module, other rotary frequencies and another attention implementation raise RuntimeError at the next prompt:
     remove(), patch() again. `torch.func.functional_call` is not served, as it changes parameters for one call, unseen.
 

@@ -264,7 +264,7 @@ class Runner:
                 )
         if self.fused is not None:
             self.fused.look(sight)
-        now = sight, changes.weights(self.model)
+        now = sight, changes.weights(self.model), changes.configs(self.model)
         self._version, self._seen = self._version + (now != self._seen), now
         if self._refused:
             return

@@ -38,6 +38,23 @@ def captures(monkeypatch):
     return ran
 
 
+def test_a_setting_of_the_config(repeated):
+    """What a forward reads from it is captured anew with the next prompt, and not while nothing changes."""
+    model, ids = tiny("gemma2"), random_ids(1, 30)
+    with patch(model, S, W) as handle:
+        runner, versions = handle.runner, []
+        for cap in (30.0, 30.0, 0.5, 0.5):
+            model.config.final_logit_softcapping = cap
+            text = Stream(model)
+            text.append(ids)
+            for _ in text.generate(4, do_sample=False, eos_token_id=[]):
+                pass
+            versions.append(runner._version)
+            assert text._logits.abs().max() <= cap
+    assert versions[0] == versions[1] < versions[2] == versions[3]
+    assert repeated.count(True) >= 8
+
+
 class Repeated:
     """Stands for `graph.Captured` on a CPU: a replay runs the step anew, of inputs at fixed places."""
 

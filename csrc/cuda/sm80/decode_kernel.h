@@ -66,8 +66,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
 
   // Turn. What is small is asked for at once, and ahead of tiles, as it would wait behind them: the row's state, its
   // angles, query, new key and value.
-  const int nth = last_token - (p.counts ? tokens - int(p.counts[row]) : 0);  // of the new tokens; below 0: padding
-  const int64_t t = p.lengths[row] + nth;
+  const int64_t length = p.lengths[row], count = p.counts ? p.counts[row] : tokens;  // used later: nothing shall wait
   const T* q = static_cast<const T*>(p.q) + row * p.q_row + int64_t(head) * p.group * p.q_head;
   const T* k = static_cast<const T*>(p.k) + row * p.k_row + head * p.k_head;
   const T* v = static_cast<const T*>(p.v) + row * p.v_row + head * p.v_head;
@@ -149,6 +148,8 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
     const int64_t token = int64_t(row) * tokens + first_token + member / p.group;
     return (token * p.num_kv_heads + head) * p.group + member % p.group;
   };
+  const int nth = last_token - (tokens - int(count));  // of the new tokens; below 0: padding
+  const int64_t t = length + nth;
   T* out = static_cast<T*>(p.out);
   if (nth < 0) {  // for all that share the key head
     if (rank == 0)
