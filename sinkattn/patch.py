@@ -22,7 +22,8 @@ from .interface import IMPLEMENTATION, current
 from .introspect import input_device, untouched
 from .models import trained_length
 from .observe import Observer
-from .probe import Recorder, probe
+from .probe import probe
+from .recorder import Recorder
 from .rings import Plan, SinkLayer
 from .rope import ProbedLayer, UnsupportedModelError
 from .rows import SpareRows
