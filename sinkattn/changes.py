@@ -18,6 +18,8 @@ from torch.nn.modules import module as modules
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedConfig
 
+from .introspect import frequency_buffers, picks_by_length
+
 _put = 0  # modules and parameters put into what was looked at, while any model is patched
 # Where modules that were looked at hold their parts. By the places of these dicts: a shallow copy has the same ones,
 # and a module may not be hashable while it is made.
@@ -131,3 +133,68 @@ def place_of(x: Tensor) -> tuple:
     if type(x) not in (Tensor, nn.Parameter):
         return (id(x),)
     return x.data_ptr(), x.dtype, x.shape, x.stride()
+
+
+class Lookout:
+    """Looks whether a model is still what the patch has found.
+
+    Attributes: version, of what it is computed by: another number after every change that was seen.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.version = model, 0
+        self._seen: tuple | None = None
+        self._made = -1  # as `made` was then
+        self._attending: dict[nn.Module, nn.Module] = {}  # modules that attend, and what they are in
+        self._rotaries: list[tuple[str, Tensor]] = []
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "_seen": (), "_made": -1}  # a copy is looked at anew
+
+    def begin(self, attending: list[nn.Module]) -> None:
+        """Note what was found out and cannot be followed if it changes. attending: the model's attention modules."""
+        owners = {child: module for module in self.model.modules() for child in module.children()}
+        self._attending = {module: owners[module] for module in attending if module in owners}
+        self._rotaries = [
+            (f"{path}.{name}".lstrip("."), getattr(module, name).clone())
+            for path, module in self.model.named_modules()
+            for name in frequency_buffers(module)
+            if not picks_by_length(module)
+        ]
+
+    @property
+    def has_begun(self) -> bool:
+        return bool(self._attending)
+
+    @property
+    def has_looked(self) -> bool:
+        return self._seen is not None
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something was put into a model since the last look."""
+        return self._made != made()
+
+    def look(self, fused) -> None:
+        """See what has changed. fused: the model's `Fused`, which looks as well, or None.
+
+        Raises RuntimeError for changes that sinkattn cannot follow.
+        """
+        self._made = made()
+        for name, was in self._rotaries:
+            now = self.model.get_buffer(name)
+            if not torch.equal(now, was.to(now)):
+                raise RuntimeError(
+                    f"{name} was changed after sinkattn.patch(), which read it: remove() and patch() again"
+                )
+        seen = sight(self.model, {} if fused is None else fused.forwards)
+        for module, owner in self._attending.items():
+            if module not in seen or all(child is not module for child in owner.children()):
+                raise RuntimeError(
+                    f"a {type(module).__name__} was taken out or exchanged after sinkattn.patch(), which found out how "
+                    "it attends: remove() and patch() again"
+                )
+        if fused is not None:
+            fused.look(seen)
+        now = seen, weights(self.model), configs(self.model)
+        self.version, self._seen = self.version + (now != self._seen), now

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import Cache, GenerationMixin, StoppingCriteriaList
 
 from .cache import SinkCache, Unfed
+from .captured import is_plain
 from .introspect import CACHE, named
-from .runner import Runner, is_plain
+from .runner import Runner
 from .turns import go_on, padded_left
 
 
@@ -211,7 +212,7 @@ class Generation:
         mask = model_kwargs.get("attention_mask")
         given = {**model_kwargs, "input_ids": ids[:, held:], CACHE: cache}
         mask = None if mask is None else mask[:, mask.shape[1] - ids.shape[1] + held :].bool()
-        places = self.runner.places_of(given, mask, cache)
+        places = self.runner.pictures.places_of(given, mask, cache)
         if places is None:
             return text
         places = torch.nn.functional.pad(places.movedim(-1, 0), (text.shape[1] - places.shape[1], 0))

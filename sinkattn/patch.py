@@ -86,7 +86,8 @@ class Handle:
             self._restore()
             raise
         self._install()
-        self.runner.keep_in_sight(self._attending)
+        self.runner.lookout.begin(self._attending)
+        self.runner.look()
         self._tell()
 
     def _find_out(
@@ -133,7 +134,7 @@ class Handle:
 
     @property
     def why_eager(self) -> str | None:
-        return self.runner.why_eager
+        return self.runner.captured.why_eager
 
     def _tell(self) -> None:
         """Tell the log in a line what was found of the model, and how it runs."""

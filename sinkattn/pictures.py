@@ -5,6 +5,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from .cache import SinkCache
+
 TEXT = {"input_ids", "attention_mask", "mm_token_type_ids"}  # what is counted besides pictures, column by column
 
 
@@ -18,7 +20,26 @@ class Pictures:
         self.needs = [x.name for x in takes if x.default is inspect.Parameter.empty]
         self.names = {*self.takes, "pixel_values", "pixel_values_videos", "mm_encoder_outputs"} - TEXT
 
-    def places(self, given: dict, mask: Tensor | None) -> Tensor | None:
+    def places_of(self, kwargs: dict, mask: Tensor | None, cache: SinkCache | None) -> Tensor | None:
+        """Three positions of every new token, (batch, tokens, 3), where pictures give them (M-RoPE), else None.
+
+        They go on after the largest that the row has had. Where not the pictures are given, but what has become of
+        them, position_ids, (3 or 4, batch, tokens), say where they stand.
+        """
+        ids, said = kwargs.get("input_ids"), kwargs.get("position_ids")
+        batch, tokens = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
+        if isinstance(said, Tensor) and said.dim() == 3 and said.shape[-1] == tokens:
+            said = said[-3:].movedim(0, -1).expand(batch, -1, 3)
+            if ids is None or kwargs.get("mm_encoder_outputs"):
+                return said
+        else:
+            said = None
+        places = self._counted(kwargs, mask)
+        if places is None:
+            return said
+        return places + cache.top[:, None, None] + 1 if cache is not None and cache.seen else places
+
+    def _counted(self, given: dict, mask: Tensor | None) -> Tensor | None:
         """Time, height and width of every token, (batch, tokens, 3) int64 from 0 on in each row; None without pictures.
 
         given: what a forward was given, of new tokens alone. mask: (batch, tokens) bool or None. Raises ValueError for

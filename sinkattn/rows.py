@@ -32,7 +32,7 @@ class Rows:
         is its place in the text; anchor, (batch, 3), those of token C - 1.
     smallest: slots of the smallest ring and its sinks, tokens: until then nothing is overwritten.
     captured: steps over these tensors (`graph.Captured`), by their tokens. captured_for: what they were captured with;
-        masked: tokens of those whose mask is not all True, see `Runner.replay`. warm: tokens of the steps that have run
+        masked: tokens of those whose mask is not all True, see `CapturedSteps`. warm: tokens of the steps that have run
         and left everything in place.
     """
 

@@ -1,47 +1,32 @@
 """The forward of a patched model: checks what it is given, feeds the model's own forward, joins what comes out.
 
 A step opens on the SinkCache, every position that the model is given is 0 (so that its own rotation is the identity,
-see rope.py), and the attention layers reach the step through interface.py or watch.py. A step of one token is captured
-as a CUDA graph where that is possible, and replayed.
+see rope.py), and the attention layers reach the step through interface.py or watch.py. Small steps are replayed as CUDA
+graphs where that is possible (captured.py).
 """
 
 import contextlib
 import functools
 import inspect
 import itertools
-import logging
 import threading
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import changes
 from .cache import SinkCache
+from .captured import CapturedSteps
+from .changes import Lookout
 from .fuse import Fused
-from .graph import Captured, is_shortage, why_eager
 from .inputs import check_ids, check_values, mask_of
 from .interface import current
-from .introspect import (
-    CACHE_NAMES,
-    bodies_of,
-    cache_name,
-    counts_in_three,
-    embedded_ids,
-    frequency_buffers,
-    named,
-    picks_by_length,
-    takes_positions,
-)
+from .introspect import bodies_of, cache_name, counts_in_three, embedded_ids, named, takes_positions
 from .outputs import copied, cut, finished, joined, without_cache
 from .pictures import Pictures
 from .rings import Plan
 
-# What a step may be given and still be the one that was captured
-PLAIN = {"input_ids", "attention_mask", *CACHE_NAMES, "use_cache", "return_dict", "position_ids", "cache_position",
-         "logits_to_keep", "mm_token_type_ids"}  # fmt: skip
 WATCHED_CHUNK = 512  # of watched attention, which goes on to compute its own (tokens, tokens) scores
 CHUNK = 2048  # tokens of a prompt that go through the model at a time
-logger = logging.getLogger(__name__)
 _ONE_AT_A_TIME = threading.RLock()  # long inputs, whatever thread they come from
 
 
@@ -50,40 +35,24 @@ class Runner:
 
     model: with its own forward still in place. plan: how it attends. cuda_graph: whether steps may be captured.
 
-    Attributes: plan, fused (`Fused`, or None), pictures (`Pictures`, or None), why_eager (why a step of one token does
-    not replay a CUDA graph; None if it does), cache_name (what the model's forward calls the cache).
+    Attributes: plan, fused (`Fused`, or None), pictures (`Pictures`, or None), captured (`CapturedSteps`), lookout
+    (`Lookout`), cache_name (what the model's forward calls the cache).
     """
 
     def __init__(self, model, plan: Plan, cuda_graph: bool):
         self.model, self.plan = model, plan
         self.fused: Fused | None = None
-        self.why_eager = None if cuda_graph else "cuda_graph=False"
-        self._refused = not cuda_graph  # for good, while `why_eager` may change with hooks and devices
-        self._takes_one = False  # whether steps of more tokens cannot be captured
         self._forward = model.forward
-        self._version, self._seen, self._changes = 0, None, -1  # see `look`
-        self._mark = object()  # what is captured reads the weights of this model, and of no copy of it
-        self._attending: dict[nn.Module, nn.Module] = {}
-        self._rotaries: list[tuple[str, Tensor]] = []
+        self.captured, self.lookout = CapturedSteps(model, cuda_graph), Lookout(model)
         counting = counts_in_three(model)
         self.pictures = None if counting is None else Pictures(counting)
         self._takes_positions, self.cache_name = takes_positions(model.forward), cache_name(model.forward)
         self._parameters = tuple(inspect.signature(model.forward).parameters)
 
-    def __getstate__(self) -> dict:
-        return {**vars(self), "_seen": (), "_changes": -1, "_mark": object()}  # a copy is looked at anew
-
-    def keep_in_sight(self, attending: list[nn.Module]) -> None:
-        """Note what was found out and cannot be followed if it changes. attending: the model's attention modules."""
-        owners = {child: module for module in self.model.modules() for child in module.children()}
-        self._attending = {module: owners[module] for module in attending if module in owners}
-        self._rotaries = [
-            (f"{path}.{name}".lstrip("."), getattr(module, name).clone())
-            for path, module in self.model.named_modules()
-            for name in frequency_buffers(module)
-            if not picks_by_length(module)
-        ]
-        self.look()
+    def look(self) -> None:
+        """Follow what has changed in the model. Raises RuntimeError for changes that cannot be followed."""
+        self.lookout.look(self.fused)
+        self.captured.ask(self.plan, tells=self.lookout.has_begun)
 
     def forward(self, *args, **kwargs):
         """The model's own forward over a SinkCache: same arguments, same outputs, streaming logits.
@@ -120,8 +89,8 @@ class Runner:
         mask = mask_of(kwargs.get("attention_mask"), batch, tokens, cache)
         if cache.ended is not None and tokens == 1:
             mask = ~cache.ended[:, None].to(given.device)
-        if (tokens == 1 or cache.are_checked) and self.may_replay(kwargs, cache, tokens):
-            output = self.replay(cache, ids, mask)
+        if ids is not None and (tokens == 1 or cache.are_checked):
+            output = self._replayed(kwargs, cache, ids, mask)
             if output is not None:
                 kept = output.logits if tokens == 1 else output.logits[:, -(kwargs.get("logits_to_keep") or tokens) :]
                 output = copied(type(output)(**{**output, "logits": kept}), cache)
@@ -130,35 +99,14 @@ class Runner:
         is_at_hand = given.device.type == "cpu" and not torch.compiler.is_compiling()
         if ids is not None and (tokens > 1 or is_at_hand):
             check_ids(ids, embedded_ids(self.model))
-        places = self.places_of(kwargs, mask, cache)
-        is_new = tokens > 1 or not cache.seen or self._changes != changes.made()
-        if is_new and self._seen is not None and not torch.compiler.is_compiling():
+        places = None if self.pictures is None else self.pictures.places_of(kwargs, mask, cache)
+        is_new = tokens > 1 or not cache.seen or self.lookout.has_news
+        if is_new and self.lookout.has_looked and not torch.compiler.is_compiling():
             self.look()  # once a prompt, not once a token
         if tokens > 1:
             check_values(tokens, mask, kwargs.get("position_ids"), places, cache)
         with cache.whole():
             return self._run(kwargs, tokens, cache, mask, places, keep_cache)
-
-    def places_of(self, kwargs: dict, mask: Tensor | None, cache: SinkCache | None) -> Tensor | None:
-        """Three positions of every new token, (batch, tokens, 3), where pictures give them (M-RoPE), else None.
-
-        They go on after the largest that the row has had. Where not the pictures are given, but what has become of
-        them, position_ids, (3 or 4, batch, tokens), say where they stand.
-        """
-        if self.pictures is None:
-            return None
-        ids, said = kwargs.get("input_ids"), kwargs.get("position_ids")
-        batch, tokens = (kwargs["inputs_embeds"] if ids is None else ids).shape[:2]
-        if isinstance(said, Tensor) and said.dim() == 3 and said.shape[-1] == tokens:
-            said = said[-3:].movedim(0, -1).expand(batch, -1, 3)
-            if ids is None or kwargs.get("mm_encoder_outputs"):
-                return said
-        else:
-            said = None
-        places = self.pictures.places(kwargs, mask)
-        if places is None:
-            return said
-        return places + cache.top[:, None, None] + 1 if cache is not None and cache.seen else places
 
     def _run(self, kwargs: dict, tokens: int, cache: SinkCache, mask, places, keep_cache: bool):
         """Feed an input, a long one in chunks, and finish what comes out."""
@@ -229,94 +177,14 @@ class Runner:
             pieces.append(self._step(chunk, cache, chunk_mask, chunk_places, forward=forward, ids=chunk_ids))
         return joined(pieces, batch, widths)
 
-    # Steps of one token a row, or a few, captured.
-
-    def may_replay(self, kwargs: dict, cache: SinkCache, tokens: int) -> bool:
-        """Whether a step of one token or a few is one that a CUDA graph holds, as far as the host can tell."""
-        if self._changes != changes.made() and not torch.compiler.is_compiling():
+    def _replayed(self, kwargs: dict, cache: SinkCache, ids: Tensor, mask: Tensor | None):
+        """What a captured step of a token a row or a few gives, until the next one; None where the step has to run."""
+        if self.lookout.has_news and not torch.compiler.is_compiling():
             self.look()
-        if self.why_eager is not None or not cache.seen or tokens not in cache.rows.warm:
-            return False
-        if not is_plain(kwargs):
-            return False
-        if tokens > 1 and (self._takes_one or not isinstance(kwargs.get("logits_to_keep") or 0, int)):
-            return False
-        return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
-
-    def look(self) -> None:
-        """Find out what has changed in the model: what it is computed by, and whether its steps can be captured.
-
-        Raises RuntimeError for changes that sinkattn cannot follow.
-        """
-        self._changes = changes.made()
-        for name, was in self._rotaries:
-            now = self.model.get_buffer(name)
-            if not torch.equal(now, was.to(now)):
-                raise RuntimeError(
-                    f"{name} was changed after sinkattn.patch(), which read it: remove() and patch() again"
-                )
-        sight = changes.sight(self.model, self.fused.forwards if self.fused is not None else {})
-        for module, owner in self._attending.items():
-            if module not in sight or all(child is not module for child in owner.children()):
-                raise RuntimeError(
-                    f"a {type(module).__name__} was taken out or exchanged after sinkattn.patch(), which found out how "
-                    "it attends: remove() and patch() again"
-                )
-        if self.fused is not None:
-            self.fused.look(sight)
-        now = sight, changes.weights(self.model), changes.configs(self.model)
-        self._version, self._seen = self._version + (now != self._seen), now
-        if self._refused:
-            return
-        known, self.why_eager = self.why_eager, why_eager(self.model)
-        if any(layer.rope is not None and layer.rope.varies for layer in self.plan.layers.values()):
-            self.why_eager = "its rotary frequencies change with the length of a row: S + W exceeds its trained length"
-        if self._attending and self.why_eager not in (None, known):
-            logger.info("steps of %s run eagerly: %s", type(self.model).__name__, self.why_eager)
-
-    @torch.no_grad()
-    def replay(self, cache: SinkCache, ids: Tensor, mask: Tensor | None):
-        """A few tokens a row as a graph, which is captured if there is none: for whoever knows that `may_replay`.
-
-        ids, mask: (batch, tokens). Returns the model's output, which the next step overwrites, or None if the step
-        could not be captured and has not run.
-        """
-        device = ids.device.type
-        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        rows, wanted, tokens = cache.rows, (self._mark, self._version, cache.has_places, autocast), ids.shape[1]
-        if rows.captured_for != wanted:
-            rows.captured.clear()
-            rows.captured_for = wanted
-        if tokens not in rows.captured:
-            try:
-                run = functools.partial(self._few_tokens, cache)
-                rows.captured[tokens] = Captured(run, ids.device, ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
-            except RuntimeError as error:
-                self._cannot_capture(error, tokens)
-                return None
-            finally:
-                cache.cancel()
-            rows.masked.discard(tokens)
-        captured = rows.captured[tokens]
-        if mask is None and tokens in rows.masked:
-            captured.inputs["mask"].fill_(True)
-            rows.masked.remove(tokens)
-        elif mask is not None:
-            rows.masked.add(tokens)
-        cache.tear()
-        output = captured(ids=ids) if mask is None else captured(ids=ids, mask=mask)
-        cache.count(tokens, are_known=True)
-        return output
-
-    def _cannot_capture(self, error: RuntimeError, tokens: int) -> None:
-        """Steps of one token, or those of several, run eagerly from now on; of one not for good if memory lacked."""
-        why, name = f"capturing its step failed: {error}", type(self.model).__name__
-        if tokens > 1:
-            self._takes_one = True
-            logger.info("steps of several tokens of %s run eagerly: %s", name, why)
-            return
-        self.why_eager, self._refused = why, not is_shortage(error)
-        logger.info("steps of %s run eagerly: %s", name, why)
+        if not self.captured.serve(kwargs, cache, ids.shape[1]):
+            return None
+        run = functools.partial(self._few_tokens, cache)
+        return self.captured.replay(cache, ids, mask, self.lookout.version, run)
 
     @torch.no_grad()
     def logits(self, cache: SinkCache, ids: Tensor, mask: Tensor | None, keep: int = 1, are_checked: bool = False):
@@ -324,8 +192,8 @@ class Runner:
         which the next step may overwrite. are_checked: whether the ids are known to be right: it may be a replay then.
         """
         is_wrapped = getattr(self.model.forward, "call", None) != self.forward  # by somebody else, since the patch
-        if are_checked and cache.plan is self.plan and not is_wrapped and self.may_replay({}, cache, ids.shape[1]):
-            output = self.replay(cache, ids, mask)
+        if are_checked and cache.plan is self.plan and not is_wrapped:
+            output = self._replayed({}, cache, ids, mask)
             if output is not None:
                 return output.logits[:, -keep:]
         kept = {"logits_to_keep": keep} if "logits_to_keep" in self._parameters else {}
@@ -400,9 +268,3 @@ def _standing_in(module: torch.nn.Module, forward):
             vars(module).pop("forward", None)
         else:
             module.forward = had
-
-
-def is_plain(kwargs: dict, *more: str) -> bool:
-    """Whether nothing is asked of a step but the next logits; more: other names that may be given."""
-    given = (name for name, value in kwargs.items() if value is not None and value is not False)
-    return all(name in PLAIN or name in more for name in given)

@@ -257,7 +257,7 @@ class Stream(StreamTexts):
     def _may_capture(self, settings: Choice) -> Callable[[], bool]:
         """Asks whether what chooses may be captured now."""
         is_possible = self._device.type == "cuda" and settings.may_be_captured
-        return lambda: is_possible and self._runner.why_eager is None
+        return lambda: is_possible and self._runner.captured.why_eager is None
 
     def _next_ids(self, settings: Choice, watched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         scores = settings.scores(self._logits, self._cache.rows.held)

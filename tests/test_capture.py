@@ -9,7 +9,7 @@ import torch
 from helpers import endless, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, patch
-from sinkattn.runner import Runner
+from sinkattn.captured import CapturedSteps
 from tiny import tiny
 
 S, W = 4, 10
@@ -27,14 +27,14 @@ def test_why_a_step_runs_eagerly():
 @pytest.fixture
 def captures(monkeypatch):
     """How many captured steps ran."""
-    ran, replay = [], Runner.replay
+    ran, replay = [], CapturedSteps.replay
 
     def counted(self, *args):
         output = replay(self, *args)
         ran.append(output is not None)
         return output
 
-    monkeypatch.setattr(Runner, "replay", counted)
+    monkeypatch.setattr(CapturedSteps, "replay", counted)
     return ran
 
 
@@ -49,7 +49,7 @@ def test_a_setting_of_the_config(repeated):
             text.append(ids)
             for _ in text.generate(4, do_sample=False, eos_token_id=[]):
                 pass
-            versions.append(runner._version)
+            versions.append(runner.lookout.version)
             assert text._logits.abs().max() <= cap
     assert versions[0] == versions[1] < versions[2] == versions[3]
     assert repeated.count(True) >= 8
@@ -70,8 +70,8 @@ class Repeated:
 @pytest.fixture
 def repeated(monkeypatch, captures):
     """Steps on a CPU take the way of captured ones. Gives `captures`."""
-    monkeypatch.setattr("sinkattn.runner.Captured", Repeated)
-    monkeypatch.setattr("sinkattn.runner.why_eager", lambda model: None)
+    monkeypatch.setattr("sinkattn.captured.Captured", Repeated)
+    monkeypatch.setattr("sinkattn.captured.why_eager", lambda model: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     return captures
 
@@ -262,7 +262,8 @@ def test_copies_of_a_patched_model(captures):
             assert torch.equal(texts.setdefault(i, found), found)
         assert all(captures)
         for one in models:
-            one._sinkattn.runner.why_eager, one._sinkattn.runner._refused = "a test", True
+            steps = one._sinkattn.runner.captured
+            steps.why_eager, steps._refused = "a test", True
         for i, one in enumerate(models):
             assert torch.equal(one.generate(ids, **asked), texts[i])
     assert not torch.equal(texts[0], texts[1]) and not torch.equal(texts[1], texts[2])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from sinkattn import Stream, ops, patch, runner
+from sinkattn import Stream, captured, ops, patch
 from tiny import tiny
 
 
@@ -72,9 +72,9 @@ def test_why_steps_run_eagerly_is_told_once(told, monkeypatch):
     model = tiny("llama")
     patch(model, 4, 6)
     for reason in ("a hook", "a hook", "an adapter"):
-        monkeypatch.setattr(runner, "why_eager", lambda _, reason=reason: reason)
+        monkeypatch.setattr(captured, "why_eager", lambda _, reason=reason: reason)
         model(torch.ones(1, 5, dtype=torch.int64))
-    assert told(".runner") == [
+    assert told(".captured") == [
         ("INFO", f"steps of LlamaForCausalLM run eagerly: {reason}") for reason in ("a hook", "an adapter")
     ]
 
