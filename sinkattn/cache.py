@@ -6,18 +6,20 @@ import operator
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from . import saved
+from . import keeping, saved
 from .agreement import Agreement
 from .introspect import input_device
 from .rings import Plan, has_state, layers_of
+from .rollback import take_back
 from .rows import Rows
 from .step import Step
+from .unfed import Unfed
 
 
 def _in_a_step(name: str) -> Callable[..., Any]:
@@ -28,26 +30,6 @@ def _in_a_step(name: str) -> Callable[..., Any]:
         return getattr(Cache, name)(self, *args, **kwargs)
 
     return method
-
-
-class Unfed(NamedTuple):
-    """The last choice of an answer, which is not fed yet.
-
-    ids: (batch, 1). ended: (batch,) bool, rows that it is not of, or None. columns: of the answer, with this one.
-    """
-
-    ids: Tensor
-    ended: Tensor | None
-    columns: int
-
-    def picked(self, index: Tensor) -> "Unfed":
-        ids, ended = (None if x is None else x.index_select(0, index.to(x.device)) for x in self[:2])
-        return Unfed(ids, ended, self.columns)
-
-    def without(self, rows: Tensor) -> "Unfed":
-        """Not of these rows either, index (n,) int64."""
-        ended = torch.zeros_like(self.ids[:, 0], dtype=torch.bool) if self.ended is None else self.ended
-        return self._replace(ended=ended.index_fill(0, rows.to(ended.device), True))
 
 
 class SinkCache(Cache):
@@ -102,7 +84,7 @@ class SinkCache(Cache):
         """What the host knows of an empty text."""
         self.seen = 0
         self.has_places = False  # whether places are not positions any more
-        self._all_known = True  # whether all was fed as ids
+        self.all_known = True  # whether all was fed as ids
         self._goes_on = False  # whether the step under way is but a piece of an input
         self.ended: Tensor | None = None  # (batch,) bool, rows that `generate` feeds nothing any more
         self.unfed: Unfed | None = None  # what it chose last
@@ -175,7 +157,7 @@ class SinkCache(Cache):
         """Raise ValueError if this cache cannot take `batch` rows of ids on `device`, of the model that has `plan`."""
         if plan is not self.plan:
             raise ValueError("this SinkCache was made for another model, or for an earlier patch of this one")
-        self._check_whole()
+        self.check_whole()
         if self.seen and batch != self.batch_size:
             raise ValueError(
                 f"this SinkCache holds {self.batch_size} rows and cannot go on with {batch}; reset() it or make another"
@@ -185,7 +167,7 @@ class SinkCache(Cache):
                 f"this SinkCache holds device {self.lengths.device}, the input is on {device}: make a new one"
             )
 
-    def _check_whole(self) -> None:
+    def check_whole(self) -> None:
         if self.is_torn:
             raise ValueError("an earlier call was interrupted half-way and left this cache torn; reset() it")
 
@@ -254,13 +236,13 @@ class SinkCache(Cache):
     def count(self, tokens: int, are_known: bool) -> None:
         """What the end of a step changes on the host; the last thing of it."""
         self.unfed, self.is_searched = None, False
-        self._all_known = self._all_known and are_known
+        self.all_known = self.all_known and are_known
         self.changes += 1
         self.seen += tokens
         self.is_torn = self._goes_on
 
     @contextlib.contextmanager
-    def _changing(self) -> Iterator[None]:
+    def changing(self) -> Iterator[None]:
         """Whatever else changes the rows: left half-way, the cache is torn."""
         was_torn, self.is_torn = self.is_torn, True
         self.changes += 1
@@ -315,7 +297,7 @@ class SinkCache(Cache):
     def compare(self, ids: Tensor, mask: Tensor) -> list[Agreement]:
         """How texts, (batch, n) ids and mask (0 for left padding), agree with what the rows hold, row by row."""
         ids, mask = ids.to(self.lengths), mask.to(self.lengths)
-        return self.rows.compare(ids, mask.sum(1), self._all_known)
+        return self.rows.compare(ids, mask.sum(1), self.all_known)
 
     def picked(self, index: Tensor, may_share: bool = False) -> "SinkCache":
         """A cache of its own with a copy of some rows, index (n,) int64. may_share: see `Rows.picked`."""
@@ -327,11 +309,20 @@ class SinkCache(Cache):
 
     def put(self, index: Tensor, other: "SinkCache") -> None:
         """Let the rows `index`, (n,) int64, go on as the n rows of another cache, once `picked` from this one."""
-        with self._changing(), torch.inference_mode(False), torch.no_grad():
-            for mine, new in zip(self.rows.tensors(), other.rows.tensors(), strict=True):
-                mine.index_copy_(0, index.to(mine.device), new)
-            self._all_known, self.seen = self._all_known and other._all_known, max(self.seen, other.seen)
-            if other.unfed is None and self.unfed is not None:
+        self.overwrite(index, other.rows.named(), other.all_known, other.seen, keeps_unfed=other.unfed is not None)
+
+    def overwrite(
+        self, index: Tensor, new: dict[str, Tensor], all_known: bool, seen: int, keeps_unfed: bool = False
+    ) -> None:
+        """Write other texts over rows, index (n,) int64. new: as `Rows.named` has them, (n, ...) each.
+
+        all_known, seen: of these texts. keeps_unfed: whether what was chosen last in the rows is theirs.
+        """
+        with self.changing(), torch.inference_mode(False), torch.no_grad():
+            for name, mine in self.rows.named().items():
+                mine.index_copy_(0, index.to(mine.device), new[name])
+            self.all_known, self.seen = self.all_known and all_known, max(self.seen, seen)
+            if self.unfed is not None and not keeps_unfed:
                 self.unfed = self.unfed.without(index)
 
     def repeat(self, n: int) -> "SinkCache":
@@ -341,7 +332,7 @@ class SinkCache(Cache):
 
         n: at least 1. Raises ValueError for less, and if the cache is empty or torn.
         """
-        self._check_holds()
+        self.check_holds()
         if n < 1:
             raise ValueError(f"n={n}: it needs at least one copy")
         index = torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(n)
@@ -349,13 +340,13 @@ class SinkCache(Cache):
 
     def forget(self, index: Tensor) -> None:
         """Forget the texts of some rows, index (n,) int64, and keep the memory, and the sinks that they share."""
-        with self._changing():
+        with self.changing():
             self.rows.forget(index)
             self.unfed = None if self.unfed is None else self.unfed.without(index)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other rows: row i becomes what row ``beam_idx[i]`` was. Any number of them."""
-        with self._changing():
+        with self.changing():
             self._use(self.rows.reordered(beam_idx))
             self.unfed = None if self.unfed is None else self.unfed.picked(beam_idx)
 
@@ -366,8 +357,8 @@ class SinkCache(Cache):
 
     # Texts outside of the cache.
 
-    def _check_holds(self) -> None:
-        self._check_whole()
+    def check_holds(self) -> None:
+        self.check_whole()
         if self.rows is None or not self.seen:
             raise ValueError("this SinkCache is empty")
 
@@ -377,7 +368,7 @@ class SinkCache(Cache):
         path: what stands there is replaced once the new file is whole. docs/keeping.md has the format.
         Raises ValueError if the cache is empty or torn; OSError if the file cannot be written.
         """
-        saved.write(path, self.texts("cache"))
+        saved.write(path, keeping.texts_of(self, "cache"))
 
     @classmethod
     def load(cls, model: nn.Module, path: str | os.PathLike) -> "SinkCache":
@@ -392,58 +383,8 @@ class SinkCache(Cache):
         network = cast(Any, model)._sinkattn.model
         with torch.inference_mode(False), torch.no_grad():
             network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=input_device(network)), past_key_values=cache)
-        texts.check_fits(cache.plan, cache.rows.named())
-        cache.become(texts)
+        keeping.become(cache, texts)
         return cache
-
-    def become(self, texts: saved.Texts) -> None:
-        """Hold texts that fit and nothing else; the text that is there, of one row, shows how the model keeps it."""
-        self.reorder_cache(self.lengths.new_zeros(len(texts)))
-        self.hold(texts, torch.arange(len(texts), device=self.lengths.device))
-        if (columns := texts.about["columns"]) is not None:
-            ids, ended = (texts.on(f"unfed.{name}", self.lengths.device).clone() for name in ("ids", "ended"))
-            self.unfed = Unfed(ids, ended, columns)
-        self.has_places, self.is_searched = texts.about["has_places"], texts.about["is_searched"]
-
-    @torch.no_grad()
-    def texts(self, kind: str, index: Tensor | None = None, more: dict[str, Tensor] | None = None) -> saved.Texts:
-        """What `save` puts into a file. index: (n,) int64, of some rows, whose tensors are then copied in any case and
-        beside what comes next; None for all. more: tensors, (batch, ...) each, that whoever holds the cache adds.
-        """
-        self._check_holds()
-        tensors, columns = {**self.rows.named(), **(more or {})}, None
-        if self.unfed is not None:
-            columns, ids, ended = self.unfed.columns, self.unfed.ids, self.unfed.ended
-            ended = torch.zeros_like(ids[:, 0], dtype=torch.bool) if ended is None else ended
-            tensors |= {"unfed.ids": ids, "unfed.ended": ended}
-        facts = dict(
-            kind=kind,
-            rows=self.batch_size if index is None else len(index),
-            seen=self.seen,
-            has_places=self.has_places,
-            all_known=self._all_known,
-            is_searched=self.is_searched,
-            columns=columns,
-        )
-        about = saved.about_of(self.plan, self.lengths.device, **facts)
-        if index is None:
-            return saved.Texts(about, {name: x.cpu() for name, x in self.rows.with_sinks(tensors).items()})
-        tensors = {name: x.index_select(0, index.to(x.device)) for name, x in tensors.items()}
-        return saved.Texts(about, *saved.on_host(self.rows.with_sinks(tensors)))
-
-    def hold(self, texts: saved.Texts, index: Tensor) -> None:
-        """Let the rows `index`, (n,) int64, go on as n texts that fit.
-
-        Raises ValueError, before anything is changed, for texts with other sinks than those that the rows share, to the
-        bit: of the same tokens, but computed in another batch, they may be others.
-        """
-        about, held = texts.about, self.rows.named()
-        new = self.rows.without_sinks({name: texts.on(name, mine.device) for name, mine in held.items()})
-        with self._changing(), torch.inference_mode(False), torch.no_grad():
-            for name, mine in held.items():
-                mine.index_copy_(0, index.to(mine.device), new[name])
-            self._all_known, self.seen = self._all_known and about["all_known"], max(self.seen, about["seen"])
-            self.unfed = None if self.unfed is None else self.unfed.without(index)
 
     # Tokens taken back.
 
@@ -479,44 +420,4 @@ class SinkCache(Cache):
             return
         if self.rows is None:
             raise ValueError(f"{taken} tokens cannot be taken back: this SinkCache is empty")
-        self.take_back(torch.full_like(self.lengths, taken), columns=taken)
-
-    @property
-    def bound(self) -> str:
-        """Why no more tokens can be taken back, and what to do, in words."""
-        if self.rows.shares_sinks:
-            return f"the {self.plan.sink_size} sinks that the rows share stay; reset() the cache"
-        return (
-            f"a cache that has wrapped keeps slack={self.plan.slack} for that; give patch() a larger slack, or reset() "
-            "the cache"
-        )
-
-    def take_back(self, counts: Tensor, columns: int = 0, refeeds: bool = False) -> Callable[[], None]:
-        """`crop` by different counts, (batch,) int64. columns: by how many `seen` shrinks. refeeds: whether every row
-        that loses tokens gets the first of them again, so that one more than slack can be taken back.
-
-        Returns what undoes it, as long as nothing was fed since.
-        """
-        self.activate_past_recording()
-        self._check_whole()
-        room = self.rows.room(refeeds)
-        if bool((counts > room).any()):
-            at = int((counts > room).nonzero()[0])
-            raise ValueError(
-                f"row {at} can take back {int(room[at])} of its {int(self.lengths[at])} tokens now, not "
-                f"{int(counts[at])}: {self.bound}"
-            )
-        rows, seen, unfed = self.rows, self.seen, self.unfed
-        before = [x.clone() for x in (rows.lengths, rows.digest)]
-        with self._changing():
-            rows.take_back(counts, int(counts.max()))
-            self.seen -= columns
-            self.unfed = None
-
-        def undo() -> None:
-            with self._changing():
-                for x, was in zip((rows.lengths, rows.digest), before, strict=True):
-                    x.copy_(was)
-                self.seen, self.unfed = seen, unfed
-
-        return undo
+        take_back(self, torch.full_like(self.lengths, taken), columns=taken)

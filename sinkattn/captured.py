@@ -1,4 +1,4 @@
-"""The steps of a model that are CUDA graphs: those of one token a row, or a few, which ones may be, and their replay."""
+"""Steps of one token a row, or a few, as CUDA graphs: which of a model's may be, their capture and their replay."""
 
 import logging
 from collections.abc import Callable

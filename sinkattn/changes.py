@@ -138,37 +138,30 @@ def place_of(x: Tensor) -> tuple:
 class Lookout:
     """Looks whether a model is still what the patch has found.
 
-    Attributes: version, of what it is computed by: another number after every change that was seen.
+    Attributes: version, of what it is computed by: another number after every change that was seen; seen, what the last
+    look saw, None before the first; attending, its modules that attend, and what they are in: empty before `begin`.
     """
 
     def __init__(self, model: nn.Module):
         self.model, self.version = model, 0
-        self._seen: tuple | None = None
+        self.seen: tuple | None = None
         self._made = -1  # as `made` was then
-        self._attending: dict[nn.Module, nn.Module] = {}  # modules that attend, and what they are in
+        self.attending: dict[nn.Module, nn.Module] = {}
         self._rotaries: list[tuple[str, Tensor]] = []
 
     def __getstate__(self) -> dict:
-        return {**vars(self), "_seen": (), "_made": -1}  # a copy is looked at anew
+        return {**vars(self), "seen": (), "_made": -1}  # a copy is looked at anew
 
     def begin(self, attending: list[nn.Module]) -> None:
         """Note what was found out and cannot be followed if it changes. attending: the model's attention modules."""
         owners = {child: module for module in self.model.modules() for child in module.children()}
-        self._attending = {module: owners[module] for module in attending if module in owners}
+        self.attending = {module: owners[module] for module in attending if module in owners}
         self._rotaries = [
             (f"{path}.{name}".lstrip("."), getattr(module, name).clone())
             for path, module in self.model.named_modules()
             for name in frequency_buffers(module)
             if not picks_by_length(module)
         ]
-
-    @property
-    def has_begun(self) -> bool:
-        return bool(self._attending)
-
-    @property
-    def has_looked(self) -> bool:
-        return self._seen is not None
 
     @property
     def has_news(self) -> bool:
@@ -188,7 +181,7 @@ class Lookout:
                     f"{name} was changed after sinkattn.patch(), which read it: remove() and patch() again"
                 )
         seen = sight(self.model, {} if fused is None else fused.forwards)
-        for module, owner in self._attending.items():
+        for module, owner in self.attending.items():
             if module not in seen or all(child is not module for child in owner.children()):
                 raise RuntimeError(
                     f"a {type(module).__name__} was taken out or exchanged after sinkattn.patch(), which found out how "
@@ -197,4 +190,4 @@ class Lookout:
         if fused is not None:
             fused.look(seen)
         now = seen, weights(self.model), configs(self.model)
-        self.version, self._seen = self.version + (now != self._seen), now
+        self.version, self.seen = self.version + (now != self.seen), now

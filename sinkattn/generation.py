@@ -10,11 +10,12 @@ import transformers
 from torch import Tensor
 from transformers import Cache, GenerationMixin, StoppingCriteriaList
 
-from .cache import SinkCache, Unfed
+from .cache import SinkCache
 from .captured import is_plain
 from .introspect import CACHE, named
 from .runner import Runner
 from .turns import go_on, padded_left
+from .unfed import Unfed
 
 
 @dataclass

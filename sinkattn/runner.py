@@ -52,7 +52,7 @@ class Runner:
     def look(self) -> None:
         """Follow what has changed in the model. Raises RuntimeError for changes that cannot be followed."""
         self.lookout.look(self.fused)
-        self.captured.ask(self.plan, tells=self.lookout.has_begun)
+        self.captured.ask(self.plan, tells=bool(self.lookout.attending))
 
     def forward(self, *args, **kwargs):
         """The model's own forward over a SinkCache: same arguments, same outputs, streaming logits.
@@ -101,7 +101,7 @@ class Runner:
             check_ids(ids, embedded_ids(self.model))
         places = None if self.pictures is None else self.pictures.places_of(kwargs, mask, cache)
         is_new = tokens > 1 or not cache.seen or self.lookout.has_news
-        if is_new and self.lookout.has_looked and not torch.compiler.is_compiling():
+        if is_new and self.lookout.seen is not None and not torch.compiler.is_compiling():
             self.look()  # once a prompt, not once a token
         if tokens > 1:
             check_values(tokens, mask, kwargs.get("position_ids"), places, cache)

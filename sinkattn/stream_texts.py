@@ -8,10 +8,11 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from . import saved
+from . import keeping, saved
 from .cache import SinkCache
 from .graph import Repeated
 from .introspect import input_device
+from .rollback import check_room, take_back
 from .runner import Runner
 from .speculate import Rounds
 
@@ -180,13 +181,8 @@ class StreamTexts:
             raise ValueError(f"row {at} holds {int(cache.lengths[at])} tokens: reset() it, or take back fewer")
         cache.activate_past_recording()
         most = cache.rows.room(True) - counts + asked
-        if bool((asked > most).any()):
-            at = int((asked > most).nonzero()[0])
-            raise ValueError(
-                f"row {at} can take back {max(int(most[at]), 0)} of its {int(cache.lengths[at])} tokens now, not "
-                f"{int(asked[at])} (refused proposals count too): {cache.bound}, or the row"
-            )
-        cache.take_back(counts, columns=1, refeeds=True)
+        check_room(cache, asked, most, " (refused proposals count too)", ", or the row")
+        take_back(cache, counts, columns=1, refeeds=True)
         ids = cache.rows.next_id()  # what was taken back last lies there still
         self._ended[index] = False
         self._late = []
@@ -285,7 +281,7 @@ class StreamTexts:
         cache, kept = self.cache, {name: self._kept()[name] for name in KEPT}
         one = {name: x[:1] for name, x in cache.rows.named().items()}
         texts.check_fits(cache.plan, {**cache.rows.with_sinks(one), **kept})
-        cache.hold(texts, index)
+        keeping.hold(cache, texts, index)
         for name, x in kept.items():
             x.index_copy_(0, index, texts.on(name, self._device))
         self._follow(kept)
@@ -293,11 +289,11 @@ class StreamTexts:
     @torch.inference_mode(False)
     @torch.no_grad()
     def texts(self, index: Tensor | None = None) -> saved.Texts:
-        """What `save` puts into a file. index: (n,) int64, of some rows, see `SinkCache.texts`; None for all."""
+        """What `save` puts into a file. index: (n,) int64, of some rows, see `keeping.texts_of`; None for all."""
         self._check_whole()
         if self._logits is None:
             raise ValueError("this Stream is empty")
-        texts = self.cache.texts("stream", index, self._kept())
+        texts = keeping.texts_of(self.cache, "stream", index, self._kept())
         if index is None:
             texts.tensors["generator"] = saved.random_state(self._device)
         return texts
@@ -328,8 +324,7 @@ class StreamTexts:
         cache = self._cache
         ids = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
         logits = self._runner.logits(cache, ids, None)[:, -1]
-        texts.check_fits(cache.plan, {**cache.rows.named(), "logits": logits})
-        cache.become(texts)
+        keeping.become(cache, texts, {"logits": logits})
         self._follow({name: texts.on(name, self._device).clone() for name in (*KEPT, *LATE) if name in texts.tensors})
 
     def _undo_round(self) -> None:

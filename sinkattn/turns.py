@@ -12,6 +12,7 @@ from torch import Tensor
 from .agreement import Agreement
 from .cache import SinkCache
 from .introspect import CACHE
+from .rollback import bound, take_back
 
 BY_TOKEN = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids")  # a column for each token
 
@@ -80,7 +81,7 @@ def go_on(model, cache: SinkCache, ids: Tensor, pad: int | None, kwargs: dict) -
                 )
             back, undo = torch.tensor([row.back for row in rows], device=cache.lengths.device), None
             if any(row.back for row in rows):
-                undo = cache.take_back(back, refeeds=True)
+                undo = take_back(cache, back, refeeds=True)
             kwargs["attention_mask"] = _history(cache, new, real).to(ids.dtype)
             return undo
         if any(row.seems_meant for row in telling):
@@ -109,7 +110,7 @@ def _why_not(cache: SinkCache, row: Agreement) -> str:
     if not row.is_same:
         return "what is forgotten cannot be taken back: reset() it or make another"
     if row.back > row.room:
-        return f"it can take back {row.room} tokens now, not {row.back}: {cache.bound}, or make another"
+        return f"it can take back {row.room} tokens now, not {row.back}: {bound(cache)}, or make another"
     return f"too little of it agrees to take {row.back} tokens back: crop() or reset() it, or make another"
 
 
@@ -131,7 +132,7 @@ def _drop_pads(model, cache: SinkCache, pad: int) -> None:
     is_pad &= fed.shape[1] - torch.arange(fed.shape[1], device=device) <= room[:, None]
     if is_pad.any():
         behind = is_pad.cumsum(1) > 0  # all from the first of them on is taken back, and fed again without them
-        cache.take_back(behind.sum(1), refeeds=True)
+        take_back(cache, behind.sum(1), refeeds=True)
         if (again := behind & ~is_pad).any():
             order = again.int().argsort(dim=1, stable=True)
             _feed(model, cache, fed.gather(1, order), again.gather(1, order))

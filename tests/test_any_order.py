@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from helpers import plain, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, patch
+from sinkattn.rollback import take_back
 
 S, W, SLACK = 3, 6, 4
 C = S + W
@@ -82,7 +83,7 @@ class OneCache(RuleBasedStateMachine):
     def generate(self, data, steps, how):
         texts, ids, mask = self.new(self.lengths(data))
         behind = self.chosen or [[] for _ in texts]
-        if how == "history" and all(self.texts) and self.cache._all_known and not self.is_blank():
+        if how == "history" and all(self.texts) and self.cache.all_known and not self.is_blank():
             whole = [a + b + c for a, b, c in zip(self.texts, behind, texts, strict=True)]
             width = max(map(len, whole)) + data.draw(st.integers(0, 2))
             ids = torch.tensor([[0] * (width - len(x)) + x for x in whole])
@@ -104,7 +105,7 @@ class OneCache(RuleBasedStateMachine):
     def is_blank(self):
         return all(len(set(text)) < 3 for text in self.texts)
 
-    @precondition(lambda self: all(len(text) > 2 for text in self.texts) and self.cache._all_known)
+    @precondition(lambda self: all(len(text) > 2 for text in self.texts) and self.cache.all_known)
     @rule(data=st.data())
     def edit(self, data):
         """A history with one token changed goes on from there, if that can be taken back, or nothing is fed."""
@@ -136,8 +137,8 @@ class OneCache(RuleBasedStateMachine):
         more = torch.tensor(counts)
         more[row] = self.room(row) + 1
         with pytest.raises(ValueError, match=f"row {row} can take back {self.room(row)} of its {len(self.texts[row])}"):
-            self.cache.take_back(more)
-        self.cache.take_back(torch.tensor(counts))
+            take_back(self.cache, more)
+        take_back(self.cache, torch.tensor(counts))
         self.texts = [text[: len(text) - n] for text, n in zip(self.texts, counts, strict=True)]
         self.chosen = None
 

@@ -8,6 +8,7 @@ import torch
 from helpers import plain
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, ops, patch
+from sinkattn.rollback import take_back
 from tiny import FAMILIES, ROPES, tiny
 
 S, W, SLACK = 4, 10, 5
@@ -97,7 +98,7 @@ def test_rows_go_back_by_different_counts(name):
             part = torch.cat((text[0, : n - back[row]], ids_of(1, int(back[row]))[0]))
             padded[row, 40 - n :], mask[row, 40 - n :] = part, 1
         model(padded, attention_mask=mask, past_key_values=cache)
-        cache.take_back(back)
+        take_back(cache, back)
         assert cache.lengths.tolist() == [37, 28, 9]
         for step in range(2 * C - 5):
             now = cache.lengths.tolist()

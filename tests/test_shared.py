@@ -10,6 +10,7 @@ import real
 from helpers import left_padded, plain, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, ops, patch, rows
+from sinkattn.rollback import take_back
 from tiny import FAMILIES, ROPES, tiny
 
 S, W, SLACK = 70, 20, 5
@@ -216,7 +217,7 @@ def test_rewind_as_far_as_the_sinks(both):
     assert shared.lengths[1] == S + 1
     cache = shared.cache
     with pytest.raises(ValueError, match="row 1 can take back 1 "):
-        cache.take_back(torch.tensor([0, 2, 0, 0]))
+        take_back(cache, torch.tensor([0, 2, 0, 0]))
 
 
 def test_moved_and_saved(both, tmp_path):
