@@ -1,7 +1,6 @@
 """Stream: one endless text, or a batch of them, with nothing that grows."""
 
 import functools
-import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
+from .arguments import count
 from .choice import Choice
 from .graph import Repeated
 from .speculate import Draft, Lookup, Rounds
@@ -83,7 +83,7 @@ class Stream(StreamTexts):
         settings = Choice.of(self.model, generation_config, options, self._device)
         generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
         if max_new_tokens is not None:
-            max_new_tokens = _count("max_new_tokens", max_new_tokens, 0)
+            max_new_tokens = count("max_new_tokens", max_new_tokens, 0)
         if draft is None and prompt_lookup_num_tokens is None:
             if num_assistant_tokens is not None:
                 raise ValueError("num_assistant_tokens is of a draft, and there is none")
@@ -91,9 +91,9 @@ class Stream(StreamTexts):
         if draft is not None and prompt_lookup_num_tokens is not None:
             raise ValueError("give a draft or prompt_lookup_num_tokens, not both")
         if draft is None:
-            k = _count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 1)
+            k = count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 1)
         else:
-            k = _count("num_assistant_tokens", 4 if num_assistant_tokens is None else num_assistant_tokens, 1)
+            k = count("num_assistant_tokens", 4 if num_assistant_tokens is None else num_assistant_tokens, 1)
         plan = self._cache.plan
         self._cache.activate_past_recording()
         if plan.prefill == "dense":
@@ -271,17 +271,6 @@ class Stream(StreamTexts):
         if settings.ends:
             self._ended |= settings.ends_text(ids)
         return ids, fed, torch.cat((fed.any()[None], ids))
-
-
-def _count(name: str, n: Any, least: int) -> int:
-    """n as a whole number of tokens. Raises ValueError for what is none, and for less than `least`."""
-    try:
-        count = operator.index(n)
-    except TypeError:
-        count = -1
-    if isinstance(n, bool) or count < least:
-        raise ValueError(f"{name}={n!r}: it needs a whole number of tokens, at least {least}")
-    return count
 
 
 def _put(streamer: BaseStreamer | None, given: Tensor) -> None:

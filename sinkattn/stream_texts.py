@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import keeping, saved
+from .arguments import Rows, counts_of, ids_of, index_of, mask_of
 from .cache import SinkCache
 from .graph import Repeated
 from .introspect import input_device
@@ -16,7 +17,6 @@ from .rollback import check_room, take_back
 from .runner import Runner
 from .speculate import Rounds
 
-Rows = Sequence[int] | Tensor
 OneStream = TypeVar("OneStream", bound="StreamTexts")
 KEPT = ("logits", "ended", "waiting")  # what saved texts have besides the cache
 LATE = ("late.ids", "late.fed")  # and if something was fed and not yielded yet
@@ -72,14 +72,8 @@ class StreamTexts:
         Raises TypeError for what are no ids; ValueError for an empty prompt, in any row, another batch size, rows that
         are not there, right padding or ids the model has no embedding for. Nothing is fed then.
         """
-        ids, mask = self._ids_of(input_ids), None
-        if attention_mask is not None:
-            mask = torch.as_tensor(attention_mask, device=self._device)
-            if mask.numel() != ids.numel():
-                raise ValueError(f"attention_mask {tuple(mask.shape)} does not fit input_ids {tuple(ids.shape)}")
-            mask = mask.reshape(ids.shape)
-            if empty := (~mask.bool().any(1)).nonzero().flatten().tolist():
-                raise ValueError(f"an empty prompt: row {empty[0]} of input_ids is nothing but padding")
+        ids = ids_of(input_ids, self._device)
+        mask = None if attention_mask is None else mask_of(attention_mask, ids)
         self._check_whole()
         if rows is None:
             index = torch.arange(len(ids), device=self._device)
@@ -100,22 +94,6 @@ class StreamTexts:
         self._ended[index] = False
         self._waiting.difference_update(index.tolist())
         self._late, self._changes = [], self._cache.changes
-
-    def _ids_of(self, input_ids: Tensor | Sequence) -> Tensor:
-        """(batch, tokens) int64, on the model's device."""
-        try:
-            ids = torch.as_tensor(input_ids, device=self._device)
-        except (TypeError, ValueError, RuntimeError) as error:  # text, or what a tokenizer returns
-            raise TypeError(
-                f"append takes ids, (batch, tokens), not this {type(input_ids).__name__} ({error}): "
-                'tokenizer(text, return_tensors="pt").input_ids'
-            ) from error
-        ids = ids[None] if ids.dim() == 1 else ids
-        if ids.dim() != 2 or ids.numel() == 0:
-            raise ValueError(f"input_ids {tuple(ids.shape)}: an empty prompt, or not (batch, tokens)")
-        if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
-            raise TypeError(f"input_ids are {ids.dtype}; they need an integer dtype")
-        return ids.long()
 
     def _check_whole(self) -> None:
         """Raise ValueError if the logits at hand are not those behind the text."""
@@ -139,7 +117,7 @@ class StreamTexts:
         if rows is None and (self._logits is None or self._cache.is_torn or self._cache.shares_sinks):
             vars(self).update(vars(type(self)(self.model)))  # begin anew, at once
             return
-        index = self._index_of(range(len(self._ended)) if rows is None else rows)
+        index = self._index_of(self._all if rows is None else rows)
         if rows is not None:
             self._check_whole()
         self.cache.forget(index)
@@ -158,15 +136,8 @@ class StreamTexts:
         changed then.
         """
         self._check_whole()
-        index = self._index_of(range(0 if self._ended is None else len(self._ended)) if rows is None else rows)
-        try:
-            taken = torch.as_tensor(n, device=self._device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"n={n!r}: it needs a number of tokens, or one for each row") from error
-        if taken.is_floating_point() or taken.dtype == torch.bool or taken.dim() > 1 or bool((taken < 0).any()):
-            raise ValueError(f"n={n}: it needs a number of tokens, or one for each row")
-        if taken.dim() == 1 and len(taken) != len(index):
-            raise ValueError(f"n has {len(taken)} numbers, for {len(index)} rows")
+        index = self._index_of(self._all if rows is None else rows)
+        taken = counts_of(n, index)
         cache, counts = self.cache, torch.zeros(len(self._ended), dtype=torch.int64, device=self._device)
         counts[index] = taken
         asked = counts.clone()
@@ -275,7 +246,7 @@ class StreamTexts:
             self._cache = other._cache
             self._follow(other._kept())
             return
-        index = self._index_of(range(0 if self._ended is None else len(self._ended)) if rows is None else rows)
+        index = self._index_of(self._all if rows is None else rows)
         if len(index) != len(texts):
             raise ValueError(f"{len(texts)} texts, for {len(index)} rows of the Stream")
         cache, kept = self.cache, {name: self._kept()[name] for name in KEPT}
@@ -349,17 +320,13 @@ class StreamTexts:
         logits = self._runner.logits(self._cache, ids, mask, are_checked=True)[:, -1]
         self._logits.copy_(logits if fed is None else torch.where(fed[:, None], logits, self._logits))
 
+    @property
+    def _all(self) -> range:
+        """The rows that there are."""
+        return range(0 if self._ended is None else len(self._ended))
+
     def _index_of(self, rows: Rows) -> Tensor:
-        named = torch.as_tensor(list(rows) if isinstance(rows, range) else rows)
-        held = 0 if self._ended is None else len(self._ended)
-        if named.dtype == torch.bool:
-            if named.shape != (held,):
-                raise ValueError(f"rows is a mask {tuple(named.shape)}: this Stream holds {held} rows")
-            named = named.nonzero()
-        index = named.long().flatten().tolist()
-        if not index or len(set(index)) < len(index) or min(index) < 0 or max(index) >= held:
-            raise ValueError(f"rows={index}: this Stream holds {held} rows, name some of them, each once")
-        return torch.tensor(index, device=self._device)
+        return index_of(rows, len(self._all), self._device)
 
 
 @functools.cache
