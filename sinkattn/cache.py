@@ -294,6 +294,19 @@ class SinkCache(Cache):
             self.rows.reset()
         self._begin()
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Take other rows: row i becomes what row ``beam_idx[i]`` was. Any number of them."""
+        with self.changing():
+            self._use(self.rows.reordered(beam_idx))
+            self.unfed = None if self.unfed is None else self.unfed.picked(beam_idx)
+
+    batch_select_indices = reorder_cache  # type: ignore[assignment]  # its argument has another name there
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.reorder_cache(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(repeats))
+
+    # Rows that go their own ways.
+
     def compare(self, ids: Tensor, mask: Tensor) -> list[Agreement]:
         """How texts, (batch, n) ids and mask (0 for left padding), agree with what the rows hold, row by row."""
         ids, mask = ids.to(self.lengths), mask.to(self.lengths)
@@ -343,17 +356,6 @@ class SinkCache(Cache):
         with self.changing():
             self.rows.forget(index)
             self.unfed = None if self.unfed is None else self.unfed.without(index)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take other rows: row i becomes what row ``beam_idx[i]`` was. Any number of them."""
-        with self.changing():
-            self._use(self.rows.reordered(beam_idx))
-            self.unfed = None if self.unfed is None else self.unfed.picked(beam_idx)
-
-    batch_select_indices = reorder_cache  # type: ignore[assignment]  # its argument has another name there
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self.reorder_cache(torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(repeats))
 
     # Texts outside of the cache.
 

@@ -288,8 +288,7 @@ def _standard_tables(config, head_dims: set[int], capacity: int) -> list[_Table]
     bases = {10000.0} | {float(getattr(config, name)) for name in names if getattr(config, name, None)}
     made = []
     for base, rotated in itertools.product(sorted(bases), range(max(head_dims), 0, -2)):
-        frequencies = (
-            1.0 / base ** (torch.arange(0, rotated, 2) / rotated)
-        ).double()  # float32, as models compute them
+        exponents = torch.arange(0, rotated, 2) / rotated
+        frequencies = (1.0 / base**exponents).double()  # of float32, as models compute them
         made.append(_Table(frequencies[None], torch.zeros(capacity + 1, dtype=torch.int64), lambda f=frequencies: f))
     return made
