@@ -53,6 +53,7 @@ CUDA_SOURCES = {  # file, the slowest to compile first: the GPUs it is for
     "sm90/prefill": HOPPER,
     "sm90/linear_wide": HOPPER,
     "sm80/linear": AMPERE,
+    "sm80/stack": AMPERE,
     "sm90/gather": HOPPER,
 }
 

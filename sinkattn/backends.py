@@ -81,6 +81,17 @@ torch.library.define(
     "str activation) -> Tensor",
 )
 
+torch.library.define(
+    "sinkattn::stack_state",
+    "(Tensor x, int inner, int num_heads, int num_kv_heads, int head_dim, int layers, int slots) -> Tensor",
+)
+torch.library.define(  # of fuse/stack.py alone: the table holds addresses
+    "sinkattn::stack",
+    "(Tensor x, Tensor table, Tensor lengths, Tensor? counts, Tensor? rotation, Tensor(a!) state, int inner, "
+    "int num_heads, int num_kv_heads, int head_dim, int slots, float scale, int rotary_start, bool interleaved, "
+    "float norm_eps, float norm_shift, float head_eps, float head_shift, str activation) -> Tensor",
+)
+
 
 def check_devices(tensors: tuple) -> None:
     """Raise ValueError if not all tensors among the items are where the first is."""

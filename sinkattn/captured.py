@@ -53,10 +53,13 @@ class CapturedSteps:
         return not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
     @torch.no_grad()
-    def replay(self, cache: SinkCache, ids: Tensor, mask: Tensor | None, version: int, run: Callable):
+    def replay(
+        self, cache: SinkCache, ids: Tensor, mask: Tensor | None, version: int, run: Callable, prepare: Callable | None
+    ):
         """A few tokens a row as a graph, which is captured if there is none: for whoever knows that it may be.
 
-        ids, mask: (batch, tokens). version: of the model. run: the step, of ids and mask.
+        ids, mask: (batch, tokens). version: of the model. run: the step, of ids and mask. prepare: is given the rows
+        before their step of one token is captured.
         Returns what `run` returns, which the next step overwrites, or None if the step could not be captured and has
         not run.
         """
@@ -67,6 +70,8 @@ class CapturedSteps:
             rows.captured.clear()
             rows.captured_for = wanted
         if tokens not in rows.captured:
+            if prepare is not None and tokens == 1:
+                prepare(rows)
             try:
                 rows.captured[tokens] = Captured(run, ids.device, ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))
             except RuntimeError as error:

@@ -184,7 +184,9 @@ class Runner:
         if not self.captured.serve(kwargs, cache, ids.shape[1]):
             return None
         run = functools.partial(self._few_tokens, cache)
-        return self.captured.replay(cache, ids, mask, self.lookout.version, run)
+        stack = None if self.fused is None else self.fused.stack
+        prepare = None if stack is None else stack.prepare
+        return self.captured.replay(cache, ids, mask, self.lookout.version, run, prepare)
 
     @torch.no_grad()
     def logits(self, cache: SinkCache, ids: Tensor, mask: Tensor | None, keep: int = 1, are_checked: bool = False):

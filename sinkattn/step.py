@@ -106,6 +106,13 @@ class Step:
             self.cache.observer.attended((layer_idx, call), record)
         return out
 
+    def append_to(self, rings: list[SinkLayer], layer_idx: list[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Note that one kernel appends to these rings, and attends. What it needs to know: lengths, counts, rotation."""
+        self._calls.update(dict.fromkeys(layer_idx, 0))
+        self.written = True
+        rope, device = rings[0].rope, rings[0].keys.device
+        return self.rows.lengths, self.counts, None if rope is None else self._rotation(rope, device)
+
     def _attend(self, layer: SinkLayer, query, key, value, scale, softcap, learned_logits) -> Tensor:
         if layer.is_initialized and not layer.fits(key) and self.cache.seen:
             raise ValueError(

@@ -23,7 +23,7 @@ __device__ void wait_for_launch() {
 // A grid to be launched. What can be refused is found out by `allow_shared`, before anything is launched.
 struct Grid {
   cudaLaunchConfig_t config = {};
-  cudaLaunchAttribute attributes[2] = {};
+  cudaLaunchAttribute attributes[3] = {};
 
   Grid(dim3 blocks, int threads, int shared_bytes, cudaStream_t stream) {
     config.gridDim = blocks, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared_bytes;
@@ -39,6 +39,11 @@ struct Grid {
     cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {unsigned(blocks), 1, 1};
+  }
+  void all_resident() {  // at once, or nothing is launched
+    cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
   }
   // Lets the kernel, which is loaded if it was not, take the shared memory.
   template <typename Kernel>

@@ -14,6 +14,7 @@
 #include "decode.h"
 #include "linear.h"
 #include "prefill.h"
+#include "stack.h"
 
 // Only torch builds for CUDA have it, and this library must link without one.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
@@ -232,9 +233,80 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
   return out;
 }
 
+// The sizes of a stack, laid out in `memory`; the bytes of that.
+int64_t lay_out_stack(Stack& p, const Tensor& x, int64_t inner, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                      int64_t layers, int64_t slots, void* memory, const Device& device) {
+  const ScalarType dtype = x.scalar_type();
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_cuda() && x.is_contiguous() && x.size(0) <= MAX_STACK_ROWS && num_kv_heads > 0 &&
+                      num_heads % num_kv_heads == 0 && (dtype == ScalarType::Half || dtype == ScalarType::BFloat16),
+                  "sinkattn: stack takes contiguous x (1 or 2 rows, hidden) on a GPU, float16 or bfloat16");
+  Call& c = p.call;
+  c.batch = int(x.size(0)), c.num_kv_heads = int(num_kv_heads), c.group = int(num_heads / num_kv_heads), c.tokens = 1;
+  c.head_dim = c.v_dim = int(head_dim), c.is_bfloat16 = dtype == ScalarType::BFloat16;
+  p.hidden = int(x.size(1)), p.inner = int(inner), p.num_layers = int(layers);
+  return lay_out(p, int(slots), memory, device);
+}
+
+// What a stack keeps between launches, zero at first; nothing for sizes that are not served.
+Tensor stack_state_op(const Tensor& x, int64_t inner, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                      int64_t layers, int64_t slots) {
+  const int index = x.get_device_index();
+  const Device& device = properties_of(index);
+  torch::stable::accelerator::DeviceGuard guard(index);
+  Stack p = {};
+  const int64_t bytes = lay_out_stack(p, x, inner, num_heads, num_kv_heads, head_dim, layers, slots, nullptr, device);
+  if (!serves(p, device)) return empty(x, {0}, aoti_torch_dtype_int32());
+  Tensor state = empty(x, {bytes / 4}, aoti_torch_dtype_int32());
+  check(cudaMemsetAsync(state.data_ptr(), 0, bytes, stream_of(index)), "state of a stack");
+  return state;
+}
+
+Tensor stack_op(const Tensor& x, const Tensor& table, const Tensor& lengths, const OptionalTensor& counts,
+                const OptionalTensor& rotation, const Tensor& state, int64_t inner, int64_t num_heads,
+                int64_t num_kv_heads, int64_t head_dim, int64_t slots, double scale, int64_t rotary_start,
+                bool interleaved, double norm_eps, double norm_shift, double head_eps, double head_shift,
+                const std::string& activation) {
+  STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == int64_t(sizeof(StackLayer) / 8) && table.is_contiguous() &&
+                      table.scalar_type() == ScalarType::Long && state.scalar_type() == ScalarType::Int &&
+                      state.is_contiguous() && reinterpret_cast<uintptr_t>(state.data_ptr()) % 16 == 0 &&
+                      reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0,
+                  "sinkattn: table must be int64 (layers, entries), state int32, all aligned to 16 bytes");
+  for (const auto* tensor : {&table, &lengths, &state, counts ? &*counts : &x, rotation ? &*rotation : &x})
+    STD_TORCH_CHECK(device_of(*tensor) == device_of(x), "sinkattn: all tensors must be on one device");
+  const int index = x.get_device_index();
+  const Device& device = properties_of(index);
+  torch::stable::accelerator::DeviceGuard guard(index);
+  std::vector<Tensor> copies;
+  Stack p = {};
+  const int64_t bytes = lay_out_stack(p, x, inner, num_heads, num_kv_heads, head_dim, table.size(0), slots,
+                                      state.data_ptr(), device);
+  STD_TORCH_CHECK(serves(p, device) && state.numel() * 4 == bytes, "sinkattn: state is not that of such a stack");
+  Call& c = p.call;
+  c.interleaved = interleaved, c.query_scale = float(1.4426950408889634 * scale);
+  STD_TORCH_CHECK(has_shape(lengths, {c.batch}) && (!counts || has_shape(*counts, {c.batch})),
+                  "sinkattn: lengths and counts must be (rows,)");
+  c.lengths = data_of<int64_t>(lengths, ScalarType::Long, copies);
+  if (counts) c.counts = data_of<int64_t>(*counts, ScalarType::Long, copies);
+  if (rotation) {
+    STD_TORCH_CHECK(rotation->dim() == 5 && has_shape(*rotation, {c.batch, 1, 2, 2, rotation->size(4)}),
+                    "sinkattn: rotation must be (rows, 1, 2, 2, r / 2)");
+    c.rotary_start = int(rotary_start), c.rotary_half = int(rotation->size(4));
+    if (c.rotary_half > 0) c.rotation = data_of<float>(*rotation, ScalarType::Float, copies);
+  }
+  p.layers = static_cast<const StackLayer*>(table.data_ptr()), p.activation = activation_of(activation);
+  p.norm_eps = float(norm_eps), p.norm_shift = float(norm_shift), p.head_eps = float(head_eps);
+  p.head_shift = float(head_shift);
+  Tensor out = empty_like(x, {c.batch, p.hidden});
+  p.x = x.data_ptr(), p.out = out.data_ptr();
+  check(stack(p, device, stream_of(index)), "launch of stack");
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sinkattn, CUDA, m) {
+  m.impl("stack", TORCH_BOX(&stack_op));
+  m.impl("stack_state", TORCH_BOX(&stack_state_op));
   m.impl("decode_cuda", TORCH_BOX((&with_arguments<decode_op, OptionalTensor, OptionalTensor, OptionalTensor, bool, int64_t, bool>)));
   m.impl("prefill_cuda", TORCH_BOX((&with_arguments<prefill_op, int64_t, OptionalTensor>)));
   m.impl("linear", TORCH_BOX(&linear_op));

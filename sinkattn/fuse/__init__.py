@@ -2,6 +2,7 @@
 
     forms.py   Attention: q, k and v as one product, attention over the cache (which turns them by itself), output
                Layer: norm, attention, residual, norm, gated MLP, residual; five kernels for few rows
+    stack.py   Stack: all layers as one kernel, for one token of few rows
     small.py   any other linear layer, for few rows; any other RMSNorm; the module that makes rotary tables
     parts.py   what they are made of, held by its place
 
@@ -22,6 +23,7 @@ from ..observe import Observer
 from .forms import Attention, Form, Layer
 from .parts import FusedLinear, Norm, Place, is_plain
 from .small import ConstantRotary, FewRowsLinear, FusedNorm
+from .stack import Stack
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 class Fused:
     """What is computed otherwise on a model: found when made, in force after `apply`, and gone after `undo`.
 
-    what: "layers" or "attention". observer: of a short text that has run through the model.
+    what: "model", "layers" or "attention". observer: of a short text that has run through the model.
     """
 
     def __init__(self, model: nn.Module, what: str, observer: Observer):
@@ -38,18 +40,21 @@ class Fused:
         self.attentions = self._usual(Attention, [(module, observer.of) for module in attending])
         of = {attention.module: attention for attention in self.attentions}
         self.layers, others = [], [ConstantRotary(module) for module in model.modules() if _is_rotary(module)]
-        if what == "layers":
+        if what != "attention":
             pairs = [(module, of[child]) for module in model.modules() for child in module.children() if child in of]
             self.layers = self._usual(Layer, [(module, observer.of, attention) for module, attention in pairs])
         self.linears: list[FusedLinear] = [x for a in self.attentions for x in (a.projection, a.output)]
         self.linears += [x for layer in self.layers for x in (layer.gate_up, layer.down)]
-        if what == "layers":
+        if what != "attention":
             taken = {part for linear in self.linears for part in linear.parts}
             others += [FewRowsLinear(module) for module in model.modules() if is_plain(module) and module not in taken]
             places = [Place(owner, name) for owner in model.modules() for name, _ in owner.named_children()]
             norms = {p.part: p for p in places if "RMSNorm" in type(p.part).__name__}
             others += [FusedNorm(m, norm) for m, place in norms.items() if (norm := Norm.of(place)) is not None]
         self.replaced = [*self.attentions, *self.layers, *others]
+        self.stack = Stack.of(self.layers, observer.of) if what == "model" else None
+        for layer in self.layers:
+            layer.stack = self.stack
 
     def _usual(self, form: type[Form], modules: list[tuple]) -> list:
         """Those modules that have a form; modules: what `Form.of` takes. The log is told why others have not."""

@@ -225,7 +225,12 @@ class Attention(Form):
 
 
 class Layer(Form):
-    """A decoder layer: ``h = x + attention(norm(x))``, then ``h + down(act(gate(norm(h))) * up(norm(h)))``."""
+    """A decoder layer: ``h = x + attention(norm(x))``, then ``h + down(act(gate(norm(h))) * up(norm(h)))``.
+
+    stack: `Stack` that it is one of the layers of, or None.
+    """
+
+    stack = None
 
     def __init__(self, module, record: ModuleRecord, attention: Attention, norms, mlp: nn.Module, gated, activation):
         super().__init__(module, record)
@@ -273,6 +278,9 @@ class Layer(Form):
         inner = self.attention
         if step is None or not inner.is_valid or inner.module.training or any(x.weight is None for x in self.products):
             return self.original(hidden_states, *args, **kwargs)
+        stacked = None if self.stack is None else self.stack(self, step, hidden_states)
+        if stacked is not None:
+            return self.returned(stacked)
         x = hidden_states.flatten(0, 1)
         y = product(x, self.attention.projection, self.norms[0]).unflatten(0, hidden_states.shape[:2])
         x = product(self.attention.attend(step, y).flatten(0, 1), self.attention.output, residual=x)

@@ -28,7 +28,7 @@ struct Seen {
   int from;   // where the sinks see the query
 
   __device__ Seen() {}
-  __device__ Seen(const Params& p, int64_t t) : slots(p.sink_size + p.ring_size) {
+  __device__ Seen(const Call& p, int64_t t) : slots(p.sink_size + p.ring_size) {
     const bool in_ring = t >= p.sink_size;
     const int64_t written = t - p.sink_size;
     const int ring_slot = written >> 31 ? int(written % p.ring_size) : int(written) % p.ring_size;  // 64 bits take long

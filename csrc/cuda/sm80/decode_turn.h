@@ -11,7 +11,7 @@ struct Turn {
   int other;
   float cos[2], sin[2];
   __device__ Turn() {}
-  __device__ Turn(const Params& p, int64_t row, int dim) : other(dim), cos{1, 1}, sin{0, 0} {
+  __device__ Turn(const Call& p, int64_t row, int dim) : other(dim), cos{1, 1}, sin{0, 0} {
     const int i = dim - p.rotary_start, half = p.rotary_half;
     if (!p.rotation || i < 0 || i >= 2 * half) return;
     const bool is_first = p.interleaved ? i % 2 == 0 : i < half;

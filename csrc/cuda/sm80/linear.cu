@@ -14,77 +14,17 @@
 
 #include "../activate.h"
 #include "../launch.h"
-#include "../numbers.h"
+#include "linear_parts.h"
 
 namespace sinkattn::cuda {
 namespace {
 
-constexpr int KC = 64, PIECES = KC / 8, ROWS_AT_A_TIME = 32 / PIECES;  // of a warp's copy: 16 bytes a lane
 constexpr int WARPS = 16, THREADS = WARPS * 32;
-constexpr int MAX_STAGES = 8;
-
-__device__ void copy_once(unsigned shared, const void* global, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "l"(policy)
-               : "memory");
-}
-__device__ void copy(unsigned shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-__device__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until all but the last `pending` < MAX_STAGES groups of copies are there.
-__device__ void wait_for_copies(int pending) {
-  switch (pending) {
-    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
-    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
-    case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
-    case 4: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
-    case 5: asm volatile("cp.async.wait_group 5;" ::: "memory"); break;
-    case 6: asm volatile("cp.async.wait_group 6;" ::: "memory"); break;
-    case 7: asm volatile("cp.async.wait_group 7;" ::: "memory"); break;
-    default: asm volatile("cp.async.wait_group 0;" ::: "memory");
-  }
-}
-
-__device__ float2 to_floats(__half2 x) { return __half22float2(x); }
-__device__ float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
-template <typename T>
-__device__ auto from_floats(float x, float y) {
-  if constexpr (std::is_same_v<T, __half>)
-    return __floats2half2_rn(x, y);
-  else
-    return __floats2bfloat162_rn(x, y);
-}
-
-// 8 numbers of x, normalised.
-template <typename T>
-__device__ uint4 normal(uint4 x, uint4 weight, float scale, float shift) {
-  using Two = decltype(from_floats<T>(0, 0));
-  Two* a = reinterpret_cast<Two*>(&x);
-  const Two* w = reinterpret_cast<const Two*>(&weight);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const float2 n = to_floats(a[i]);
-    if (shift == 0) {
-      a[i] = __hmul2(w[i], from_floats<T>(n.x * scale, n.y * scale));
-    } else {
-      const float2 v = to_floats(w[i]);
-      a[i] = from_floats<T>((shift + v.x) * (n.x * scale), (shift + v.y) * (n.y * scale));
-    }
-  }
-  return x;
-}
-
 // Rows of the weight that a block multiplies at a time, with an activation half of them gates.
 template <int TILES>
 constexpr int ROWS = 16 * TILES;
 template <int TILES>
 constexpr int SUMS = ROWS<TILES> + 4;  // how far sums for a row of x lie apart, so that lanes meet different banks
-
-// A stage of a ring: pieces of 16 bytes, PIECES for each row of the weight, of x, and for the norm's weight. 8 lanes,
-// which read 4 pieces of two neighbouring rows at a time, meet 32 different banks.
-__device__ int place(int row, int piece) { return row * PIECES + (piece ^ (row & 1) << 2); }
 
 // Blocks share the results evenly, `size` at a time. TILES of 16 rows of the weight, COLUMNS of 8 rows of x.
 template <typename T, int TILES, int COLUMNS>
