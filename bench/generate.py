@@ -58,7 +58,31 @@ LARGE = dict(QWEN, hidden_size=5120, num_hidden_layers=40, num_attention_heads=4
 SHAPES = {
     "llama-2-7b": ("Llama", dict(LLAMA, vocab_size=32000, intermediate_size=11008)),
     "llama-3-8b": ("Llama", dict(LLAMA, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)),
+    "llama-3.2-1b": (
+        "Llama",
+        dict(
+            vocab_size=128256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            tie_word_embeddings=True,
+        ),
+    ),
     "qwen3-0.6b": ("Qwen3", dict(SMALL, intermediate_size=3072)),
+    "smollm2-135m": (
+        "Llama",
+        dict(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+        ),
+    ),
     "qwen3-14b": ("Qwen3", dict(LARGE, intermediate_size=17408)),
     "tiny": ("Llama", dict(TINY, intermediate_size=96, vocab_size=128)),
 }

@@ -48,13 +48,6 @@ import real  # noqa: E402
 REAL = ("how", "proposals", "tokens", "same_text", "rounds", "taken", "ms_per_token", "alone_ms")
 SHAPES = ("model", "draft", "batch", "proposals", "chance", "ms_per_token", "alone_ms", "times")
 DEVICE = torch.device(default_device())
-generate.SHAPES["smollm2-135m"] = (
-    "Llama",
-    dict(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
-        num_key_value_heads=3, tie_word_embeddings=True,
-    ),
-)  # fmt: skip
 
 
 class Stated(speculate.Rounds):

@@ -62,11 +62,12 @@ _SCHEMA = (
 )
 _JOINED = ", Tensor? joined_values=None, Tensor? joined_logits=None"
 _ARRIVALS = ", Tensor(c!)? arrivals=None"  # of those whose blocks meet in memory
-_SHARING = ", bool overlap=False, int splits=-1, bool cluster=False"  # csrc/cuda's own; splits -1: both are chosen
+_OVERLAP = ", bool overlap=False"  # csrc/cuda's own, as what follows it; splits -1: both are chosen
+_SHARING = _OVERLAP + ", int splits=-1, bool cluster=False"
 _DENSE = ", int dense_window=0"
 ATTENTION = {
     "decode": _JOINED, "decode_cuda": _JOINED + _ARRIVALS + _SHARING, "decode_triton": _JOINED + _ARRIVALS,
-    "prefill": _DENSE, "prefill_cuda": _DENSE + _ARRIVALS, "prefill_triton": _DENSE,
+    "prefill": _DENSE, "prefill_cuda": _DENSE + _ARRIVALS + _OVERLAP, "prefill_triton": _DENSE,
 }  # fmt: skip
 for _name, _more in ATTENTION.items():
     torch.library.define(f"sinkattn::{_name}", _SCHEMA.format(more=_more))

@@ -54,7 +54,7 @@ class CapturedSteps:
 
     @torch.no_grad()
     def replay(
-        self, cache: SinkCache, ids: Tensor, mask: Tensor | None, version: int, run: Callable, prepare: Callable | None
+        self, cache: SinkCache, ids: Tensor, mask: Tensor | None, version: int, run: Callable, prepare: Callable
     ):
         """A few tokens a row as a graph, which is captured if there is none: for whoever knows that it may be.
 
@@ -70,7 +70,7 @@ class CapturedSteps:
             rows.captured.clear()
             rows.captured_for = wanted
         if tokens not in rows.captured:
-            if prepare is not None and tokens == 1:
+            if tokens == 1:
                 prepare(rows)
             try:
                 rows.captured[tokens] = Captured(run, ids.device, ids=ids, mask=torch.ones_like(ids, dtype=torch.bool))

@@ -105,10 +105,10 @@ def _check_inference(**tensors: Tensor) -> None:
 
 
 _compiled: dict[tuple, Callable | None] = {}  # which op of csrc took calls of this kind
-_GPU_ONLY = {  # what else ops for GPUs take, of (arrivals, overlap)
+_GPU_ONLY: dict[Callable, slice] = {  # what else ops for GPUs take, of (arrivals, overlap)
     torch.ops.sinkattn.decode_cuda.default: slice(2),
     torch.ops.sinkattn.decode_triton.default: slice(1),
-    torch.ops.sinkattn.prefill_cuda.default: slice(1),
+    torch.ops.sinkattn.prefill_cuda.default: slice(2),
 }
 _NOTHING, _ALONE = slice(0), (None, None)  # of no op for GPUs; a decode that nothing joins
 
@@ -321,6 +321,7 @@ def prefill(
     interleaved: bool = False,
     dense_window: int = 0,
     arrivals: Tensor | None = None,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Append T new tokens to every row and attend as `decode` would token by token: the cut of a text is not seen.
@@ -333,13 +334,14 @@ def prefill(
         dense_window: 0 for streaming. Otherwise tokens, and the call is attended densely: its queries see what the
             cache's window held before the call, ``j > lengths - W``, and of the call all with ``j > t - dense_window``.
             To the sinks, ALiBi then counts on from ``min(lengths, C - 1)``.
-        arrivals: n >= batch * T * num_kv_heads; only few tokens on a GPU need it.
+        arrivals: n >= batch * T * num_kv_heads; only few tokens on a GPU need it. overlap: as in `decode`, for few
+            tokens.
 
     Returns (batch, T, num_heads, v_head_dim), dtype of q, contiguous.
     """
     tensors = Tensors(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
     sizes = Sizes(sink_size, window_size, scale, softcap, rotary_start, interleaved, dense_window)
-    return _run("prefill", backend, tensors, sizes, (), (arrivals,))
+    return _run("prefill", backend, tensors, sizes, (), (arrivals, overlap))
 
 
 def _check_linear(

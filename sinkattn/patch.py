@@ -312,21 +312,22 @@ def patch(
         history); the cache holds so many more of every layer. Models with a state of their own cannot take any back.
     backend: "auto", "cuda", "triton", "cpu" or "reference", see `sinkattn.ops`.
     fuse: "layers" computes modules of the usual form by fewer kernels, see fuse/: attention, decoder layers and, for
-        few rows, linear layers; "model" besides, in captured steps of one token of one row or two, all layers by one
-        kernel where that is faster (alike, of heads of 64 or 128 dims, in 16 bits, below 150 MB each); "attention" only
-        the first; "none" leaves every module its own forward. Outputs differ by rounding alone. Weights are laid side by
-        side, and held once.
+        few rows, linear layers. "model" besides computes all layers by one kernel in captured steps of one token of one
+        row or two, where that is faster: layers that are alike, with heads of 64 or 128 dims, in 16 bits, below 150 MB
+        each. "attention" computes only attention, "none" nothing. Outputs differ by rounding alone. Weights are laid
+        side by side, and held once.
     cuda_graph: on a GPU, replay steps of one token, and of up to 16 that were proposed, as a CUDA graph: captured at
         the second such step, and kept, with the memory of the last cache, for the next one of as many rows. What cannot
         be captured runs as it is, and ``handle.why_eager`` tells why.
 
     What is changed in the model afterwards counts: at once where a hook is registered or a module or parameter is put
     into it (adapters, quantisation, exchanged parts), else from the next prompt on (weights moved by ``.data``, a
-    replaced ``forward``, settings such as a norm's eps or those of the config that a forward reads, removed and inserted
-    modules, what is written into a module's ``_modules`` or ``_parameters`` themselves; all changes of a model that
-    `torch.compile` wraps). Values written into weights count at once. A module in which something was exchanged runs its own forward. An exchanged attention
-    module, other rotary frequencies and another attention implementation raise RuntimeError at the next prompt:
-    remove(), patch() again. `torch.func.functional_call` is not served, as it changes parameters for one call, unseen.
+    replaced ``forward``, settings such as a norm's eps or those of the config that a forward reads, removed and
+    inserted modules, what is written into a module's ``_modules`` or ``_parameters`` themselves; all changes of a model
+    that `torch.compile` wraps). Values written into weights count at once. A module in which something was exchanged
+    runs its own forward. An exchanged attention module, other rotary frequencies and another attention implementation
+    raise RuntimeError at the next prompt: remove(), patch() again. `torch.func.functional_call` is not served, as it
+    changes parameters for one call, unseen.
 
     Warns once if S + W is more than the model was trained on.
 

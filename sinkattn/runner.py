@@ -24,6 +24,7 @@ from .introspect import bodies_of, cache_name, counts_in_three, embedded_ids, na
 from .outputs import copied, cut, finished, joined, without_cache
 from .pictures import Pictures
 from .rings import Plan
+from .rows import Rows
 
 WATCHED_CHUNK = 512  # of watched attention, which goes on to compute its own (tokens, tokens) scores
 CHUNK = 2048  # tokens of a prompt that go through the model at a time
@@ -184,9 +185,12 @@ class Runner:
         if not self.captured.serve(kwargs, cache, ids.shape[1]):
             return None
         run = functools.partial(self._few_tokens, cache)
-        stack = None if self.fused is None else self.fused.stack
-        prepare = None if stack is None else stack.prepare
-        return self.captured.replay(cache, ids, mask, self.lookout.version, run, prepare)
+        return self.captured.replay(cache, ids, mask, self.lookout.version, run, self._prepare)
+
+    def _prepare(self, rows: Rows) -> None:
+        """What the step of one token over these rows needs before it is captured."""
+        if self.fused is not None and self.fused.stack is not None:
+            self.fused.stack.prepare(rows, self.model)
 
     @torch.no_grad()
     def logits(self, cache: SinkCache, ids: Tensor, mask: Tensor | None, keep: int = 1, are_checked: bool = False):

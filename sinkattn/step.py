@@ -107,7 +107,7 @@ class Step:
         return out
 
     def append_to(self, rings: list[SinkLayer], layer_idx: list[int]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Note that one kernel appends to these rings, and attends. What it needs to know: lengths, counts, rotation."""
+        """Note that one kernel appends to these rings, and attends. What it needs: lengths, counts, rotation."""
         self._calls.update(dict.fromkeys(layer_idx, 0))
         self.written = True
         rope, device = rings[0].rope, rings[0].keys.device
@@ -150,7 +150,7 @@ class Step:
             if layer.shared is not None:
                 return self._attend_shared(layer, given, sizes)[:, -asked:]
             # overlap: since the cache was last written, torch's kernels have made the step's lengths and angles
-            op = partial(ops.decode, overlap=True) if self.tokens == 1 else ops.prefill
+            op = partial(ops.decode if self.tokens == 1 else ops.prefill, overlap=True)
             if layer.sink_reach is not None:
                 op, _ = partial(attention, sink_reach=layer.sink_reach), sizes.pop("backend")
             out = self._write(op, given, sizes)

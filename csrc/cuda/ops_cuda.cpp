@@ -158,7 +158,7 @@ const char* refused_by_prefill(const Tensors& x, const Prefill& p, const Device&
   return device.compute_major == 9 ? nullptr : "GPUs but those of compute capability 9.0";
 }
 
-Tensor prefill_op(const Tensors& x, const Sizes& sizes, int64_t dense_window, OptionalTensor arrivals) {
+Tensor prefill_op(const Tensors& x, const Sizes& sizes, int64_t dense_window, OptionalTensor arrivals, bool overlap) {
   STD_TORCH_CHECK(dense_window >= 0, "sinkattn: dense_window must not be negative");
   std::vector<Tensor> copies;
   Prefill p = {};
@@ -171,7 +171,7 @@ Tensor prefill_op(const Tensors& x, const Sizes& sizes, int64_t dense_window, Op
   static_cast<Call&>(few) = p;
   const bool is_faster = p.tokens <= SURELY_FEW || int64_t(p.batch) * p.num_kv_heads <= device.multiprocessors;
   if (dense_window == 0 && (refused || is_faster) && serves(few, {1, false}, device)) {
-    run_decode(x, few, arrivals, false, -1, false, copies);
+    run_decode(x, few, arrivals, overlap, -1, false, copies);
     return out;
   }
   STD_TORCH_CHECK(!refused, "sinkattn: the CUDA C++ prefill does not take ", refused);
@@ -308,7 +308,7 @@ STABLE_TORCH_LIBRARY_IMPL(sinkattn, CUDA, m) {
   m.impl("stack", TORCH_BOX(&stack_op));
   m.impl("stack_state", TORCH_BOX(&stack_state_op));
   m.impl("decode_cuda", TORCH_BOX((&with_arguments<decode_op, OptionalTensor, OptionalTensor, OptionalTensor, bool, int64_t, bool>)));
-  m.impl("prefill_cuda", TORCH_BOX((&with_arguments<prefill_op, int64_t, OptionalTensor>)));
+  m.impl("prefill_cuda", TORCH_BOX((&with_arguments<prefill_op, int64_t, OptionalTensor, bool>)));
   m.impl("linear", TORCH_BOX(&linear_op));
 }
 

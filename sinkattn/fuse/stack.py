@@ -10,9 +10,10 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..backends import HAS_CUDA_LIBRARY
+from ..changes import configs
 from ..observe import same
 from ..rings import SinkLayer
 from ..rows import Rows
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Sizes(NamedTuple):
-    """What all layers have in common. inner: columns between gate and down. eps, shift: of norms, and of heads' norms."""
+    """What all layers have in common. inner: columns between gate and down. eps and shift: of norms."""
 
     inner: int
     heads: int
@@ -70,12 +71,12 @@ class Stack:
         pairs = [(records[a.module].output, records[b.module].hidden) for a, b in itertools.pairwise(layers)]
         return cls(layers) if HAS_CUDA_LIBRARY and pairs and all(same(a, b) for a, b in pairs) else None
 
-    def prepare(self, rows: Rows) -> None:
+    def prepare(self, rows: Rows, model: nn.Module) -> None:
         """Make ready for the step of one token over these rows to be captured: within that, nothing can be copied from
         the host.
         """
         self._ready.pop(rows, None)
-        ready = self._made_ready(rows)
+        ready = "what layers give is asked for" if shows_layers(model) else self._made_ready(rows)
         if isinstance(ready, str):
             logger.info("%d layers do not run as one kernel: %s", len(self.layers), ready)
         else:
@@ -128,6 +129,11 @@ class Stack:
             hidden.flatten(0, 1).contiguous(), ready.table, lengths, counts, rotation, ready.state, *sizes[:4],
             ready.slots, sizes.scale, start, interleaved, *sizes[5:],
         ).view_as(hidden)  # fmt: skip
+
+
+def shows_layers(model: nn.Module) -> bool:
+    """Whether a config asks for more than the last layer's output."""
+    return any(getattr(config, "output_hidden_states", False) for config in configs(model))
 
 
 def _kind(x: Tensor) -> tuple:

@@ -1,0 +1,212 @@
+"""All layers as one kernel (fuse="model"), on a GPU: as near to float32 as layers by themselves, whatever the sizes."""
+
+import copy
+
+import pytest
+import torch
+
+from helpers import random_ids
+from oracle import streaming_logits
+from sinkattn import SinkCache, Stream, patch
+from sinkattn.fuse.stack import Stack
+from tiny import tiny
+
+pytestmark = pytest.mark.gpu
+S, W = 4, 10
+C = S + W
+SHAPES = {
+    "llama": dict(hidden_size=192, intermediate_size=320, num_attention_heads=3, num_key_value_heads=1, head_dim=64),
+    "qwen2": dict(hidden_size=448, intermediate_size=576, num_attention_heads=7, num_key_value_heads=1),
+    "qwen3": dict(hidden_size=320, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4, head_dim=128),
+    "mistral-sliding": dict(hidden_size=256, intermediate_size=128, num_attention_heads=2, head_dim=128),
+    "phi3": dict(hidden_size=640, intermediate_size=448, num_attention_heads=10, num_key_value_heads=2),
+}
+
+
+def loud(name: str, dtype: torch.dtype = torch.bfloat16):
+    """A model whose attention is sharp and whose norms and biases are not those of a new one."""
+    model = tiny(name, **SHAPES[name]).cuda()
+    with torch.no_grad():
+        for path, x in model.named_parameters():
+            if x.dim() == 1:
+                x.uniform_(0.5, 1.5) if "norm" in path else x.normal_(0, 0.3)
+            elif "q_proj" in path or "k_proj" in path or "qkv" in path:
+                x.mul_(6)
+    return model.to(dtype)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """How many steps ran as one kernel: one for each capture."""
+    ran, call = [], Stack.__call__
+
+    def counted(self, layer, step, hidden):
+        output = call(self, layer, step, hidden)
+        if layer is self.layers[0] and output is not None:
+            ran.append(step)
+        return output
+
+    monkeypatch.setattr(Stack, "__call__", counted)
+    return ran
+
+
+def spread_error(found, expected) -> float:
+    return ((found.double() - expected.double()).square().mean().sqrt() / expected.double().std()).item()
+
+
+LOGITS = [
+    *((name, torch.bfloat16, (4, 10, 16), rows) for name in SHAPES for rows in (1, 2)),
+    *((name, torch.bfloat16, sizes, 2) for name in ("llama", "qwen3") for sizes in ((0, 33, 0), (37, 5, 3))),
+    *((name, torch.bfloat16, (4, 300, 16), 1) for name in ("llama", "qwen3")),
+    ("qwen3", torch.float16, (4, 10, 16), 1),
+]
+
+
+@pytest.mark.parametrize("name, dtype, sizes, rows", LOGITS)
+def test_logits(name, dtype, sizes, rows, served):
+    """Token by token, through the wrap: about as far from float32 as the unfused model, and no farther than layers."""
+    sink_size, window_size, slack = sizes
+    model, ids, errors = loud(name, dtype), random_ids(rows, 2 * (sink_size + window_size) + 31, "cuda"), {}
+    exact = copy.deepcopy(model).float()
+    expected = torch.cat([streaming_logits(exact, row[None], sink_size, window_size) for row in ids])
+    for fuse in ("none", "layers", "model"):
+        with patch(model, sink_size, window_size, fuse=fuse, slack=slack), torch.no_grad():
+            cache = SinkCache(model)
+            found = [model(piece, past_key_values=cache).logits for piece in ids.split(1, dim=1)]
+            errors[fuse] = spread_error(torch.cat(found, dim=1), expected)
+        assert len(served) == (fuse == "model")
+    assert errors["model"] < 1.5 * errors["none"] + 1e-3 and errors["model"] < 1.2 * errors["layers"] + 1e-3, errors
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_padded_rows_and_rows_that_wait(name, served):
+    """A prompt padded on the left; in some steps a row takes no token: nothing of it changes, and it goes on later."""
+    model, ids = loud(name), random_ids(2, 30, "cuda")
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[1, :11] = False
+    waits = [torch.tensor([[i % 3 == 0], [i % 3 > 0 and i % 2 == 0]]) for i in range(3 * C)]
+    steps = [(random_ids(2, 1, "cuda"), ~x.cuda()) for x in waits]
+    logits = {}
+    for fuse in ("layers", "model"):
+        with patch(model, S, W, fuse=fuse), torch.no_grad():
+            cache, kept = SinkCache(model), []
+            model(ids, attention_mask=mask, past_key_values=cache)
+            for token, goes_on in steps:
+                rings = [x.clone() for ring in cache.rows.rings.values() for x in (ring.keys, ring.values)]
+                found = model(token, attention_mask=goes_on, past_key_values=cache).logits
+                kept.append(torch.where(goes_on[..., None], found, 0))
+                now = [x for ring in cache.rows.rings.values() for x in (ring.keys, ring.values)]
+                for row in (~goes_on[:, 0]).nonzero():
+                    assert all(torch.equal(a[row], b[row]) for a, b in zip(rings, now, strict=True))
+            logits[fuse] = torch.cat(kept, dim=1)
+            taken = torch.cat([goes_on for _, goes_on in steps], dim=1).sum(1)
+            assert torch.equal(cache.lengths, taken + torch.tensor([30, 19], device="cuda"))
+    assert spread_error(logits["model"], logits["layers"]) < 0.05 and len(served) == 1
+
+
+def test_what_dead_slots_hold(served):
+    """NaN in slots that no token has filled is not seen."""
+    model, ids = loud("llama"), random_ids(1, 9, "cuda")
+    with patch(model, S, 40, fuse="model"), torch.no_grad():
+        texts = []
+        for filled in (False, True):
+            cache = SinkCache(model)
+            model(ids, past_key_values=cache)
+            if filled:
+                for ring in cache.rows.rings.values():
+                    ring.keys[:, :, 9:], ring.values[:, :, 9:] = torch.nan, torch.nan
+            texts.append([model(ids[:, i : i + 1], past_key_values=cache).logits.clone() for i in range(6)])
+    assert all(torch.equal(a, b) for a, b in zip(*texts, strict=True)) and texts[1][-1].isfinite().all() and served
+
+
+def test_taken_back(served):
+    """A text of which the end is taken back goes on as if that had not been."""
+    model, ids = loud("qwen2"), random_ids(2, 20, "cuda")
+    with patch(model, S, W, fuse="model"):
+        stream = Stream(model)
+        stream.append(ids)
+        for _ in range(4):
+            first = torch.stack(list(stream.generate(7, do_sample=False, eos_token_id=[])))
+            stream.rewind(7)
+            again = torch.stack(list(stream.generate(7, do_sample=False, eos_token_id=[])))
+            assert torch.equal(first, again)
+    assert served
+
+
+def test_two_texts_by_turns(served):
+    """Each has its own state on the device, and a copy of the model its own weights."""
+    model = loud("llama")
+    ids = [random_ids(1, 20, "cuda") for _ in range(2)]
+
+    def text_of(model, ids, n):
+        stream = Stream(model)
+        stream.append(ids)
+        return stream.generate(n, do_sample=False, eos_token_id=[])
+
+    with patch(model, S, W, fuse="model"):
+        alone = [torch.stack(list(text_of(model, x, 40))) for x in ids]
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            other.model.layers[1].mlp.down_proj.weight.mul_(-1)
+        assert not torch.equal(torch.stack(list(text_of(other, ids[0], 40))), alone[0])
+        turns = zip(*(text_of(model, x, 40) for x in ids), strict=True)
+        together = [torch.stack(x) for x in zip(*turns, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True)) and len(served) >= 2
+
+
+def test_what_is_not_served(served):
+    """More rows, float32, and layers whose own outputs are asked for: five kernels a layer, and the same logits."""
+    for model, rows in ((loud("llama"), 3), (loud("llama", torch.float32), 1)):
+        with patch(model, S, W) as handle:
+            stream = Stream(model)
+            stream.append(random_ids(rows, 20, "cuda"))
+            assert len(list(stream.generate(5, do_sample=False, eos_token_id=[]))) == 5
+            assert handle.why_eager is None and not served
+    model, ids = loud("llama"), random_ids(1, 20, "cuda")
+    model.config.output_hidden_states = True
+    hidden = {}
+    for fuse in ("layers", "model"):
+        with patch(model, S, W, fuse=fuse), torch.no_grad():
+            cache = SinkCache(model)
+            hidden[fuse] = [model(x, past_key_values=cache).hidden_states for x in ids.split(1, dim=1)][-1]
+    assert all(torch.equal(a, b) for a, b in zip(hidden["layers"], hidden["model"], strict=True))
+
+
+def test_changes(served):
+    """An exchanged layer runs by itself from the next step on, and all of them as one again once it is back."""
+    model, ids = loud("llama"), random_ids(1, 30, "cuda")
+    with patch(model, S, W, fuse="model"), torch.no_grad():
+
+        def logits():
+            cache = SinkCache(model)
+            return torch.cat([model(x, past_key_values=cache).logits.clone() for x in ids.split(1, dim=1)])
+
+        expected = logits()
+        assert torch.equal(logits(), expected) and served
+        mlp = model.model.layers[1].mlp
+        model.model.layers[1].mlp = copy.deepcopy(mlp)
+        model.model.layers[1].mlp.down_proj.weight.mul_(-1)
+        assert spread_error(logits(), expected) > 0.1
+        model.model.layers[1].mlp = mlp
+        assert torch.equal(logits(), expected)
+
+
+def test_refusals():
+    x = torch.zeros(1, 64, dtype=torch.bfloat16, device="cuda")
+    state = torch.ops.sinkattn.stack_state(x, 64, 1, 1, 64, 2, 32)
+    assert len(state) and not state.any()
+    assert not len(torch.ops.sinkattn.stack_state(x, 64, 1, 1, 96, 2, 32))  # a head dim that is not served
+    table = torch.zeros(2, 17, dtype=torch.int64, device="cuda")
+    lengths = torch.zeros(1, dtype=torch.int64, device="cuda")
+    more = 64, 1, 1, 64, 32, 1.0, 0, False, 1e-6, 0.0, 0.0, 0.0, "silu"
+    for wrong in (
+        (x.float(), table, lengths, None, None, state),
+        (x, table[:, :16], lengths, None, None, state),
+        (x, table, lengths[:0], None, None, state),
+        (x, table, lengths, None, None, state[:-4]),
+        (x, table, lengths.cpu(), None, None, state),
+        (x, table, lengths, None, torch.zeros(1, 1, 2, 32, device="cuda"), state),
+    ):
+        with pytest.raises(RuntimeError, match="sinkattn"):
+            torch.ops.sinkattn.stack(*wrong, *more)
+    assert not state.any()
