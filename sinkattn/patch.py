@@ -292,7 +292,7 @@ def patch(
     prefill: str = "streaming",
     slack: int = 16,
     backend: str = "auto",
-    fuse: str = "model",
+    fuse: str = "layers",
     cuda_graph: bool = True,
 ) -> Handle:
     """Make one transformers decoder endless, in place: attention sinks and a window, positions counted in the cache.
