@@ -6,65 +6,6 @@
 namespace sinkattn::cuda {
 namespace {
 
-// Clusters, from sm_90 on. Blocks hand what they found to the first one by stores that count themselves in at a barrier
-// in its shared memory: nobody but the first block waits.
-__device__ void cluster_arrive() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-#endif
-}
-__device__ void cluster_wait() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// A barrier that the bytes of such stores open.
-__device__ void expect_bytes(uint64_t* barrier, int bytes) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-               : "memory");
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-}
-__device__ void wait_for_bytes(uint64_t* barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n@!done bra again;\n}" ::"r"(
-          shared_address(barrier))
-      : "memory");
-#endif
-}
-__device__ unsigned in_first_block(const void* x) {
-  unsigned address = shared_address(x);
-#if __CUDA_ARCH__ >= 900
-  asm("mapa.shared::cluster.u32 %0, %0, 0;" : "+r"(address));
-#endif
-  return address;
-}
-__device__ void hand_over(unsigned place, float4 x, unsigned barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(place),
-               "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w), "r"(barrier)
-               : "memory");
-#endif
-}
-__device__ void hand_over(unsigned place, float2 x, unsigned barrier) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];" ::"r"(place),
-               "f"(x.x), "f"(x.y), "r"(barrier)
-               : "memory");
-#endif
-}
-
-// Counts blocks in that have written what they found, and returns how many did before.
-__device__ int count_in(int* arrivals) {
-  int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(arrivals) : "memory");
-  return before;
-}
-
 // Sums of weighted values, with the maximum and sum of the softmax they belong to.
 struct Combined {
   float4 sum;

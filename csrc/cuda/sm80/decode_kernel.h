@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
       copy_rows<HEAD_DIM>(keys, p.k_cache_slot, tile * KEYS, slots, lane, key_rows);
       copy_rows<V_DIM>(values, p.v_cache_slot, tile * KEYS, slots, lane, value_rows);
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    end_of_copies();
   };
   const int early = p.overlap ? (S::STAGES > 1 ? S::STAGES - 1 : 1) : 0;  // what is small shall not wait for all
 #pragma unroll 1
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
   wait_for_launch();
   const int64_t pair = int64_t(number) * p.num_kv_heads + head;
   if (!LARGE && splits > 1 && threadIdx.x == 0)  // into the L2, long before it is needed
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(p.arrivals + pair));
+    prefetch(p.arrivals + pair);
 
   // Turn. What is small is asked for at once, and ahead of tiles, as it would wait behind them: the row's state, its
   // angles, query, new key and value.

@@ -3,6 +3,7 @@
 
 #include "../decode.h"
 #include "../numbers.h"
+#include "instructions.h"
 
 namespace sinkattn::cuda {
 namespace {
@@ -31,20 +32,6 @@ struct Shape {
   static constexpr int WARP = STAGES * TILE, BLOCK = WARPS * WARP;
   static constexpr int QUERIES = K_STEPS * 64;  // of one angle: step, lane, (head g | its remainder or head g + 8)
 };
-
-__device__ void copy_async(void* shared, const void* global) {
-  const unsigned place = __cvta_generic_to_shared(shared);
-  uint64_t once;  // it is read once a step, and need not stay in the L2
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(place), "l"(global),
-               "l"(once)
-               : "memory");
-}
-
-template <int PENDING>
-__device__ void wait_for_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-}
 
 // KEYS rows from slot `first` on, by a warp; those past the last slot are left out.
 template <int DIM, typename T>

@@ -45,8 +45,7 @@ __global__ void __launch_bounds__(THREADS) linear_kernel(const __grid_constant__
   const int groups = (end - begin + most - 1) / most, size = groups ? (end - begin + groups - 1) / groups : 1;
 
   // What a warp asks for next, 16 bytes a lane, ROWS_AT_A_TIME rows at a time: chunk after chunk of group after group.
-  uint64_t once;  // it is read once a step, and need not stay in the L2
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  const uint64_t once = read_once();
   const int first_row = lane / PIECES, lane_piece = lane % PIECES;
   const int64_t row_bytes = p.weight_row * 2, jump = gated ? (count - most) * row_bytes : 0;  // from gates to the rest
   const unsigned lane_place = __cvta_generic_to_shared(ring + place(first_row, lane_piece));

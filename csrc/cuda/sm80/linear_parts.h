@@ -1,37 +1,14 @@
-// What products of few rows with a weight are made of: copies into a warp's ring, and the norm before. No torch in here.
+// What products of few rows with a weight are made of: chunks of a warp's ring, and the norm before. No torch in here.
 #pragma once
 
 #include "../numbers.h"
+#include "instructions.h"
 
 namespace sinkattn::cuda {
 namespace {
 
 constexpr int KC = 64, PIECES = KC / 8, ROWS_AT_A_TIME = 32 / PIECES;  // of a warp's copy: 16 bytes a lane
 constexpr int MAX_STAGES = 8;
-
-__device__ void copy_once(unsigned shared, const void* global, uint64_t policy) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "l"(policy)
-               : "memory");
-}
-__device__ void copy(unsigned shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-__device__ void end_of_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until all but the last `pending` < MAX_STAGES groups of copies are there.
-__device__ void wait_for_copies(int pending) {
-  switch (pending) {
-    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
-    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
-    case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
-    case 4: asm volatile("cp.async.wait_group 4;" ::: "memory"); break;
-    case 5: asm volatile("cp.async.wait_group 5;" ::: "memory"); break;
-    case 6: asm volatile("cp.async.wait_group 6;" ::: "memory"); break;
-    case 7: asm volatile("cp.async.wait_group 7;" ::: "memory"); break;
-    default: asm volatile("cp.async.wait_group 0;" ::: "memory");
-  }
-}
 
 __device__ float2 to_floats(__half2 x) { return __half22float2(x); }
 __device__ float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }

@@ -47,45 +47,17 @@ template <int DIM>
 constexpr int ATTENTION_BYTES = WARPS * STACK_HEADS * (DIM + 2) * 4 + 2 * STACK_HEADS * DIM * 4 + (STACK_HEADS + 3) * DIM * 2;
 
 // Handing over.
-__device__ void hand(Handed* to, uint32_t number, uint32_t epoch) {
-  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(number), "r"(epoch) : "memory");
-}
+__device__ void hand(Handed* to, uint32_t number, uint32_t epoch) { write_pair(to, number, epoch); }
 __device__ void hand_two(Handed* to, uint32_t first, uint32_t second, uint32_t epoch) {
-  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(to), "r"(first), "r"(epoch), "r"(second)
-               : "memory");
+  write_pairs(to, make_uint4(first, epoch, second, epoch));
 }
-__device__ uint4 look_at_two(const Handed* from) {
-  uint4 x;
-  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from)
-               : "memory");
-  return x;
-}
-__device__ uint2 look_at(const Handed* from) {
-  uint2 x;
-  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(from) : "memory");
-  return x;
-}
+__device__ uint2 look_at(const Handed* from) { return read_pair(from); }
+__device__ uint4 look_at_two(const Handed* from) { return read_pairs(from); }
 __device__ uint32_t wait_for(const Handed* from, uint32_t epoch) {
   uint2 x;
   do x = look_at(from);
   while (x.y != epoch);
   return x.x;
-}
-
-// Barriers that a warp's copies open, one of each stage.
-__device__ void begin_barrier(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ void open_once_copied(unsigned barrier) {  // what the lane has asked for
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
-}
-__device__ void wait_for_barrier(unsigned barrier, unsigned parity) {
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\nmbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
 }
 
 // The block's share of one kind of product: results from begin on, `size` at a time, all of them even.
@@ -116,7 +88,7 @@ struct Weights {
   const uint4* ring;
   unsigned barriers, parity = 0;
   int stages, products, stage = 0, next_stage = 0, owed = 0;  // owed: chunks that were taken, in whose place none was asked for
-  uint64_t once;                                              // it is read once a step, and need not stay in the L2
+  uint64_t once;
   int product, first, chunk, warp, first_row, lane_piece;
   // Of the product and the rows that are asked for next.
   Share share;
@@ -130,7 +102,7 @@ struct Weights {
         products(num_layers * PRODUCTS) {
     if (threadIdx.x % 32 < stages) begin_barrier(barriers + threadIdx.x % 32);
     __syncwarp();
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+    once = read_once();
     warp = threadIdx.x / 32, first_row = threadIdx.x % 32 / PIECES, lane_piece = threadIdx.x % PIECES;
     lane_place = shared_address(ring + place(first_row, lane_piece));
     enter(0);

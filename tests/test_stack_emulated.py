@@ -1,0 +1,244 @@
+"""All layers as one kernel, csrc/cuda/sm80/stack.cu, without a GPU: its source, compiled for the host (tests/emulated).
+
+Blocks are threads, warps run in random order, what is not written yet is not a number. Compared with float64.
+"""
+
+import ctypes
+import random
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sinkattn import reference
+
+ROOT = Path(__file__).parent.parent
+EMULATED = ROOT / "tests" / "emulated"
+SHARED = "extern __shared__ uint4 shared[];"
+ACTIVATIONS = {1: F.silu, 2: lambda x: F.gelu(x, approximate="tanh"), 3: F.gelu}  # as Activation of csrc counts them
+ERRORS = {torch.float16: 0.005, torch.bfloat16: 0.04}  # root mean square over the spread: some ten roundings
+
+pytestmark = [pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"), pytest.mark.xdist_group("emulated")]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The source with the instructions of a GPU exchanged for emulated ones."""
+    folder = tmp_path_factory.mktemp("emulated")
+    shutil.copytree(ROOT / "csrc", folder, dirs_exist_ok=True)
+    for path in ("cuda/instructions.h", "cuda/sm80/instructions.h"):
+        (folder / path).write_text(f'#include "{EMULATED / "instructions.h"}"\n')
+    source = folder / "cuda/sm80/stack.cu"
+    text = source.read_text()
+    assert text.count(SHARED) == 1
+    source.write_text(text.replace(SHARED, "uint4* const shared = static_cast<uint4*>(emulated::dynamic_shared());"))
+    flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-pthread"]
+    places = [f"-I{folder}", f"-I{EMULATED}", f"-I{EMULATED / 'include'}"]
+    built = folder / "stack.so"
+    subprocess.run(["g++", *flags, *places, EMULATED / "stack.cpp", "-o", built], check=True)
+    library = ctypes.CDLL(built)
+    library.state_bytes.restype = ctypes.c_int64
+    return library
+
+
+@dataclass
+class Case:
+    """A stack of layers, and what it runs on. reach: S, W and slack. counts: whether rows wait at times."""
+
+    lengths: list[int]
+    heads: tuple[int, int]
+    dim: int = 64
+    hidden: int = 128
+    inner: int = 192
+    layers: int = 2
+    reach: tuple[int, int, int] = (4, 10, 16)
+    dtype: torch.dtype = torch.float16
+    has_head_norms: bool = False
+    has_bias: bool = False
+    shift: float = 0.0
+    activation: int = 1
+    rotary: tuple[int, int, bool] = (0, 32, False)  # first dim, dims / 2, interleaved
+    counts: bool = False
+    blocks: int = 5
+
+
+def _number(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _all(numbers, kind=ctypes.c_int64):
+    return (kind * len(numbers))(*numbers)
+
+
+class Emulated:
+    """The layers of a case with random weights, by the kernel, and their definition in float64."""
+
+    def __init__(self, library, case: Case):
+        self.library, self.case = library, case
+        sinks, window, slack = case.reach
+        heads, kv_heads = case.heads
+        self.rows, self.slots = len(case.lengths), sinks + window + slack
+        outs = (heads + 2 * kv_heads) * case.dim, case.hidden, 2 * case.inner, case.hidden
+        ins = case.hidden, heads * case.dim, case.hidden, case.inner
+        self.lengths, self.layers, self.caches = torch.tensor(case.lengths), [], []
+
+        def new(*shape, by=1.0):
+            return (torch.randn(shape) * by).to(case.dtype)
+
+        for _ in range(case.layers):
+            weights = [new(out, into, by=into**-0.5) for out, into in zip(outs, ins, strict=True)]
+            biases = [new(out, by=0.3) if case.has_bias else None for out in outs]
+            norms = [(torch.rand(case.hidden) + 0.5).to(case.dtype) for _ in range(2)]
+            of_heads = [(torch.rand(case.dim) + 0.5).to(case.dtype) if case.has_head_norms else None for _ in range(2)]
+            self.layers.append((weights, biases, norms, of_heads))
+            cache = [new(self.rows, kv_heads, self.slots, case.dim) for _ in range(2)]
+            for row, length in enumerate(case.lengths):
+                gone = range(max(length - window - slack, sinks), length - window + 1)  # from the window
+                for x in cache:
+                    x[row, :, length:] = torch.nan  # nothing where the ring is not full yet
+                    for n in gone:
+                        x[row, :, sinks + (n - sinks) % (window + slack)] = torch.nan
+            self.caches.append(cache)
+        tensors = [
+            [*map(_number, (*weights, *biases, *norms, *of_heads, *cache)), sinks, window + slack, window]
+            for (weights, biases, norms, of_heads), cache in zip(self.layers, self.caches, strict=True)
+        ]
+        self.table = torch.tensor(tensors)
+        self.sizes = _all(
+            [self.rows, case.hidden, case.inner, heads, kv_heads, case.dim, case.layers, self.slots, case.blocks]
+        )
+        self.memory = torch.zeros(library.state_bytes(self.sizes) // 8 + 2, dtype=torch.int64)
+        self.state = -(-self.memory.data_ptr() // 16) * 16
+        self.numbers = case.dim**-0.5, 1e-5, case.shift, 1e-6, 0.0
+
+    def step(self, x: Tensor, rotation: Tensor, counts: Tensor | None) -> Tensor:
+        case, out = self.case, torch.full_like(x, torch.nan)
+        start, half, interleaved = case.rotary
+        more = [start, half, interleaved, case.dtype == torch.bfloat16, case.activation, random.randrange(1 << 30)]
+        given = [self.table, x, out, None, self.lengths, counts, rotation]
+        pointers = [ctypes.c_void_p(_number(tensor)) for tensor in given]
+        pointers[3] = ctypes.c_void_p(self.state)
+        assert self.library.run_stack(self.sizes, _all(more), _all(self.numbers, ctypes.c_double), *pointers) == 0
+        return out
+
+    def definition(self, x: Tensor, rotation: Tensor, counts: Tensor | None) -> Tensor:
+        """The same, in float64 but for what the kernel keeps in 16 bits; the caches are written."""
+        case, (heads, kv_heads) = self.case, self.case.heads
+        scale, eps, shift, head_eps, _ = self.numbers
+        start, _, interleaved = case.rotary
+        sizes = dict(sink_size=case.reach[0], window_size=case.reach[1], scale=scale)
+
+        def kept(y):
+            return y.to(case.dtype).double()
+
+        def norm(y, weight, eps, shift=0.0):
+            return kept(F.rms_norm(y, y.shape[-1:], None, eps) * (weight.double() + shift))
+
+        x = x.double()
+        for (weights, biases, norms, of_heads), cache in zip(self.layers, self.caches, strict=True):
+            parts = zip(weights, biases, strict=True)
+            products = [partial(F.linear, weight=w.double(), bias=b if b is None else b.double()) for w, b in parts]
+            qkv = kept(products[0](norm(x, norms[0], eps, shift))).view(self.rows, -1, 1, case.dim)
+            q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+            if case.has_head_norms:
+                q, k = norm(q, of_heads[0], head_eps), norm(k, of_heads[1], head_eps)
+            wide = [y.double().nan_to_num(0.0) for y in cache]  # 0 times what is not seen would not be a number
+            turned = rotation if case.rotary[1] else None
+            more = dict(rotary_start=start, interleaved=interleaved)
+            found = reference.attention(q, k, v, *wide, self.lengths, counts, turned, None, None, **sizes, **more)
+            for y, new in zip(cache, wide, strict=True):
+                y.copy_(torch.where(y.isnan() & (new == 0), y, new))
+            x = kept(x + products[1](kept(found.flatten(1))))
+            gate, up = products[2](norm(x, norms[1], eps, shift)).chunk(2, dim=-1)
+            x = kept(x + products[3](kept(ACTIVATIONS[case.activation](gate) * up)))
+        return x
+
+    def compare(self, steps: int) -> None:
+        case = self.case
+        for _ in range(steps):
+            x = torch.randn(self.rows, case.hidden).to(case.dtype)
+            angles = 6 * torch.rand(self.rows, 1, 2, 1, max(case.rotary[1], 1))
+            rotation = torch.cat((angles.cos(), angles.sin()), dim=3)
+            counts = torch.randint(0, 2, (self.rows,)) if case.counts else None
+            before = [[y.clone() for y in cache] for cache in self.caches]
+            found = self.step(x, rotation, counts)
+            written = [[y.clone() for y in cache] for cache in self.caches]
+            for cache, old in zip(self.caches, before, strict=True):
+                for y, was in zip(cache, old, strict=True):
+                    y.copy_(was)
+            expected, goes_on = self.definition(x, rotation, counts), slice(None)
+            if counts is not None:
+                goes_on = counts > 0
+            for cache, new in zip(self.caches, written, strict=True):
+                for y, is_ in zip(cache, new, strict=True):
+                    difference = (y.double() - is_.double()).abs().nan_to_num(0)
+                    assert torch.equal(y.isnan(), is_.isnan()) and difference.max() < 32 * torch.finfo(case.dtype).eps
+                    y.copy_(is_)
+            error = (found.double() - expected)[goes_on]
+            if error.numel():
+                assert (error.square().mean().sqrt() / expected[goes_on].std()).item() < ERRORS[case.dtype]
+            self.lengths += 1 if counts is None else counts
+
+
+CASES = [
+    Case([0], (3, 1), layers=3),  # from the first token on
+    Case([3, 60], (3, 1), counts=True, has_bias=True),
+    Case([200], (4, 2), dim=128, has_head_norms=True, rotary=(0, 64, False), dtype=torch.bfloat16),
+    Case([31, 100], (7, 1), reach=(0, 33, 0), has_bias=True),
+    Case([60], (2, 2), dim=128, reach=(37, 5, 3), rotary=(0, 64, False), activation=2, shift=1.0),
+    Case([1000], (5, 1), reach=(2, 290, 10), rotary=(8, 16, True), activation=3, blocks=9),
+    Case([15], (4, 1), rotary=(0, 0, False)),
+    Case([15, 99], (8, 2), hidden=640, inner=704, blocks=3),
+    Case([50], (2, 2), hidden=64, blocks=1),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.heads[0]}of{case.heads[1]}x{case.dim}")
+def test_against_float64(case, library):
+    Emulated(library, case).compare(3)
+
+
+def test_through_the_wrap(library):
+    """C + R + 3 steps from the empty cache on, and the launches go on from each other's state."""
+    case = Case([0, 11], (2, 1), hidden=64, inner=64, reach=(3, 6, 2), blocks=4)
+    emulated = Emulated(library, case)
+    emulated.compare(20)
+    epoch = torch.frombuffer((ctypes.c_int32 * 1).from_address(emulated.state), dtype=torch.int32)
+    assert epoch.item() == 20 * case.layers
+
+
+def test_random_sizes(library):
+    for _ in range(8):
+        kv_heads, group = random.choice([1, 2, 3]), random.randint(1, 8)
+        sinks, window, slack = (
+            random.choice([0, 1, 4, 17, 40]),
+            random.choice([1, 2, 7, 33, 100]),
+            random.choice([0, 1, 16]),
+        )
+        rows, edge = random.choice([1, 2]), sinks + window + slack
+        edges = [0, 1, max(sinks - 1, 0), sinks, sinks + 1, edge - 1, edge, edge + 1, 3 * edge + 7]
+        dim = random.choice([64, 64, 128])
+        Emulated(
+            library,
+            Case(
+                random.choices(edges, k=rows), (kv_heads * group, kv_heads), dim, 64 * random.randint(1, 4),
+                64 * random.randint(1, 5), random.randint(1, 3), (sinks, window, slack), torch.float16,
+                random.random() < 0.5, random.random() < 0.5, random.choice([0.0, 1.0]), random.randint(1, 3),
+                (0, dim // 2, False), random.random() < 0.4, random.randint(1, 8),
+            ),
+        ).compare(2)  # fmt: skip
+
+
+def test_what_is_not_served(library):
+    def served(rows=1, hidden=128, inner=128, heads=2, kv_heads=1, dim=64, layers=2):
+        return library.state_bytes(_all([rows, hidden, inner, heads, kv_heads, dim, layers, 32, 8]))
+
+    assert served() and served(rows=2)
+    assert not served(rows=3) and not served(dim=96) and not served(hidden=96) and not served(inner=72)
+    assert not served(inner=64 * 1024)  # more than fits into shared memory
