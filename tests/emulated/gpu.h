@@ -156,9 +156,9 @@ inline void enter() {
   fibers[current].is_done = true;
   swapcontext(&fibers[current].context, &scheduler);
 }
-inline void run_block(unsigned number, int count, const std::function<void()>& f) {
-  std::mt19937 random(seed * 7919 + number);
-  blockIdx = dim3(number), threads = count, body = &f, block = {};
+inline void run_block(dim3 place, int count, const std::function<void()>& f) {
+  std::mt19937 random(seed * 7919 + (place.z * 131 + place.y) * 131 + place.x);
+  blockIdx = place, threads = count, body = &f, block = {};
   for (char& x : shared) x = char(random());  // NaN among it
   fibers = std::vector<Fiber>(count), warps.assign(count / 32, {}), boards.resize(count / 32);
   for (Fiber& fiber : fibers) {
@@ -170,7 +170,7 @@ inline void run_block(unsigned number, int count, const std::function<void()>& f
   int left = count;
   for (long turns = 0; left > 0; ++turns) {
     if (turns > most_turns) {
-      fprintf(stderr, "block %u hangs\n", number);
+      fprintf(stderr, "block %u %u %u hangs\n", place.x, place.y, place.z);
       abort();
     }
     const unsigned warp = random() % (count / 32);
@@ -218,13 +218,17 @@ template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
   return bytes <= emulated::SHARED_BYTES ? cudaSuccess : cudaErrorInvalidValue;
 }
+template <typename Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int*, Kernel, const cudaLaunchConfig_t*) { return cudaErrorInvalidValue; }
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A... arguments) {
   ::gridDim = config->gridDim;
   const std::function<void()> body = [&] { kernel(arguments...); };
   std::vector<std::thread> blocks;
-  for (unsigned i = 0; i < config->gridDim.x; ++i)
-    blocks.emplace_back(emulated::run_block, i, int(config->blockDim.x), std::cref(body));
+  const dim3 grid = config->gridDim;
+  for (unsigned i = 0; i < grid.x * grid.y * grid.z; ++i)
+    blocks.emplace_back(emulated::run_block, dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y),
+                        int(config->blockDim.x), std::cref(body));
   for (std::thread& block : blocks) block.join();
   return cudaSuccess;
 }

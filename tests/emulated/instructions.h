@@ -72,5 +72,17 @@ __device__ uint4 read_pairs(const void* from) {
   return make_uint4(a.x, a.y, b.x, b.y);
 }
 
+__device__ void prefetch(const void*) {}
+__device__ int count_in(int* arrivals) { return __atomic_fetch_add(arrivals, 1, __ATOMIC_ACQ_REL); }
+
+// Clusters are not emulated.
+__device__ void cluster_arrive() { abort(); }
+__device__ void cluster_wait() { abort(); }
+__device__ void expect_bytes(uint64_t*, int) { abort(); }
+__device__ void wait_for_bytes(uint64_t*) { abort(); }
+__device__ unsigned in_first_block(const void*) { return 0; }
+template <typename T>
+__device__ void hand_over(unsigned, T, unsigned) { abort(); }
+
 }  // namespace
 }  // namespace sinkattn::cuda

@@ -26,6 +26,136 @@ constexpr int ROWS = 16 * TILES;
 template <int TILES>
 constexpr int SUMS = ROWS<TILES> + 4;  // how far sums for a row of x lie apart, so that lanes meet different banks
 
+// Phase `fetch`: what a warp asks for next, 16 bytes a lane, ROWS_AT_A_TIME rows at a time: chunk after chunk of group
+// after group of rows. A stage of its ring has the rows of the weight, those of x, and the norm's weight.
+template <int ROWS>
+struct Chunks {
+  const Linear& p;
+  const int warp, stage_size, pieces, chunks, most, size, end;  // rows from the one it enters at to `end`, `size` at a time
+  const bool has_norm, gated;
+  uint4* const ring;
+  const uint64_t once;
+  const int first_row, lane_piece;
+  const int64_t row_bytes, jump;  // jump: from gates to the rest
+  const unsigned lane_place;
+  int first, chunk;
+  const char* line;
+
+  __device__ void enter(int at) {
+    first = at, chunk = warp;
+    line = static_cast<const char*>(p.weight) + (first + first_row) * row_bytes + lane_piece * 16;
+  }
+  __device__ void advance() {
+    chunk += WARPS;
+    if (chunk >= chunks) enter(first + size);
+  }
+  __device__ void fetch_weight(int stage) const {
+    const int limit = min(size, end - first), limit_of_rest = gated ? limit + most : limit;
+    if (limit <= 0 || chunk * PIECES + lane_piece >= pieces) return;
+    const char* from = line + chunk * (KC * 2);
+    const unsigned at = lane_place + stage * stage_size * 16;
+#pragma unroll
+    for (int row = 0; row < ROWS; row += ROWS_AT_A_TIME) {
+      if (row == ROWS / 2) from += jump;
+      if (row + first_row < (row < ROWS / 2 ? limit : limit_of_rest)) copy_once(at + row * PIECES * 16, from, once);
+      from += ROWS_AT_A_TIME * row_bytes;
+    }
+    if (has_norm && first_row == 0)
+      copy(shared_address(ring + stage * stage_size + place(ROWS + p.rows, lane_piece)),
+           static_cast<const uint4*>(p.norm_weight) + chunk * PIECES + lane_piece);
+  }
+  __device__ void fetch_x(int stage) const {
+    if (first < end && chunk * PIECES + lane_piece < pieces) {
+      const uint4* x = static_cast<const uint4*>(p.x) + chunk * PIECES + lane_piece;
+      for (int row = first_row; row < p.rows; row += ROWS_AT_A_TIME)
+        copy(lane_place + (stage * stage_size + (ROWS + row - first_row) * PIECES) * 16, x + row * pieces);
+    }
+    end_of_copies();
+  }
+};
+
+// Phase `norm`: 1 / rms of the rows of x that a lane multiplies, 8 n + g.
+template <typename T, int COLUMNS>
+__device__ __forceinline__ void find_scales(const Linear& p, int pieces, int g, float (&scale)[COLUMNS],
+                                            float (&squares)[WARPS][MAX_NARROW_ROWS]) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  float total[8 * COLUMNS] = {};
+  const uint4* x = static_cast<const uint4*>(p.x);
+#pragma unroll 2
+  for (int i = threadIdx.x; i < pieces; i += THREADS) {
+#pragma unroll
+    for (int row = 0; row < 8 * COLUMNS; ++row) {
+      if (row >= p.rows) break;
+      const uint4 piece = x[row * pieces + i];
+      const T* a = reinterpret_cast<const T*>(&piece);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) total[row] += to_float(a[j]) * to_float(a[j]);
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < 8 * COLUMNS; ++row) {
+    if (row >= p.rows) break;
+#pragma unroll
+    for (int apart = 16; apart > 0; apart /= 2) total[row] += __shfl_xor_sync(~0u, total[row], apart);
+    if (lane == 0) squares[warp][row] = total[row];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < COLUMNS; ++n) {
+    float sum = 0;
+    if (n * 8 + g < p.rows)
+      for (int w = 0; w < WARPS; ++w) sum += squares[w][n * 8 + g];
+    scale[n] = rsqrtf(sum / p.in_features + p.norm_eps);
+  }
+}
+
+// Phase `multiply`: one chunk of a stage. A lane has rows g and g + 8 of each tile of the weight, row g of each of x.
+template <typename T, int TILES, int COLUMNS>
+__device__ __forceinline__ void multiply_chunk(const Linear& p, const uint4* rows, int first_piece, int pieces,
+                                               bool has_norm, const float (&scale)[COLUMNS],
+                                               float (&products)[TILES][COLUMNS][4]) {
+  constexpr int ROWS = cuda::ROWS<TILES>;
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+#pragma unroll
+  for (int k = 0; k < PIECES; k += 4) {
+    const bool inside = first_piece + k + c < pieces;
+    uint4 x[COLUMNS];
+#pragma unroll
+    for (int n = 0; n < COLUMNS; ++n) {
+      x[n] = make_uint4(0, 0, 0, 0);
+      if (inside && n * 8 + g < p.rows) {
+        x[n] = rows[place(ROWS + n * 8 + g, k + c)];
+        if (has_norm) x[n] = normal<T>(x[n], rows[place(ROWS + p.rows, k + c)], scale[n], p.norm_shift);
+      }
+    }
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+      uint4 a = make_uint4(0, 0, 0, 0), b = a;  // rows g and g + 8
+      if (inside) a = rows[place(tile * 16 + g, k + c)], b = rows[place(tile * 16 + 8 + g, k + c)];
+#pragma unroll
+      for (int n = 0; n < COLUMNS; ++n) {
+        multiply<T>(products[tile][n], a.x, b.x, a.y, b.y, x[n].x, x[n].y);
+        multiply<T>(products[tile][n], a.z, b.z, a.w, b.w, x[n].z, x[n].w);
+      }
+    }
+  }
+}
+
+// Phase `meet`: what a warp found, (rows, SUMS), to shared memory. Columns 2 c and 2 c + 1 of a product are rows of x.
+template <int TILES, int COLUMNS>
+__device__ __forceinline__ void store_products(const float (&products)[TILES][COLUMNS][4], int rows, float* sums) {
+  const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+#pragma unroll
+  for (int tile = 0; tile < TILES; ++tile)
+#pragma unroll
+    for (int n = 0; n < COLUMNS; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = n * 8 + c * 2 + i % 2;
+        if (row < rows) sums[row * SUMS<TILES> + tile * 16 + g + i / 2 * 8] = products[tile][n][i];
+      }
+}
+
 // Blocks share the results evenly, `size` at a time. TILES of 16 rows of the weight, COLUMNS of 8 rows of x.
 template <typename T, int TILES, int COLUMNS>
 __global__ void __launch_bounds__(THREADS) linear_kernel(const __grid_constant__ Linear p, int stages) {
@@ -34,7 +164,7 @@ __global__ void __launch_bounds__(THREADS) linear_kernel(const __grid_constant__
   __shared__ float squares[WARPS][MAX_NARROW_ROWS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool has_norm = p.norm_weight != nullptr, gated = p.activation != Activation::none;
-  const int norm_row = ROWS + p.rows, stage_size = (norm_row + has_norm) * PIECES;
+  const int stage_size = (ROWS + p.rows + has_norm) * PIECES;
   const int pieces = p.in_features / 8, chunks = (pieces + PIECES - 1) / PIECES;
   uint4* ring = shared + warp * stages * stage_size;
   float* sums = reinterpret_cast<float*>(shared + WARPS * stages * stage_size);  // (WARPS, rows, SUMS)
@@ -44,87 +174,23 @@ __global__ void __launch_bounds__(THREADS) linear_kernel(const __grid_constant__
   const int begin = int64_t(count) * blockIdx.x / gridDim.x, end = int64_t(count) * (blockIdx.x + 1) / gridDim.x;
   const int groups = (end - begin + most - 1) / most, size = groups ? (end - begin + groups - 1) / groups : 1;
 
-  // What a warp asks for next, 16 bytes a lane, ROWS_AT_A_TIME rows at a time: chunk after chunk of group after group.
-  const uint64_t once = read_once();
-  const int first_row = lane / PIECES, lane_piece = lane % PIECES;
-  const int64_t row_bytes = p.weight_row * 2, jump = gated ? (count - most) * row_bytes : 0;  // from gates to the rest
-  const unsigned lane_place = __cvta_generic_to_shared(ring + place(first_row, lane_piece));
-  int next_first, next_chunk;
-  const char* next_line;
-  auto enter = [&](int first) {
-    next_first = first, next_chunk = warp;
-    next_line = static_cast<const char*>(p.weight) + (first + first_row) * row_bytes + lane_piece * 16;
-  };
-  auto advance = [&] {
-    next_chunk += WARPS;
-    if (next_chunk >= chunks) enter(next_first + size);
-  };
-  auto fetch_weight = [&](int stage) {
-    const int limit = min(size, end - next_first), limit_of_rest = gated ? limit + most : limit;
-    if (limit <= 0 || next_chunk * PIECES + lane_piece >= pieces) return;
-    const char* line = next_line + next_chunk * (KC * 2);
-    const unsigned at = lane_place + stage * stage_size * 16;
-#pragma unroll
-    for (int row = 0; row < ROWS; row += ROWS_AT_A_TIME) {
-      if (row == ROWS / 2) line += jump;
-      if (row + first_row < (row < ROWS / 2 ? limit : limit_of_rest)) copy_once(at + row * PIECES * 16, line, once);
-      line += ROWS_AT_A_TIME * row_bytes;
-    }
-    if (has_norm && first_row == 0)
-      copy(unsigned(__cvta_generic_to_shared(ring + stage * stage_size + place(norm_row, lane_piece))),
-           static_cast<const uint4*>(p.norm_weight) + next_chunk * PIECES + lane_piece);
-  };
-  auto fetch_x = [&](int stage) {
-    if (next_first < end && next_chunk * PIECES + lane_piece < pieces) {
-      const uint4* x = static_cast<const uint4*>(p.x) + next_chunk * PIECES + lane_piece;
-      for (int row = first_row; row < p.rows; row += ROWS_AT_A_TIME)
-        copy(lane_place + (stage * stage_size + (ROWS + row - first_row) * PIECES) * 16, x + row * pieces);
-    }
-    end_of_copies();
-  };
+  const int64_t row_bytes = p.weight_row * 2;
+  Chunks<ROWS> next = {p, warp, stage_size, pieces, chunks, most, size, end, has_norm, gated, ring, read_once(),
+                       lane / PIECES, lane % PIECES, row_bytes, gated ? (count - most) * row_bytes : 0,
+                       shared_address(ring + place(lane / PIECES, lane % PIECES))};
   // Not all of the ring is asked for before the kernel ahead is done: what that wrote would queue behind it.
   const int start = warp < chunks ? begin : end, early = max(1, stages - 1);
-  enter(start);
-  for (int stage = 0; stage < early; ++stage) fetch_weight(stage), advance();
+  next.enter(start);
+  for (int stage = 0; stage < early; ++stage) next.fetch_weight(stage), next.advance();
   let_next_launch();
   wait_for_launch();
 
-  const int g = lane / 4, c = lane % 4;
   float scale[COLUMNS] = {};
-  if (has_norm) {
-    float total[8 * COLUMNS] = {};
-    const uint4* x = static_cast<const uint4*>(p.x);
-#pragma unroll 2
-    for (int i = threadIdx.x; i < pieces; i += THREADS) {
-#pragma unroll
-      for (int row = 0; row < 8 * COLUMNS; ++row) {
-        if (row >= p.rows) break;
-        const uint4 piece = x[row * pieces + i];
-        const T* a = reinterpret_cast<const T*>(&piece);
-#pragma unroll
-        for (int j = 0; j < 8; ++j) total[row] += to_float(a[j]) * to_float(a[j]);
-      }
-    }
-#pragma unroll
-    for (int row = 0; row < 8 * COLUMNS; ++row) {
-      if (row >= p.rows) break;
-#pragma unroll
-      for (int apart = 16; apart > 0; apart /= 2) total[row] += __shfl_xor_sync(~0u, total[row], apart);
-      if (lane == 0) squares[warp][row] = total[row];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int n = 0; n < COLUMNS; ++n) {
-      float sum = 0;
-      if (n * 8 + g < p.rows)
-        for (int w = 0; w < WARPS; ++w) sum += squares[w][n * 8 + g];
-      scale[n] = rsqrtf(sum / p.in_features + p.norm_eps);
-    }
-  }
+  if (has_norm) find_scales<T>(p, pieces, lane / 4, scale, squares);
 
-  enter(start);
-  for (int stage = 0; stage < early; ++stage) fetch_x(stage), advance();
-  for (int stage = early; stage < stages; ++stage) fetch_weight(stage), fetch_x(stage), advance();
+  next.enter(start);
+  for (int stage = 0; stage < early; ++stage) next.fetch_x(stage), next.advance();
+  for (int stage = early; stage < stages; ++stage) next.fetch_weight(stage), next.fetch_x(stage), next.advance();
   int stage = 0;
   for (int first = begin; first < end; first += size) {
     // What is added to the results, asked for before it is needed.
@@ -143,47 +209,14 @@ __global__ void __launch_bounds__(THREADS) linear_kernel(const __grid_constant__
     }
     float products[TILES][COLUMNS][4] = {};
     for (int chunk = warp; chunk < chunks; chunk += WARPS) {
-      const uint4* rows = ring + stage * stage_size;
       wait_for_copies(stages - 1);
       __syncwarp();
-#pragma unroll
-      for (int k = 0; k < PIECES; k += 4) {
-        const bool inside = chunk * PIECES + k + c < pieces;
-        uint4 x[COLUMNS];
-#pragma unroll
-        for (int n = 0; n < COLUMNS; ++n) {
-          x[n] = make_uint4(0, 0, 0, 0);
-          if (inside && n * 8 + g < p.rows) {
-            x[n] = rows[place(ROWS + n * 8 + g, k + c)];
-            if (has_norm) x[n] = normal<T>(x[n], rows[place(norm_row, k + c)], scale[n], p.norm_shift);
-          }
-        }
-#pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
-          uint4 a = make_uint4(0, 0, 0, 0), b = a;  // rows g and g + 8
-          if (inside) a = rows[place(tile * 16 + g, k + c)], b = rows[place(tile * 16 + 8 + g, k + c)];
-#pragma unroll
-          for (int n = 0; n < COLUMNS; ++n) {
-            multiply<T>(products[tile][n], a.x, b.x, a.y, b.y, x[n].x, x[n].y);
-            multiply<T>(products[tile][n], a.z, b.z, a.w, b.w, x[n].z, x[n].w);
-          }
-        }
-      }
+      multiply_chunk<T>(p, ring + stage * stage_size, chunk * PIECES, pieces, has_norm, scale, products);
       __syncwarp();
-      fetch_weight(stage), fetch_x(stage), advance();
+      next.fetch_weight(stage), next.fetch_x(stage), next.advance();
       if (++stage == stages) stage = 0;
     }
-
-    // Warps meet. A lane has rows g and g + 8 of its tiles, columns 2 c and 2 c + 1.
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile)
-#pragma unroll
-      for (int n = 0; n < COLUMNS; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int row = n * 8 + c * 2 + i % 2;
-          if (row < p.rows) sums[(warp * p.rows + row) * SUMS + tile * 16 + g + i / 2 * 8] = products[tile][n][i];
-        }
+    store_products(products, p.rows, sums + warp * p.rows * SUMS);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < MOST; ++i) {

@@ -1,10 +1,12 @@
-"""All layers as one kernel, csrc/cuda/sm80/stack.cu, without a GPU: its source, compiled for the host (tests/emulated).
+"""CUDA kernels without a GPU: their source, compiled for the host (tests/emulated), against float64.
 
-Blocks are threads, warps run in random order, what is not written yet is not a number. Compared with float64.
+csrc/cuda/sm80/stack.cu (all layers as one kernel), linear.cu and decode.cu. Blocks are threads, warps run in random
+order, what is not written yet is not a number.
 """
 
 import ctypes
 import random
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from sinkattn import reference
 
 ROOT = Path(__file__).parent.parent
 EMULATED = ROOT / "tests" / "emulated"
-SHARED = "extern __shared__ uint4 shared[];"
+SHARED = re.compile(r"extern __shared__ (__align__\(128\) )?uint4 shared\[\];")
+OURS = "uint4* const shared = static_cast<uint4*>(emulated::dynamic_shared());"
 ACTIVATIONS = {1: F.silu, 2: lambda x: F.gelu(x, approximate="tanh"), 3: F.gelu}  # as Activation of csrc counts them
 ERRORS = {torch.float16: 0.005, torch.bfloat16: 0.04}  # root mean square over the spread: some ten roundings
 
@@ -28,23 +31,43 @@ pytestmark = [pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """The source with the instructions of a GPU exchanged for emulated ones."""
+def build(tmp_path_factory):
+    """Builds a file of tests/emulated, over the source with the instructions of a GPU exchanged for emulated ones."""
     folder = tmp_path_factory.mktemp("emulated")
     shutil.copytree(ROOT / "csrc", folder, dirs_exist_ok=True)
     for path in ("cuda/instructions.h", "cuda/sm80/instructions.h"):
         (folder / path).write_text(f'#include "{EMULATED / "instructions.h"}"\n')
-    source = folder / "cuda/sm80/stack.cu"
-    text = source.read_text()
-    assert text.count(SHARED) == 1
-    source.write_text(text.replace(SHARED, "uint4* const shared = static_cast<uint4*>(emulated::dynamic_shared());"))
-    flags = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-pthread"]
-    places = [f"-I{folder}", f"-I{EMULATED}", f"-I{EMULATED / 'include'}"]
-    built = folder / "stack.so"
-    subprocess.run(["g++", *flags, *places, EMULATED / "stack.cpp", "-o", built], check=True)
-    library = ctypes.CDLL(built)
+    for name in ("stack.cu", "linear.cu", "decode_kernel.h"):
+        source = folder / "cuda/sm80" / name
+        text, count = SHARED.subn(OURS, source.read_text())
+        assert count == 1
+        source.write_text(text)
+
+    def built(name):
+        flags = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-w", "-shared", "-fPIC", "-pthread"]
+        places = [f"-I{folder}", f"-I{EMULATED}", f"-I{EMULATED / 'include'}"]
+        library = folder / f"{name}.so"
+        subprocess.run(["g++", *flags, *places, EMULATED / f"{name}.cpp", "-o", library], check=True)
+        return ctypes.CDLL(library)
+
+    return built
+
+
+@pytest.fixture(scope="module")
+def stack(build):
+    library = build("stack")
     library.state_bytes.restype = ctypes.c_int64
     return library
+
+
+@pytest.fixture(scope="module")
+def linear(build):
+    return build("linear")
+
+
+@pytest.fixture(scope="module")
+def decode(build):
+    return build("decode")
 
 
 @dataclass
@@ -200,20 +223,20 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.heads[0]}of{case.heads[1]}x{case.dim}")
-def test_against_float64(case, library):
-    Emulated(library, case).compare(3)
+def test_stack(case, stack):
+    Emulated(stack, case).compare(3)
 
 
-def test_through_the_wrap(library):
+def test_stack_through_the_wrap(stack):
     """C + R + 3 steps from the empty cache on, and the launches go on from each other's state."""
     case = Case([0, 11], (2, 1), hidden=64, inner=64, reach=(3, 6, 2), blocks=4)
-    emulated = Emulated(library, case)
+    emulated = Emulated(stack, case)
     emulated.compare(20)
     epoch = torch.frombuffer((ctypes.c_int32 * 1).from_address(emulated.state), dtype=torch.int32)
     assert epoch.item() == 20 * case.layers
 
 
-def test_random_sizes(library):
+def test_stacks_of_random_sizes(stack):
     for _ in range(8):
         kv_heads, group = random.choice([1, 2, 3]), random.randint(1, 8)
         sinks, window, slack = (
@@ -225,7 +248,7 @@ def test_random_sizes(library):
         edges = [0, 1, max(sinks - 1, 0), sinks, sinks + 1, edge - 1, edge, edge + 1, 3 * edge + 7]
         dim = random.choice([64, 64, 128])
         Emulated(
-            library,
+            stack,
             Case(
                 random.choices(edges, k=rows), (kv_heads * group, kv_heads), dim, 64 * random.randint(1, 4),
                 64 * random.randint(1, 5), random.randint(1, 3), (sinks, window, slack), torch.float16,
@@ -235,10 +258,97 @@ def test_random_sizes(library):
         ).compare(2)  # fmt: skip
 
 
-def test_what_is_not_served(library):
+def test_stacks_that_are_not_served(stack):
     def served(rows=1, hidden=128, inner=128, heads=2, kv_heads=1, dim=64, layers=2):
-        return library.state_bytes(_all([rows, hidden, inner, heads, kv_heads, dim, layers, 32, 8]))
+        return stack.state_bytes(_all([rows, hidden, inner, heads, kv_heads, dim, layers, 32, 8]))
 
     assert served() and served(rows=2)
     assert not served(rows=3) and not served(dim=96) and not served(hidden=96) and not served(inner=72)
     assert not served(inner=64 * 1024)  # more than fits into shared memory
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 13])
+def test_linear(rows, linear):
+    """Random sizes, with and without norm, bias, residual and gate; a weight whose rows lie apart."""
+    for _ in range(5):
+        dtype = random.choice([torch.float16, torch.bfloat16])
+        into, out = 8 * random.choice([1, 3, 16, 80, 131]), 2 * random.choice([1, 8, 33, 70, 150])
+        activation, shift = random.choice([0, 0, 1, 2, 3]), random.choice([0.0, 1.0])
+        results = out // 2 if activation else out
+
+        def new(*shape, by=1.0, dtype=dtype):
+            return (torch.randn(shape) * by).to(dtype)
+
+        x, weight = new(rows, into), new(out, into + 8, by=into**-0.5)[:, :into]
+        bias, norm, residual = (x if random.random() < 0.5 else None for x in (new(out), new(into), new(rows, results)))
+        found = torch.full((rows, results), torch.nan, dtype=dtype)
+        blocks = random.choice([1, 3, 9])
+        sizes = [rows, into, out, into + 8, activation, dtype == torch.bfloat16, blocks, random.randrange(1 << 30)]
+        pointers = [ctypes.c_void_p(_number(t)) for t in (x, weight, bias, norm, residual, found)]
+        assert linear.run_linear(_all(sizes), _all((1e-5, shift), ctypes.c_double), *pointers) == 0
+        y = x.double()
+        if norm is not None:
+            y = (F.rms_norm(y, (into,), None, 1e-5) * (norm.double() + shift)).to(dtype).double()
+        y = F.linear(y, weight.double(), None if bias is None else bias.double())
+        if activation:
+            gate, up = y.chunk(2, dim=1)
+            y = ACTIVATIONS[activation](gate) * up
+        y = y if residual is None else y + residual.double()
+        assert (found.double() - y).abs().max() < 16 * torch.finfo(dtype).eps * y.abs().max()
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 16])
+@pytest.mark.parametrize("heads", [(3, 1), (8, 2), (7, 1), (20, 2)])
+def test_decode(heads, tokens, decode):
+    """One token a row or a few, at random lengths, in one block or several that meet in memory."""
+    for _ in range(3):
+        num_heads, kv_heads = heads if tokens == 1 or heads[0] // heads[1] < 9 else (heads[0] // 2, heads[1])
+        dtype, (dim, v_dim) = (
+            random.choice([torch.float16, torch.bfloat16]),
+            random.choice([(64, 64), (128, 128), (192, 128)]),
+        )
+        sinks, window = random.choice([0, 1, 4, 37]), random.choice([1, 7, 33, 120])
+        ring, rows = window + tokens - 1 + random.choice([0, 3, 16]), random.choice([1, 2])
+        edge, half, start = sinks + ring, random.choice([0, 8, dim // 2]), 0
+        lengths = torch.tensor(random.choices([0, 1, sinks, edge - 1, edge, edge + 1, 3 * edge + 7], k=rows))
+        counts = torch.randint(0, tokens + 1, (rows,)) if random.random() < 0.5 else None
+        lengths = lengths if counts is None else lengths
+
+        def new(*shape, dtype=dtype):
+            return torch.randn(shape).to(dtype)
+
+        q, k, v = (
+            new(rows, num_heads, tokens, dim),
+            new(rows, kv_heads, tokens, dim),
+            new(rows, kv_heads, tokens, v_dim),
+        )
+        caches = [new(rows, kv_heads, sinks + ring, size) for size in (dim, v_dim)]
+        for row, length in enumerate(lengths.tolist()):
+            for cache in caches:
+                cache[row, :, length:] = torch.nan
+        angles = 6 * torch.rand(rows, tokens, 2, 1, max(half, 1))
+        rotation = torch.cat((angles.cos(), angles.sin()), dim=3)
+        learned = torch.randn(num_heads) if random.random() < 0.3 else None
+        slopes = torch.rand(num_heads) if random.random() < 0.3 else None
+        scale, softcap, interleaved = dim**-0.5, random.choice([0.0, 0.0, 5.0]), random.random() < 0.3
+        exact = [cache.double().nan_to_num(0.0) for cache in caches]
+        sizes = dict(sink_size=sinks, window_size=window, scale=scale, softcap=softcap, interleaved=interleaved)
+        turned = rotation if half else None
+        given = (x.double() for x in (q, k, v))
+        expected = reference.attention(*given, *exact, lengths, counts, turned, learned, slopes, **sizes)
+
+        splits, out = random.choice([1, 3]), torch.full((rows, tokens, num_heads, v_dim), torch.nan, dtype=dtype)
+        partials = torch.full((1 << 20,), torch.nan)
+        arrivals = torch.zeros(rows * tokens * kv_heads, dtype=torch.int32)
+        numbers = [
+            rows, num_heads, kv_heads, tokens, dim, v_dim, sinks, ring, window, start, half, interleaved,
+            dtype == torch.bfloat16, splits, random.random() < 0.5, random.randrange(1 << 30),
+        ]  # fmt: skip
+        tensors = q, k, v, *caches, out, lengths, counts, rotation, learned, slopes, partials, arrivals
+        pointers = [ctypes.c_void_p(_number(x)) for x in tensors]
+        assert decode.run_decode(_all(numbers), _all((scale, softcap), ctypes.c_double), *pointers) == 0
+        assert not arrivals.any()
+        error = (out.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
+        assert error < 16 * torch.finfo(dtype).eps
+        for cache, wide in zip(caches, exact, strict=True):
+            assert (cache.double().nan_to_num(0.0) - wide).abs().max() < 8 * torch.finfo(dtype).eps
