@@ -104,6 +104,59 @@ def test_whatever_is_exchanged(what, fuse):
         assert relative_error(fed(model, ids, 1), expected) < EXACT
 
 
+def _hooked(rotary):
+    rotary.register_forward_hook(lambda module, args, tables: tuple(2 * x for x in tables))
+
+
+ROTARIES = {
+    "its scaling": lambda model: setattr(model.model.rotary_emb, "attention_scaling", 1.5),
+    "a hook": lambda model: _hooked(model.model.rotary_emb),
+    "its forward": lambda model: _scaled_forward(model.model.rotary_emb),
+    "another one": lambda model: _exchanged_rotary(model.model),
+}
+
+
+def _scaled_forward(rotary):
+    forward = rotary.forward
+    rotary.forward = lambda x, position_ids, **kwargs: tuple(2 * y for y in forward(x, position_ids, **kwargs))
+
+
+def _exchanged_rotary(body):
+    body.rotary_emb = copy.deepcopy(body.rotary_emb)
+    body.rotary_emb.__dict__.pop("forward", None)  # what sinkattn has put there
+    body.rotary_emb.attention_scaling = 1.5
+
+
+@pytest.mark.parametrize("fuse", ["layers", "attention", "none"])
+@pytest.mark.parametrize("what", ROTARIES)
+def test_rotary_tables_that_are_scaled(what, fuse):
+    """What a rotary module gives is what attention is computed with, also behind a step that has kept it."""
+    ids, model, twin = random_ids(1, 40), tiny("llama"), tiny("llama")
+    patch(model, S, W, fuse=fuse)
+    with torch.no_grad():
+        before = fed(model, ids, 1)
+        for changed in (model, twin):
+            ROTARIES[what](changed)
+        expected = streaming_logits(twin, ids, S, W)
+        assert relative_error(before, expected) > 1e-2, "the change makes no difference"
+        copied = copy.deepcopy(model)
+        for one in (model, copied):
+            assert relative_error(one(ids).logits, expected) < EXACT
+            assert relative_error(fed(one, ids, 1), expected) < EXACT
+
+
+@pytest.mark.parametrize("name", ["llama", "linear", "dynamic", "yarn", "longrope", "llama3"])
+def test_rotaries_that_do_not_change_stay_fused(name):
+    model, ids = tiny(name), random_ids(1, 40)
+    with patch(model, S, W) as handle, torch.no_grad():
+        forms = [*handle.runner.fused.attentions, *handle.runner.fused.layers]
+        assert forms
+        for _ in range(2):
+            fed(model, ids, 1)
+            fed(model, ids, 40)
+        assert all(form.is_valid for form in forms)
+
+
 def test_steps_of_one_token_do_not_look(monkeypatch):
     """Whatever a model makes of its modules in a step; but a module that is put behind one that was put is noticed."""
     model, ids, looked = tiny("llama"), random_ids(1, 40), []

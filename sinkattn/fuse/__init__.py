@@ -39,7 +39,8 @@ class Fused:
         attending = [module for module, record in observer.of.items() if record.attentions]
         self.attentions = self._usual(Attention, [(module, observer.of) for module in attending])
         of = {attention.module: attention for attention in self.attentions}
-        self.layers, others = [], [ConstantRotary(module) for module in model.modules() if _is_rotary(module)]
+        self.rotaries = [ConstantRotary(module) for module in model.modules() if _is_rotary(module)]
+        self.layers, others = [], [*self.rotaries]
         if what != "attention":
             pairs = [(module, of[child]) for module in model.modules() for child in module.children() if child in of]
             self.layers = self._usual(Layer, [(module, observer.of, attention) for module, attention in pairs])
@@ -55,6 +56,9 @@ class Fused:
         self.stack = Stack.of(self.layers, observer.of) if what == "model" else None
         for layer in self.layers:
             layer.stack = self.stack
+        beside = [module for module in model.modules() if frequency_buffers(module)]
+        for form in (*self.attentions, *self.layers):
+            form.beside = beside
 
     def _usual(self, form: type[Form], modules: list[tuple]) -> list:
         """Those modules that have a form; modules: what `Form.of` takes. The log is told why others have not."""
@@ -90,6 +94,8 @@ class Fused:
         """
         for form in (*self.attentions, *self.layers):
             form.look(seen)
+        for rotary in self.rotaries:
+            rotary.look(seen)
         uses = Counter(id(x) for module in self.model.modules() for x in module.parameters(recurse=False))
         shared = {x for x, count in uses.items() if count > 1}
         for linear in self.linears:

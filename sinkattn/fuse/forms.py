@@ -69,6 +69,7 @@ class Form:
     """What a module is computed by while a model is patched.
 
     module: whose forward is replaced; original: its own. cache_name: of the keyword that brings the cache.
+    beside: modules elsewhere whose numbers it goes without, those that make rotary tables.
     is_valid: whether the module still is what it was, as `look` found; if not, it runs its own forward.
     """
 
@@ -76,6 +77,7 @@ class Form:
         self.module, self.original, self.cache_name = module, module.forward, record.cache_name
         self.returned, self.is_valid, self.seen = Returned.of(record), True, None
         self.ours: dict[nn.Module, Callable] = {}  # the forwards that sinkattn has put on modules, once it has
+        self.beside: list[nn.Module] = []
         self.dropouts = [inner for inner in module.modules() if isinstance(inner, nn.modules.dropout._DropoutNd)]
 
     def __getstate__(self) -> dict:
@@ -89,11 +91,11 @@ class Form:
         self.seen = self._looks() if self.is_valid else []
 
     def _looks(self) -> list[tuple]:
-        return [traits(inner, self.ours.get(inner)) for inner in self.module.modules()]
+        return [traits(inner, self.ours.get(inner)) for inner in (*self.module.modules(), *self.beside)]
 
     def look(self, sight: Sight) -> None:
-        """Find out whether anything inside has changed since it began."""
-        self.is_valid = [sight[inner] for inner in self.module.modules()] == self.seen
+        """Find out whether anything inside, or beside, has changed since it began."""
+        self.is_valid = [sight.get(inner) for inner in (*self.module.modules(), *self.beside)] == self.seen
 
     def step(self, kwargs: dict, hidden: Tensor) -> Step | None:
         """The step that this form serves, None if the module's own forward has to."""

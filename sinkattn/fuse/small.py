@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..changes import Sight
 from ..interface import current
 from ..rings import FEW
 from ..step import Step
@@ -46,7 +47,15 @@ class ConstantRotary:
     """
 
     def __init__(self, module: nn.Module):
-        self.module, self.original, self.said = module, module.forward, {}
+        self.module, self.original, self.said, self.seen = module, module.forward, {}, None
+
+    def __getstate__(self) -> dict:
+        return {**vars(self), "said": {}, "seen": None}
+
+    def look(self, sight: Sight) -> None:
+        """Forget what it said, if anything of it has changed since."""
+        if (now := sight.get(self.module)) != self.seen:
+            self.said, self.seen = {}, now
 
     def forward(self, x: Tensor, position_ids: Tensor, *args, **kwargs):
         step = current.step
