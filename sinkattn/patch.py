@@ -76,6 +76,7 @@ class Handle:
             for module in model.modules()
             if isinstance(vars(module).get("config"), PreTrainedConfig)
         ]
+        self._named: list[tuple[PreTrainedConfig, PreTrainedConfig, PreTrainedConfig]] = []
         self._replaced: dict[str, object] = {}
         self._had: dict[str, object] = {}
         self._watching, self.runner = changes.watch(), cast(Runner, None)  # `_find_out` makes it
@@ -202,6 +203,8 @@ class Handle:
             copies[id(self.model.config)].get_text_config(decoder=True)._attn_implementation = implementation
         for module, config in self._configs:
             module.config = copies[id(config)]
+        originals = {id(config): config for _, config in self._configs}
+        self._named = [(config, copies[key], copy.deepcopy(copies[key])) for key, config in originals.items()]
 
     def _restore_configs(self) -> None:
         for module, config in self._configs:
@@ -209,6 +212,8 @@ class Handle:
 
     def remove(self) -> None:
         """Bring back exactly the model that was there before; a second call does nothing. Its caches are then useless.
+
+        What was set meanwhile in the model or its config stays set.
 
         Raises RuntimeError if something else replaced the model's forward or generate since: undo that first.
         """
@@ -221,6 +226,8 @@ class Handle:
                     f"{name} of the model was replaced after sinkattn.patch(); undo that before remove()"
                 )
         self._restore()
+        for configs in self._named:
+            _carry_over(*configs)
 
     def _restore(self) -> None:
         for name in self._replaced:
@@ -258,6 +265,16 @@ class Handle:
             f"prefill={plan.prefill!r}, backend={plan.backend!r}, "
             f"steps {'captured' if self.why_eager is None else f'run eagerly: {self.why_eager}'}>"
         )
+
+
+def _carry_over(original: PreTrainedConfig, now: PreTrainedConfig, was: PreTrainedConfig) -> None:
+    """Set in a config what was set meanwhile in the copy of it that a model had, but for how it attends."""
+    for name, value in vars(now).items():
+        held, before = (vars(config).get(name) for config in (original, was))
+        if all(isinstance(x, PreTrainedConfig) for x in (value, held, before)):
+            _carry_over(held, value, before)
+        elif "attn_implementation" not in name and (name not in vars(was) or value != before):
+            vars(original)[name] = value
 
 
 def _refuse_implementation(*args: Any, **kwargs: Any) -> None:

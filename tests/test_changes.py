@@ -357,6 +357,31 @@ def test_attention_taken_away_by_the_config(fuse):
             assert torch.equal(model(ids).logits, expected)
 
 
+@pytest.mark.parametrize("how", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_settings_of_the_config_outlive_the_patch(how, tmp_path):
+    """What was set meanwhile stays set, so that a model whose vocabulary grew can be saved and loaded."""
+    model, ids = tiny("llama"), random_ids(1, 20)
+    config, was = model.config, model.config.to_dict()
+    handle = patch(model, S, W)
+    handle.remove()
+    assert model.config is config and config.to_dict() == was and config._attn_implementation == "eager"
+    patch(model, S, W)
+    model = how(model)
+    model.resize_token_embeddings(110)
+    model.config.pad_token_id = 7
+    model.config.rope_parameters["note"] = "x"
+    model.config._attn_implementation = "sdpa"
+    model._sinkattn.remove()
+    assert all(module.config is model.config for module in model.modules() if hasattr(module, "config"))
+    changed = {**was, "vocab_size": 110, "pad_token_id": 7, "rope_parameters": {**was["rope_parameters"], "note": "x"}}
+    assert model.config.to_dict() == changed and model.config._attn_implementation == "eager"
+    with torch.no_grad():
+        logits = model(ids).logits
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+        assert torch.equal(loaded(ids).logits, logits)
+
+
 @pytest.mark.parametrize("fuse", ["layers", "attention", "none"])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "deepseek_v3"])
 def test_autocast(name, fuse):
