@@ -128,6 +128,14 @@ def configs(model: nn.Module) -> list[PreTrainedConfig]:
     return copy.deepcopy(list({id(x): x for x in held}.values()))
 
 
+REACHES = ("sliding_window", "layer_types", "attention_chunk_size")  # what transformers' masks are made from
+
+
+def reaches(config: PreTrainedConfig) -> dict[str, object]:
+    """What a model's config says of how far its layers see."""
+    return {name: copy.copy(getattr(config.get_text_config(decoder=True), name, None)) for name in REACHES}
+
+
 def place_of(x: Tensor) -> tuple:
     """Where a tensor is and how it lies there; of a kind that has no place, which one it is."""
     if type(x) not in (Tensor, nn.Parameter):
@@ -148,6 +156,7 @@ class Lookout:
         self._made = -1  # as `made` was then
         self.attending: dict[nn.Module, nn.Module] = {}
         self._rotaries: list[tuple[str, Tensor]] = []
+        self._reaches: dict[str, object] = {}
 
     def __getstate__(self) -> dict:
         return {**vars(self), "seen": (), "_made": -1}  # a copy is looked at anew
@@ -162,6 +171,7 @@ class Lookout:
             for name in frequency_buffers(module)
             if not picks_by_length(module)
         ]
+        self._reaches = reaches(self.model.config)
 
     @property
     def has_news(self) -> bool:
@@ -179,6 +189,12 @@ class Lookout:
             if not torch.equal(now, was.to(now)):
                 raise RuntimeError(
                     f"{name} was changed after sinkattn.patch(), which read it: remove() and patch() again"
+                )
+        for name, reach in reaches(self.model.config).items():
+            if self._reaches.get(name, reach) != reach:
+                raise RuntimeError(
+                    f"{name} of its config was changed after sinkattn.patch(), which found out how far each layer "
+                    "sees: remove() and patch() again"
                 )
         seen = sight(self.model, {} if fused is None else fused.forwards)
         for module, owner in self.attending.items():

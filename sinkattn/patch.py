@@ -342,9 +342,9 @@ def patch(
     replaced ``forward``, settings such as a norm's eps or those of the config that a forward reads, removed and
     inserted modules, what is written into a module's ``_modules`` or ``_parameters`` themselves; all changes of a model
     that `torch.compile` wraps). Values written into weights count at once. A module in which something was exchanged
-    runs its own forward. An exchanged attention module, other rotary frequencies and another attention implementation
-    raise RuntimeError at the next prompt: remove(), patch() again. `torch.func.functional_call` is not served, as it
-    changes parameters for one call, unseen.
+    runs its own forward. An exchanged attention module, other rotary frequencies, other sliding windows in the config
+    and another attention implementation raise RuntimeError at the next prompt: remove(), patch() again.
+    `torch.func.functional_call` is not served, as it changes parameters for one call, unseen.
 
     Warns once if S + W is more than the model was trained on.
 

@@ -343,6 +343,29 @@ def test_what_cannot_be_followed_is_an_error(fuse):
 
 
 @pytest.mark.parametrize("fuse", ["layers", "none"])
+@pytest.mark.parametrize("how", [lambda x: x, copy.deepcopy])
+def test_windows_of_layers_that_the_config_changes(how, fuse):
+    """Masks of transformers are made from the config anew at every step: how far layers see was found by patch()."""
+    for name, setting, value in (
+        ("mistral-sliding", "sliding_window", 4),
+        ("mistral-sliding", "sliding_window", None),
+        ("gemma2", "sliding_window", 4),
+        ("gemma2", "layer_types", ["full_attention"] * 4),
+    ):
+        model, ids = tiny(name), random_ids(1, 40)
+        patch(model, S, W, fuse=fuse)
+        with torch.no_grad():
+            expected = model(ids).logits
+            model = how(model)
+            was = getattr(model.config, setting)
+            setattr(model.config, setting, value)
+            with pytest.raises(RuntimeError, match=f"{setting} of its config"):
+                model(ids)
+            setattr(model.config, setting, was)
+            assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("fuse", ["layers", "none"])
 def test_attention_taken_away_by_the_config(fuse):
     """Where modules attend by the interface, a config that names another implementation is noticed in the step."""
     model, ids = tiny("llama"), random_ids(1, 40)
