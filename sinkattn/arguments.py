@@ -1,4 +1,4 @@
-"""What callers of a Stream give, checked before anything is done: ids and their mask, rows, numbers of tokens."""
+"""What callers give, checked before anything is done: ids and their mask, rows, numbers of tokens."""
 
 import operator
 from collections.abc import Sequence
@@ -43,7 +43,12 @@ def index_of(rows: Rows, held: int, device: torch.device) -> Tensor:
 
     Raises ValueError for rows that are not there, or none.
     """
-    named = torch.as_tensor(list(rows) if isinstance(rows, range) else rows)
+    try:
+        named = torch.as_tensor(list(rows) if isinstance(rows, range) else rows)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"rows={rows!r}: this Stream holds {held} rows, name some of them, each once") from error
+    if named.numel() and (named.is_floating_point() or named.is_complex()):
+        raise ValueError(f"rows={named.tolist()}: this Stream holds {held} rows, name some of them, by whole numbers")
     if named.dtype == torch.bool:
         if named.shape != (held,):
             raise ValueError(f"rows is a mask {tuple(named.shape)}: this Stream holds {held} rows")
@@ -52,6 +57,21 @@ def index_of(rows: Rows, held: int, device: torch.device) -> Tensor:
     if not index or len(set(index)) < len(index) or min(index) < 0 or max(index) >= held:
         raise ValueError(f"rows={index}: this Stream holds {held} rows, name some of them, each once")
     return torch.tensor(index, device=device)
+
+
+def rows_of(index: Sequence[int] | Tensor, held: int) -> Tensor:
+    """Which of a cache's rows others are to be, (n,) int64, any of them any number of times.
+
+    Raises ValueError for rows that are not there, or none. On a GPU nobody waits to look which they are.
+    """
+    index = torch.as_tensor(index)
+    if index.dim() != 1 or not len(index):
+        raise ValueError(f"rows {tuple(index.shape)}: they are (n,), at least one")
+    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+        raise ValueError(f"rows are {index.dtype}; they need an integer dtype")
+    if index.device.type == "cpu" and not 0 <= index.min() <= index.max() < held:
+        raise ValueError(f"rows reach from {index.min()} to {index.max()}: this SinkCache holds {held} rows")
+    return index.long()
 
 
 def counts_of(n: int | Sequence[int] | Tensor, index: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from transformers import Cache
 
 from . import keeping, saved
 from .agreement import Agreement
+from .arguments import rows_of
 from .introspect import input_device
 from .rings import Plan, has_state, layers_of
 from .rollback import take_back
@@ -295,7 +296,13 @@ class SinkCache(Cache):
         self._begin()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take other rows: row i becomes what row ``beam_idx[i]`` was. Any number of them."""
+        """Take other rows: row i becomes what row ``beam_idx[i]`` was. Any number of them.
+
+        Raises ValueError for rows that are not there, and if the cache is empty or torn.
+        """
+        if self.rows is None:
+            raise ValueError("this SinkCache is empty")
+        beam_idx = rows_of(beam_idx, self.batch_size)
         with self.changing():
             self._use(self.rows.reordered(beam_idx))
             self.unfed = None if self.unfed is None else self.unfed.picked(beam_idx)

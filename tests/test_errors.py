@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -334,6 +335,44 @@ def test_stream_input(model):
         stream.append(random_ids(1, 5))
     with pytest.raises(ValueError, match="embeds 0 to 96"):
         stream.append(random_ids(2, 5) + 96)
+
+
+@pytest.mark.parametrize(
+    "rows, error",
+    [
+        ([0, 2], "from 0 to 2"), (torch.tensor([-1, 0]), "from -1 to 0"), ([], "at least one"), ([[0, 1]], "(n,)"),
+        (torch.tensor([0.0, 1.0]), "float32"), (torch.tensor([True, False]), "bool"),
+    ],
+)  # fmt: skip
+def test_rows_that_a_cache_does_not_have(model, rows, error):
+    """Nothing is torn by a mistake."""
+    ids, cache = random_ids(2, 20), SinkCache(model)
+    with pytest.raises(ValueError, match="empty"):
+        cache.reorder_cache(torch.tensor([0]))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        expected = model(ids[:, :1], past_key_values=copy.deepcopy(cache)).logits
+        with pytest.raises(ValueError, match=re.escape(error)):
+            cache.reorder_cache(rows)
+        with pytest.raises(ValueError, match="at least one"):
+            cache.batch_repeat_interleave(0)
+        cache.reorder_cache([1, 0])
+        assert torch.equal(model(ids[:, :1].flip(0), past_key_values=cache).logits, expected.flip(0))
+
+
+@pytest.mark.parametrize("rows", [[0.5], torch.tensor([1.0]), "a", None])
+def test_rows_that_are_no_numbers(model, rows):
+    stream = Stream(model)
+    stream.append(random_ids(2, 20))
+    texts = copy.deepcopy(stream).take([0])
+    calls = [lambda: stream.take(rows)]
+    if rows is not None:  # which is all of them
+        calls += [lambda: stream.append([[1]], rows=rows), lambda: stream.rewind(1, rows)]
+        calls += [lambda: stream.put(texts, rows), lambda: stream.reset(rows)]
+    for call in calls:
+        with pytest.raises(ValueError, match="name some of them"):
+            call()
+    assert stream.lengths.tolist() == [20, 20]
 
 
 def test_importing_changes_nothing():
