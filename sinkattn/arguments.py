@@ -87,12 +87,12 @@ def counts_of(n: int | Sequence[int] | Tensor, index: Tensor) -> Tensor:
     return counts
 
 
-def count(name: str, n: Any, least: int) -> int:
-    """n as a whole number of tokens. Raises ValueError for what is none, and for less than `least`."""
+def whole(name: str, n: Any, least: int, of: str = "tokens") -> int:
+    """n as a whole number. Raises ValueError for what is none, and for less than `least`."""
     try:
         found = operator.index(n)
     except TypeError:
-        found = -1
+        found = least - 1
     if isinstance(n, bool) or found < least:
-        raise ValueError(f"{name}={n!r}: it needs a whole number of tokens, at least {least}")
+        raise ValueError(f"{name}={n!r}: it needs a whole number of {of}, at least {least}")
     return found

@@ -14,7 +14,7 @@ from transformers import Cache
 
 from . import keeping, saved
 from .agreement import Agreement
-from .arguments import rows_of
+from .arguments import rows_of, whole
 from .introspect import input_device
 from .rings import Plan, has_state, layers_of
 from .rollback import take_back
@@ -54,7 +54,8 @@ class SinkCache(Cache):
       which tells nothing. An attention_mask with as many more columns as `seen` says by itself that its ids are new.
 
     The last token of an answer is chosen and not fed yet. It belongs to the text: new ids go on behind it, unless they
-    bring it themselves, as their first. Rows that end before others are fed no padding.
+    bring it themselves, as their first. Rows that end before others are fed no padding; pad ids that `generate` gave at
+    the end of an answer are no part of the text, where it knows a pad id.
 
     Attributes:
         lengths: (batch,) int64, tokens each row holds (padding not counted), or None before the first call.
@@ -353,8 +354,7 @@ class SinkCache(Cache):
         n: at least 1. Raises ValueError for less, and if the cache is empty or torn.
         """
         self.check_holds()
-        if n < 1:
-            raise ValueError(f"n={n}: it needs at least one copy")
+        n = whole("n", n, 1, "copies")
         index = torch.arange(self.batch_size, device=self.lengths.device).repeat_interleave(n)
         return self.picked(index, may_share=True)
 

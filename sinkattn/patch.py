@@ -71,8 +71,8 @@ class Handle:
         cuda_graph: bool,
     ):
         self.model = model
-        self._configs = [
-            (module, module.config)
+        self._configs: list[tuple[Any, PreTrainedConfig]] = [
+            (module, cast(PreTrainedConfig, module.config))
             for module in model.modules()
             if isinstance(vars(module).get("config"), PreTrainedConfig)
         ]

@@ -99,7 +99,10 @@ class Step:
         layer_idx, self._updated = layer_idx if self._updated is None else self._updated, None
         call = self._calls[layer_idx] = self._calls.get(layer_idx, -1) + 1
         if (layer_idx, call) not in self.rows.rings:
-            raise ValueError(f"layer {layer_idx} attends, which it did not for text alone: sinkattn serves text")
+            raise ValueError(
+                f"layer {layer_idx} attends, which it did not when the model was patched: sinkattn serves text alone; "
+                "if a layer was put in or numbered anew, remove() and patch() again"
+            )
         out = self._attend(self.rows.rings[layer_idx, call], query, key, value, scale, softcap, learned_logits)
         if self.cache.observer is not None:
             record = AttentionRecord(layer_idx, query, key, value, out, scale, softcap, learned_logits)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
-from .arguments import count
+from .arguments import whole
 from .choice import Choice
 from .graph import Repeated
 from .speculate import Draft, Lookup, Rounds
@@ -56,7 +56,8 @@ class Stream(StreamTexts):
         them: as many as were proposed rightly, and one more. It is the text without them, or of the same distribution
         if it is sampled, but for the order in which half precision rounds.
 
-        max_new_tokens: tokens of a row; None goes on until every row has met an end-of-text token, or for ever.
+        max_new_tokens: tokens of a row; None takes what a generation_config that is given says, and else goes on until
+            every row has met an end-of-text token, or for ever.
         generation_config, options: how tokens are chosen, as in `generate`: do_sample, temperature, top_k, top_p,
             min_p, top_h, typical_p, epsilon_cutoff, eta_cutoff, repetition_penalty, suppress_tokens, eos_token_id,
             pad_token_id, remove_invalid_values, renormalize_logits. What is None or not given is that of the model's
@@ -82,8 +83,10 @@ class Stream(StreamTexts):
             raise ValueError("an empty prompt: append() at least one token first")
         settings = Choice.of(self.model, generation_config, options, self._device)
         generator = None if seed is None else torch.Generator(self._device).manual_seed(seed)
+        if max_new_tokens is None and generation_config is not None:
+            max_new_tokens = generation_config.max_new_tokens
         if max_new_tokens is not None:
-            max_new_tokens = count("max_new_tokens", max_new_tokens, 0)
+            max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
         if draft is None and prompt_lookup_num_tokens is None:
             if num_assistant_tokens is not None:
                 raise ValueError("num_assistant_tokens is of a draft, and there is none")
@@ -91,9 +94,9 @@ class Stream(StreamTexts):
         if draft is not None and prompt_lookup_num_tokens is not None:
             raise ValueError("give a draft or prompt_lookup_num_tokens, not both")
         if draft is None:
-            k = count("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 1)
+            k = whole("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 1)
         else:
-            k = count("num_assistant_tokens", 4 if num_assistant_tokens is None else num_assistant_tokens, 1)
+            k = whole("num_assistant_tokens", 4 if num_assistant_tokens is None else num_assistant_tokens, 1)
         plan = self._cache.plan
         self._cache.activate_past_recording()
         if plan.prefill == "dense":

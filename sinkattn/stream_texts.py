@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import keeping, saved
-from .arguments import Rows, counts_of, ids_of, index_of, mask_of
+from .arguments import Rows, counts_of, ids_of, index_of, mask_of, whole
 from .cache import SinkCache
 from .graph import Repeated
 from .introspect import input_device
@@ -175,8 +175,7 @@ class StreamTexts:
         """
         self._check_whole()
         index = self._index_of([row])
-        if n < 1:
-            raise ValueError(f"n={n}: it needs at least one copy")
+        n = whole("n", n, 1, "copies")
         index, other = index.repeat(n), type(self)(self.model)
         other._cache = self.cache.picked(index, may_share=True)
         other._follow({name: x.index_select(0, index) for name, x in self._kept().items()})

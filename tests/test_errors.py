@@ -387,3 +387,24 @@ def test_importing_changes_nothing():
         "assert held() == before\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_numbers_of_copies():
+    with patch(tiny("llama"), S, W) as handle:
+        stream = Stream(handle.model)
+        stream.append(random_ids(1, 5))
+        for n in (0, -1, 1.5, True, "2", None):
+            with pytest.raises(ValueError, match="whole number of copies"):
+                stream.fork(0, n)
+            with pytest.raises(ValueError, match="whole number of copies"):
+                stream.cache.repeat(n)
+        assert stream.fork(0, 2).cache.batch_size == 2 and stream.cache.repeat(3).batch_size == 3
+
+
+def test_max_new_tokens_of_a_config():
+    with patch(tiny("llama"), S, W) as handle:
+        stream = Stream(handle.model)
+        stream.append(random_ids(1, 5))
+        config = transformers.GenerationConfig(max_new_tokens=3, eos_token_id=None)
+        assert len(list(stream.generate(generation_config=config))) == 3
+        assert len(list(stream.generate(2, generation_config=config))) == 2
