@@ -36,11 +36,15 @@ def without_cache(output):
     return type(output)(**{name: x for name, x in output.items() if name not in CACHE_NAMES})
 
 
-def copied(output, cache):
-    """A copy of an output with a cache, if its class has a place for one."""
-    made = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, dict(output))
+def copied(output, cache, **instead):
+    """A copy of an output with a cache, if its class has a place for one. instead: of what it has under these names."""
+    made = {name: _copy(x) for name, x in {**output, **instead}.items()}
     name = next((name for name in CACHE_NAMES if name in type(output).__dataclass_fields__), None)
     return type(output)(**made, **({} if name is None else {name: cache}))
+
+
+def _copy(x):
+    return x.clone() if isinstance(x, Tensor) else tree_map(lambda y: y.clone() if isinstance(y, Tensor) else y, x)
 
 
 def cut(arguments: dict, batch: int, widths: list[int]) -> list[dict] | None:

@@ -94,8 +94,7 @@ class Runner:
             output = self._replayed(kwargs, cache, ids, mask)
             if output is not None:
                 kept = output.logits if tokens == 1 else output.logits[:, -(kwargs.get("logits_to_keep") or tokens) :]
-                output = copied(type(output)(**{**output, "logits": kept}), cache)
-                return finished(output, self.model, kwargs.get("return_dict"))
+                return finished(copied(output, cache, logits=kept), self.model, kwargs.get("return_dict"))
         mask = None if mask is None else mask.bool()
         is_at_hand = given.device.type == "cpu" and not torch.compiler.is_compiling()
         if ids is not None and (tokens > 1 or is_at_hand):
