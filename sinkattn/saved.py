@@ -265,7 +265,8 @@ def _check(about: dict[str, Any], tensors: dict[str, Tensor], vocabulary: int) -
             raise ValueError(f"{name} is {tuple(x.shape)} in {x.dtype}, not {(rows, *shape)} in {dtype}")
         low, high = (int(y) for y in (x.view(torch.uint8) if dtype == torch.bool else x).aminmax())
         if low < least or high > most:
-            raise ValueError(f"{name} reaches from {low} to {high}, not from {least} to {most}")
+            why = f": the model embeds {vocabulary} ids" if least <= low and most == vocabulary - 1 else ""
+            raise ValueError(f"{name} reaches from {low} to {high}, not from {least} to {most}{why}")
     for name, x in tensors.items():
         if name != "generator" and (x.dim() == 0 or len(x) != rows):
             raise ValueError(f"{name} is {tuple(x.shape)}, of {rows} rows")

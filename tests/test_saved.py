@@ -581,3 +581,13 @@ def test_a_crash_leaves_the_old_file(where, error, tmp_path, monkeypatch):
     assert Stream.load(model, path).lengths.tolist() == stream.lengths.tolist()
     with pytest.raises(OSError):
         stream.save(tmp_path / "nowhere" / "text")
+
+
+def test_another_vocabulary(tmp_path):
+    model = tiny("llama")
+    with patch(model, S, W), torch.no_grad():
+        text = SinkCache(model)
+        model(torch.tensor([[5, 96, 7]]), past_key_values=text)
+        text.save(tmp_path / "text")
+    with patch(tiny("llama", vocab_size=90), S, W) as handle, pytest.raises(ValueError, match="embeds 90 ids"):
+        SinkCache.load(handle.model, tmp_path / "text")
