@@ -334,6 +334,7 @@ TABLES = {
         f"real {study} table": Table(
             "real/sizes", "sinks + window | {size}", "loss | {loss:.3f}", "study",
             lambda x, study=study: leaves({study: x["loss"][study]}, "study", "size"),
+            lambda x: f"{len(x['texts'])} texts of {x['tokens']:,} tokens; {source(x)}",
         )
         for study in ("sinks", "cache", "newline")
     },
