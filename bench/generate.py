@@ -51,41 +51,26 @@ from matplotlib.figure import Figure
 import sinkattn
 from sinkattn.demo import MODEL
 
-LLAMA = dict(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
 QWEN = dict(vocab_size=151936, head_dim=128, num_key_value_heads=8, rope_parameters={"rope_theta": 1e6})
-TINY = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 SMALL = dict(QWEN, hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, tie_word_embeddings=True)
 LARGE = dict(QWEN, hidden_size=5120, num_hidden_layers=40, num_attention_heads=40)
+
+
+def llama(vocabulary: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int, **more) -> tuple[str, dict]:
+    return "Llama", dict(
+        more, vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads,
+    )  # fmt: skip
+
+
 SHAPES = {
-    "llama-2-7b": ("Llama", dict(LLAMA, vocab_size=32000, intermediate_size=11008)),
-    "llama-3-8b": ("Llama", dict(LLAMA, vocab_size=128256, intermediate_size=14336, num_key_value_heads=8)),
-    "llama-3.2-1b": (
-        "Llama",
-        dict(
-            vocab_size=128256,
-            hidden_size=2048,
-            intermediate_size=8192,
-            num_hidden_layers=16,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            tie_word_embeddings=True,
-        ),
-    ),
+    "llama-2-7b": llama(32000, 4096, 11008, 32, 32, 32),
+    "llama-3-8b": llama(128256, 4096, 14336, 32, 32, 8),
+    "llama-3.2-1b": llama(128256, 2048, 8192, 16, 32, 8, tie_word_embeddings=True),
+    "smollm2-135m": llama(49152, 576, 1536, 30, 9, 3, tie_word_embeddings=True),
     "qwen3-0.6b": ("Qwen3", dict(SMALL, intermediate_size=3072)),
-    "smollm2-135m": (
-        "Llama",
-        dict(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            tie_word_embeddings=True,
-        ),
-    ),
     "qwen3-14b": ("Qwen3", dict(LARGE, intermediate_size=17408)),
-    "tiny": ("Llama", dict(TINY, intermediate_size=96, vocab_size=128)),
+    "tiny": llama(128, 64, 96, 2, 4, 2),
 }
 SMALL_MODELS = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b")  # whose layers may run as one kernel
 METHODS = ("dynamic", "static_compiled", "recompute", "generate", "stream", "one_kernel")

@@ -299,7 +299,7 @@ class SinkCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other rows: row i becomes what row ``beam_idx[i]`` was. Any number of them.
 
-        Raises ValueError for rows that are not there, and if the cache is empty or torn.
+        Raises ValueError for rows that are not there, and if the cache is empty.
         """
         if self.rows is None:
             raise ValueError("this SinkCache is empty")

@@ -52,14 +52,8 @@ struct Chunks {
   __device__ void fetch_weight(int stage) const {
     const int limit = min(size, end - first), limit_of_rest = gated ? limit + most : limit;
     if (limit <= 0 || chunk * PIECES + lane_piece >= pieces) return;
-    const char* from = line + chunk * (KC * 2);
-    const unsigned at = lane_place + stage * stage_size * 16;
-#pragma unroll
-    for (int row = 0; row < ROWS; row += ROWS_AT_A_TIME) {
-      if (row == ROWS / 2) from += jump;
-      if (row + first_row < (row < ROWS / 2 ? limit : limit_of_rest)) copy_once(at + row * PIECES * 16, from, once);
-      from += ROWS_AT_A_TIME * row_bytes;
-    }
+    fetch_rows<ROWS>(lane_place + stage * stage_size * 16, line + chunk * (KC * 2), first_row, limit, limit_of_rest,
+                     row_bytes, jump, once);
     if (has_norm && first_row == 0)
       copy(shared_address(ring + stage * stage_size + place(ROWS + p.rows, lane_piece)),
            static_cast<const uint4*>(p.norm_weight) + chunk * PIECES + lane_piece);

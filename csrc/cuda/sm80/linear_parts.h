@@ -10,6 +10,19 @@ namespace {
 constexpr int KC = 64, PIECES = KC / 8, ROWS_AT_A_TIME = 32 / PIECES;  // of a warp's copy: 16 bytes a lane
 constexpr int MAX_STAGES = 8;
 
+// A lane's pieces of a chunk of ROWS rows of the weight, of which the first half goes up to `limit` and the other, `jump`
+// bytes further on, up to `limit_of_rest`.
+template <int ROWS>
+__device__ __forceinline__ void fetch_rows(unsigned at, const char* from, int first_row, int limit, int limit_of_rest,
+                                           int64_t row_bytes, int64_t jump, uint64_t once) {
+#pragma unroll
+  for (int row = 0; row < ROWS; row += ROWS_AT_A_TIME) {
+    if (row == ROWS / 2) from += jump;
+    if (row + first_row < (row < ROWS / 2 ? limit : limit_of_rest)) copy_once(at + row * PIECES * 16, from, once);
+    from += ROWS_AT_A_TIME * row_bytes;
+  }
+}
+
 __device__ float2 to_floats(__half2 x) { return __half22float2(x); }
 __device__ float2 to_floats(__nv_bfloat162 x) { return __bfloat1622float2(x); }
 template <typename T>

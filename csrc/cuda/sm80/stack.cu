@@ -46,16 +46,13 @@ constexpr int MOST_X_BYTES = 64 * 1024;          // of x in shared memory
 template <int DIM>
 constexpr int ATTENTION_BYTES = WARPS * STACK_HEADS * (DIM + 2) * 4 + 2 * STACK_HEADS * DIM * 4 + (STACK_HEADS + 3) * DIM * 2;
 
-// Handing over.
-__device__ void hand(Handed* to, uint32_t number, uint32_t epoch) { write_pair(to, number, epoch); }
+// Two numbers that are handed over at once; one is `write_pair`.
 __device__ void hand_two(Handed* to, uint32_t first, uint32_t second, uint32_t epoch) {
   write_pairs(to, make_uint4(first, epoch, second, epoch));
 }
-__device__ uint2 look_at(const Handed* from) { return read_pair(from); }
-__device__ uint4 look_at_two(const Handed* from) { return read_pairs(from); }
 __device__ uint32_t wait_for(const Handed* from, uint32_t epoch) {
   uint2 x;
-  do x = look_at(from);
+  do x = read_pair(from);
   while (x.y != epoch);
   return x.x;
 }
@@ -123,14 +120,8 @@ struct Weights {
   }
   __device__ void ask() {
     if (product < products) {
-      const char* from = line;
-      const unsigned at = lane_place + next_stage * (STAGE * 16);
-#pragma unroll
-      for (int row = 0; row < ROWS; row += ROWS_AT_A_TIME) {
-        if (row == ROWS / 2) from += share.jump;
-        if (row + first_row < (row < ROWS / 2 ? limit : limit_of_rest)) copy_once(at + row * PIECES * 16, from, once);
-        from += ROWS_AT_A_TIME * share.row_bytes;
-      }
+      fetch_rows<ROWS>(lane_place + next_stage * (STAGE * 16), line, first_row, limit, limit_of_rest, share.row_bytes,
+                       share.jump, once);
       chunk += WARPS, line += WARPS * KC * 2;
       if (chunk >= share.chunks) {
         if (first + share.size < share.end)
@@ -179,7 +170,7 @@ __device__ __forceinline__ void gather(const Stack& p, const Handed* handed, uin
   auto ask = [&](int i, int first, int n) {
     const int at = ONE ? i + n * THREADS : (first + n) * quads + i;
     if (handed) {
-      two[n] = look_at_two(handed + at * 2);
+      two[n] = read_pairs(handed + at * 2);
     } else {
       const uint2 quad = static_cast<const uint2*>(p.x)[at];
       two[n] = make_uint4(quad.x, epoch, quad.y, epoch);
@@ -314,7 +305,7 @@ __device__ __forceinline__ void multiply_share(const Stack& p, const Share& shar
       if (writes && output % 2 == 0) {
         const uint32_t both = pack<T>(y[0], other);
         const int64_t at = (int64_t(row) * share.count + first + output) / 2;
-        hand(result.to + at, both, epoch);
+        write_pair(result.to + at, both, epoch);
         if (result.out) static_cast<uint32_t*>(result.out)[at] = both;
       }
     }
@@ -537,7 +528,7 @@ struct Attend {
   __device__ void write(const Unit& u, uint32_t epoch, int column, float a, float b, float total) {
     const float share = total > 0 ? __fdividef(1, total) : 0;  // nothing is seen by padding
     const int64_t head = (int64_t(u.row) * p.call.num_kv_heads + u.head) * p.call.group + u.first;
-    hand(p.attended + (head * DIM + column) / 2, cuda::pack<T>(a * share, b * share), epoch);
+    write_pair(p.attended + (head * DIM + column) / 2, cuda::pack<T>(a * share, b * share), epoch);
   }
   // What warps and blocks found becomes the output.
   __device__ void combine_all(const Unit& u, uint32_t epoch) {
@@ -567,8 +558,8 @@ struct Attend {
       const int split = i / count, column = (from + i % count) * 2;
       uint4 two, soft;
       do {
-        two = look_at_two(values + split * APART + column);
-        soft = look_at_two(tops + (split * STACK_HEADS + column / DIM) * 2);
+        two = read_pairs(values + split * APART + column);
+        soft = read_pairs(tops + (split * STACK_HEADS + column / DIM) * 2);
       } while (two.y != epoch || two.w != epoch || soft.y != epoch || soft.w != epoch);
       parts[i % count * p.splits + split] = make_float4(__uint_as_float(two.x), __uint_as_float(two.z),
                                                        __uint_as_float(soft.x), __uint_as_float(soft.z));
@@ -601,13 +592,7 @@ struct Attend {
   }
 };
 
-// Bytes of shared memory behind the rings.
-template <int DIM>
-__host__ __device__ int behind_rings(const Stack& p, int x_columns) {
-  const int own = (p.hidden / 2 / p.blocks + 1) * 2;
-  return p.num_layers * int(sizeof(StackLayer)) / 16 * 16 + 16 + p.call.batch * apart_of(x_columns / 8) * 16 +
-         (ATTENTION_BYTES<DIM> + 15) / 16 * 16 + 2 * WARPS * p.call.batch * SUMS * 4 + (p.call.batch * own * 2 + 15) / 16 * 16;
-}
+// The most columns that x has in any product.
 __host__ __device__ inline int most_columns(const Stack& p) {
   const int heads = p.call.group * p.call.num_kv_heads * p.call.head_dim, wide = p.hidden > p.inner ? p.hidden : p.inner;
   return wide > heads ? wide : heads;
@@ -683,9 +668,16 @@ __global__ void __launch_bounds__(THREADS, 1) stack_kernel(const __grid_constant
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.epoch = epoch;
 }
 
+// Bytes of shared memory behind the rings, as the kernel lays them out.
+template <int DIM>
+int behind_rings(const Stack& p) {
+  const int own = (p.hidden / 2 / p.blocks + 1) * 2;
+  return p.num_layers * int(sizeof(StackLayer)) / 16 * 16 + 16 + p.call.batch * apart_of(most_columns(p) / 8) * 16 +
+         (ATTENTION_BYTES<DIM> + 15) / 16 * 16 + 2 * WARPS * p.call.batch * SUMS * 4 + (p.call.batch * own * 2 + 15) / 16 * 16;
+}
 template <int DIM>
 int stages_of(const Stack& p, const Device& device) {
-  return std::min((device.shared_bytes - 2048 - behind_rings<DIM>(p, most_columns(p))) / (WARPS * STAGE * 16), MOST_STAGES);
+  return std::min((device.shared_bytes - 2048 - behind_rings<DIM>(p)) / (WARPS * STAGE * 16), MOST_STAGES);
 }
 
 template <typename T, int DIM, int HEADS>
@@ -693,7 +685,7 @@ cudaError_t launch(const Stack& p, const Device& device, cudaStream_t stream) {
   const auto kernel = p.call.batch == 1 ? stack_kernel<T, DIM, HEADS, 1> : stack_kernel<T, DIM, HEADS, MAX_STACK_ROWS>;
   const int stages = stages_of<DIM>(p, device);
   if (stages < 2) return cudaErrorInvalidConfiguration;
-  Grid grid(dim3(p.blocks), THREADS, stages * WARPS * STAGE * 16 + behind_rings<DIM>(p, most_columns(p)), stream);
+  Grid grid(dim3(p.blocks), THREADS, stages * WARPS * STAGE * 16 + behind_rings<DIM>(p), stream);
   grid.all_resident();
   if (const cudaError_t error = grid.allow_shared(kernel)) return error;
   return cudaLaunchKernelEx(&grid.config, kernel, p, stages);
@@ -702,7 +694,11 @@ cudaError_t launch(const Stack& p, const Device& device, cudaStream_t stream) {
 template <typename T, int DIM>
 cudaError_t launch_as(const Stack& p, const Device& device, cudaStream_t stream) {
   const int heads = (p.call.group + p.shares - 1) / p.shares;
-  return (heads == 1 ? launch<T, DIM, 1> : heads == 2 ? launch<T, DIM, 2> : heads == 3 ? launch<T, DIM, 3> : launch<T, DIM, STACK_HEADS>)(p, device, stream);
+  const auto chosen = heads == 1   ? launch<T, DIM, 1>
+                      : heads == 2 ? launch<T, DIM, 2>
+                      : heads == 3 ? launch<T, DIM, 3>
+                                   : launch<T, DIM, STACK_HEADS>;
+  return chosen(p, device, stream);
 }
 
 }  // namespace
