@@ -40,9 +40,10 @@ class Captured:
         with torch.inference_mode(False):
             self.inputs = {name: x.clone() for name, x in inputs.items()}
         self._graph, stream = torch.cuda.CUDAGraph(), _capture_stream(device)
-        capture = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
-        # A capture that fails leaves its stream set: the one around it takes it back.
-        with torch.cuda.device(device), torch.cuda.stream(stream), capture:
+        how = dict(stream=stream, capture_error_mode="thread_local")
+        # A capture that fails leaves its stream set: the one around it takes it back. Some versions of torch make
+        # another stream for a graph, on the current GPU: within its device, so that no other GPU is touched.
+        with torch.cuda.device(device), torch.cuda.stream(stream), torch.cuda.graph(self._graph, **how):
             self.output = run(**self.inputs)
 
     def __call__(self, **inputs: Tensor):

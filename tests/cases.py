@@ -8,15 +8,16 @@ import dataclasses
 import pytest
 import torch
 
+from helpers import GPU
 from sinkattn import ops, reference
 
 BACKENDS = [
-    pytest.param(backend, device, id=f"{backend}-{device}", marks=[pytest.mark.gpu] if device == "cuda" else [])
-    for device in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
+    pytest.param(backend, device, id=f"{backend}-{device}", marks=[pytest.mark.gpu] if device == GPU else [])
+    for device in (("cpu", GPU) if torch.cuda.is_available() else ("cpu",))
     for backend in ops.BACKENDS
-    if backend != "auto" and ops.missing_backend(backend, device) is None
+    if backend != "auto" and ops.missing_backend(backend, torch.device(device).type) is None
 ]
-GPU_BACKENDS = [param for param in BACKENDS if param.values[1] == "cuda" and param.values[0] != "reference"]
+GPU_BACKENDS = [param for param in BACKENDS if param.values[1] == GPU and param.values[0] != "reference"]
 every_backend = pytest.mark.parametrize(("backend", "device"), BACKENDS)
 both_ops = pytest.mark.parametrize("op", ["decode", "prefill"])
 with_cpu_library = pytest.mark.skipif(not ops.HAS_CPU_LIBRARY, reason="the compiled CPU ops were not built")

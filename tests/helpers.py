@@ -1,6 +1,7 @@
 """What many tests need: where to run, random ids, an oracle's model, and texts through one cache."""
 
 import functools
+import os
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from sinkattn import SinkCache
 from tiny import tiny
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+GPU = os.environ.get("SINKATTN_TEST_GPU") or "cuda"  # the one that tests run on, which need not be current
+DEVICES = ["cpu", pytest.param(GPU, marks=pytest.mark.gpu)]
 
 
 @functools.cache

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 
-from helpers import endless, random_ids
+from helpers import GPU, endless, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, patch
 from sinkattn.captured import CapturedSteps
@@ -131,11 +131,11 @@ def test_ids_of_the_user_are_looked_at(repeated):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "gpt_neox", "gpt_oss", "deepseek_v3"])
 def test_captured_steps_write_the_same(name, captures):
     """Greedy, sampling, beams, padding, other batches, several caches in turn: token for token as without graphs."""
-    model = tiny(name).cuda()
+    model = tiny(name).to(GPU)
 
     def texts(how):
         torch.manual_seed(5)
-        one, three = random_ids(1, 20, "cuda"), random_ids(3, 20, "cuda")
+        one, three = random_ids(1, 20, GPU), random_ids(3, 20, GPU)
         mask = torch.ones_like(three)
         mask[1, :7] = 0
         common = dict(max_new_tokens=5 * C, do_sample=False)
@@ -148,7 +148,7 @@ def test_captured_steps_write_the_same(name, captures):
             caches = [SinkCache(model) for _ in range(2)]
             for _ in range(3):
                 for i, cache in enumerate(caches):
-                    ids = random_ids(1, 3 + i, "cuda")
+                    ids = random_ids(1, 3 + i, GPU)
                     found.append(model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False))
             stream = Stream(model)
             stream.append(one)
@@ -169,7 +169,7 @@ def test_captured_steps_write_the_same(name, captures):
 @pytest.mark.gpu
 def test_proposed_steps_write_the_same(captures):
     """Drafts, lookups and candidates of `generate`, greedy and sampled, captured and not."""
-    model, draft, ids, texts = tiny("llama").cuda(), tiny("llama").cuda(), random_ids(2, 20, "cuda"), []
+    model, draft, ids, texts = tiny("llama").to(GPU), tiny("llama").to(GPU), random_ids(2, 20, GPU), []
     for cuda_graph in (True, False):
         how = dict(cuda_graph=cuda_graph)
         with patch(model, S, W, **how), patch(draft, S, W, **how):
@@ -197,8 +197,8 @@ def test_proposed_steps_write_the_same(captures):
 @pytest.mark.parametrize("rows", [1, 3, 20])
 def test_captured_logits_in_half_precision(dtype, rows, captures):
     """Layers of five kernels, replayed: about as far from the float32 oracle as the unfused, eager model."""
-    model = tiny("qwen3", hidden_size=128, intermediate_size=256, head_dim=64).cuda()
-    ids = random_ids(rows, 5 * C, "cuda")
+    model = tiny("qwen3", hidden_size=128, intermediate_size=256, head_dim=64).to(GPU)
+    ids = random_ids(rows, 5 * C, GPU)
     expected = torch.cat([streaming_logits(model, row[None], S, W) for row in ids])
     model.to(dtype)
     errors = {}
@@ -213,7 +213,7 @@ def test_captured_logits_in_half_precision(dtype, rows, captures):
 
 @pytest.mark.gpu
 def test_what_was_returned_stays(captures):
-    model, ids = tiny("llama").cuda(), random_ids(1, 30, "cuda")
+    model, ids = tiny("llama").to(GPU), random_ids(1, 30, GPU)
     with patch(model, S, W), torch.no_grad():
         cache, kept = SinkCache(model), []
         for piece in ids.split(1, dim=1):
@@ -224,7 +224,7 @@ def test_what_was_returned_stays(captures):
 
 @pytest.mark.gpu
 def test_what_cannot_be_captured_runs_eagerly():
-    model, ids = tiny("llama").cuda(), random_ids(1, 20, "cuda")
+    model, ids = tiny("llama").to(GPU), random_ids(1, 20, GPU)
     with patch(model, S, W) as handle:
         first = model.generate(ids, do_sample=False, max_new_tokens=30)
         assert handle.why_eager is None
@@ -243,13 +243,13 @@ def test_what_cannot_be_captured_runs_eagerly():
     with patch(model, S, W) as handle:
         found = model.generate(ids, do_sample=False, max_new_tokens=30)
         assert "capturing its step failed" in handle.why_eager
-    assert torch.equal(found, first) and torch.cuda.current_stream() == torch.cuda.default_stream()
+    assert torch.equal(found, first) and torch.cuda.current_stream(GPU) == torch.cuda.default_stream(GPU)
 
 
 @pytest.mark.gpu
 def test_copies_of_a_patched_model(captures):
     """They share what caches leave behind, and none replays the step of another: each has weights of its own."""
-    model, ids, texts = tiny("llama").cuda(), random_ids(2, 20, "cuda"), {}
+    model, ids, texts = tiny("llama").to(GPU), random_ids(2, 20, GPU), {}
     asked = dict(do_sample=False, max_new_tokens=30, repetition_penalty=1.3, **TOLD)
     with patch(model, S, W):
         models = [model, copy.deepcopy(model), copy.deepcopy(model)]
@@ -282,35 +282,35 @@ class _Waits(torch.nn.Module):
 
 @pytest.mark.gpu
 def test_memory_comes_back():
-    model, ids = tiny("llama").cuda(), random_ids(2, 20, "cuda")
+    model, ids = tiny("llama").to(GPU), random_ids(2, 20, GPU)
 
     def generate():
         handle = patch(model, S, 2000)
         model.generate(ids, do_sample=False, max_new_tokens=10)
-        held = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated(GPU)
         handle.remove()
         return held
 
     generate()  # workspaces of libraries stay
     gc.collect()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated(GPU)
     held = generate()
     gc.collect()
     assert held - before > 2 * 2004 * 2 * 16 * 4 * 2 * 3  # the last cache is kept for the next one
-    assert torch.cuda.memory_allocated() <= before + 4096  # torch keeps a few numbers for each graph
+    assert torch.cuda.memory_allocated(GPU) <= before + 4096  # torch keeps a few numbers for each graph
 
 
 @pytest.mark.gpu
 def test_a_long_stream_grows_nothing():
-    model = tiny("llama").cuda()
+    model = tiny("llama").to(GPU)
     with patch(model, S, W):
         stream = Stream(model)
-        stream.append(random_ids(2, 5, "cuda"))
+        stream.append(random_ids(2, 5, GPU))
         tokens, held = stream.generate(None, do_sample=True, eos_token_id=[], seed=1), []
         for step, ids in enumerate(tokens):
             assert ids.shape == (2,)
             if step in (100, 3000):
-                held.append(torch.cuda.memory_allocated())
+                held.append(torch.cuda.memory_allocated(GPU))
             if step == 3000:
                 break
         assert held[0] == held[1]

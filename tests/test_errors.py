@@ -12,7 +12,7 @@ import torch
 import transformers
 
 import sweep
-from helpers import random_ids
+from helpers import GPU, random_ids
 from sinkattn import SinkCache, Stream, UnsupportedModelError, backends, ops, patch
 from tiny import COMMON, tiny
 
@@ -248,9 +248,9 @@ def test_another_device(model):
     cache = SinkCache(model)
     with torch.no_grad():
         model(random_ids(1, 3), past_key_values=cache)
-        model.to("cuda")
+        model.to(GPU)
         with pytest.raises(ValueError, match="holds device cpu"):
-            model(random_ids(1, 3).cuda(), past_key_values=cache)
+            model(random_ids(1, 3, GPU), past_key_values=cache)
 
 
 def test_gradients(model):

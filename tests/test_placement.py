@@ -13,7 +13,7 @@ import transformers
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import sinkattn
-from helpers import DEVICES, fed, random_ids
+from helpers import DEVICES, GPU, fed, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, patch
 from tiny import tiny
@@ -212,7 +212,7 @@ def test_quantised_weights(how, tmp_path):
     library, config, tolerance = QUANTISED[how]
     pytest.importorskip(library, reason=f"{library} is not installed")
     tiny("llama", hidden_size=128, intermediate_size=128).save_pretrained(tmp_path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = GPU if torch.cuda.is_available() else "cpu"
     load = transformers.AutoModelForCausalLM.from_pretrained
     model = load(tmp_path, quantization_config=config(), dtype=torch.bfloat16, device_map=device).eval()
     ids = random_ids(1, 2 * C).to(device)
@@ -235,7 +235,7 @@ def demo():
 def test_pipeline_and_text_streamer(demo):
     """transformers' own loops around a patched model: a text far longer than its window, the same every way."""
     model, tokenizer = demo
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # where a pipeline would bring it
+    device = GPU if torch.cuda.is_available() else "cpu"
     model = copy.deepcopy(model).to(device)
     prompt = "def main():\n    for i in range(10):\n"
     options = dict(max_new_tokens=60, do_sample=False)
@@ -243,7 +243,7 @@ def test_pipeline_and_text_streamer(demo):
         inputs = tokenizer(prompt, return_tensors="pt").to(device)
         plain = model.generate(**inputs, **options)
         text = tokenizer.decode(plain[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-        pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+        pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
         assert pipe(prompt, return_full_text=False, **options)[0]["generated_text"] == text
         streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=60, skip_special_tokens=True)
         thread = threading.Thread(target=model.generate, kwargs=dict(**inputs, **options, streamer=streamer))

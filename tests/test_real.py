@@ -12,7 +12,7 @@ import torch
 
 import oracle
 import real
-from helpers import DEVICES
+from helpers import DEVICES, GPU
 from loud import ALLOWED, times_worse, token_errors
 from sinkattn import SinkCache, Stream, patch
 from tiny import tiny
@@ -25,7 +25,7 @@ EVERYTHING = list(itertools.product(DTYPES, FUSED, SIZES))
 ON_CPU = [(d, FUSED[j], SIZES[(i + j) % 3]) for i, d in enumerate(DTYPES) for j in range(3)]  # every pair of two once
 CASES = [
     pytest.param(device, *case, id="-".join(map(str, (device, *case))), marks=marks)
-    for device, cases, marks in (("cpu", ON_CPU, ()), ("cuda", EVERYTHING, pytest.mark.gpu))
+    for device, cases, marks in (("cpu", ON_CPU, ()), (GPU, EVERYTHING, pytest.mark.gpu))
     for case in cases
 ]
 BLOCK = 32  # tokens whose errors count as one

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from helpers import plain
+from helpers import GPU, plain
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, ops, patch
 from sinkattn.rollback import take_back
@@ -58,7 +58,7 @@ BOTH = (torch.float32, torch.bfloat16)
 WAYS = [(backend, "cpu", dtype) for backend in ("cpu", "triton", "reference") for dtype in BOTH]
 WAYS.remove(("triton", "cpu", torch.bfloat16))  # Triton's interpreter multiplies it wrongly
 WAYS += [
-    pytest.param(backend, "cuda", dtype, marks=pytest.mark.gpu)
+    pytest.param(backend, GPU, dtype, marks=pytest.mark.gpu)
     for backend in ("cuda", "triton")
     for dtype in (torch.bfloat16, torch.float16)
 ]
@@ -67,7 +67,7 @@ WAYS += [
 @pytest.mark.parametrize(("backend", "device", "dtype"), WAYS)
 def test_every_backend(backend, device, dtype):
     """To the bit what the same backend gives without the detour, in the order of its own pieces."""
-    if reason := ops.missing_backend(backend, device):
+    if reason := ops.missing_backend(backend, torch.device(device).type):
         pytest.skip(reason)
     model = made("qwen3", num_hidden_layers=1, head_dim=64).to(device, dtype)
     ids = ids_of(1, 7 * C).to(device)

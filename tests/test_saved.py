@@ -16,6 +16,7 @@ import transformers
 from safetensors import safe_open
 
 import sweep
+from helpers import GPU
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, patch, saved
 from test_pictures import Shown, vision_model
@@ -226,7 +227,7 @@ def test_nothing_to_save(tmp_path):
 @pytest.mark.gpu
 def test_from_a_gpu_and_back(tmp_path):
     """Sampled text goes on there to the bit; on the CPU greedy text goes on as the oracle says; rows come and go."""
-    model, plain = made("llama").cuda(), made("llama")
+    model, plain = made("llama").to(GPU), made("llama")
     ids = ids_of(2, 3 * C)
     with patch(model, S, W):
         stream = Stream(model)

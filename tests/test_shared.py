@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import real
-from helpers import left_padded, plain, random_ids
+from helpers import GPU, left_padded, plain, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, ops, patch, rows
 from sinkattn.rollback import take_back
@@ -329,8 +329,8 @@ def test_what_fails_changes_nothing(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_captured(dtype):
     """Steps are captured, new ones for new rows; the logits are about as near to float64 as with sinks of their own."""
-    model = tiny("qwen3", head_dim=64, max_position_embeddings=1024).cuda().to(dtype)
-    ids, new = random_ids(1, S + 5, "cuda"), random_ids(5, 3 * W, "cuda")
+    model = tiny("qwen3", head_dim=64, max_position_embeddings=1024).to(GPU, dtype)
+    ids, new = random_ids(1, S + 5, GPU), random_ids(5, 3 * W, GPU)
     exact = copy.deepcopy(model).double()
     expected = torch.cat([streaming_logits(exact, torch.cat((ids, row[None]), 1), S, W)[:, S + 5 :] for row in new])
     errors = []

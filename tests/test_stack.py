@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from helpers import random_ids
+from helpers import GPU, random_ids
 from oracle import streaming_logits
 from sinkattn import SinkCache, Stream, patch
 from sinkattn.fuse.stack import Stack
@@ -25,7 +25,7 @@ SHAPES = {
 
 def loud(name: str, dtype: torch.dtype = torch.bfloat16):
     """A model whose attention is sharp and whose norms and biases are not those of a new one."""
-    model = tiny(name, **SHAPES[name]).cuda()
+    model = tiny(name, **SHAPES[name]).to(GPU)
     with torch.no_grad():
         for path, x in model.named_parameters():
             if x.dim() == 1:
@@ -66,7 +66,7 @@ LOGITS = [
 def test_logits(name, dtype, sizes, rows, served):
     """Token by token, through the wrap: about as far from float32 as the unfused model, and no farther than layers."""
     sink_size, window_size, slack = sizes
-    model, ids, errors = loud(name, dtype), random_ids(rows, 2 * (sink_size + window_size) + 31, "cuda"), {}
+    model, ids, errors = loud(name, dtype), random_ids(rows, 2 * (sink_size + window_size) + 31, GPU), {}
     exact = copy.deepcopy(model).float()
     expected = torch.cat([streaming_logits(exact, row[None], sink_size, window_size) for row in ids])
     for fuse in ("none", "layers", "model"):
@@ -81,11 +81,11 @@ def test_logits(name, dtype, sizes, rows, served):
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_padded_rows_and_rows_that_wait(name, served):
     """A prompt padded on the left; in some steps a row takes no token: nothing of it changes, and it goes on later."""
-    model, ids = loud(name), random_ids(2, 30, "cuda")
+    model, ids = loud(name), random_ids(2, 30, GPU)
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[1, :11] = False
     waits = [torch.tensor([[i % 3 == 0], [i % 3 > 0 and i % 2 == 0]]) for i in range(3 * C)]
-    steps = [(random_ids(2, 1, "cuda"), ~x.cuda()) for x in waits]
+    steps = [(random_ids(2, 1, GPU), ~x.to(GPU)) for x in waits]
     logits = {}
     for fuse in ("layers", "model"):
         with patch(model, S, W, fuse=fuse), torch.no_grad():
@@ -100,13 +100,13 @@ def test_padded_rows_and_rows_that_wait(name, served):
                     assert all(torch.equal(a[row], b[row]) for a, b in zip(rings, now, strict=True))
             logits[fuse] = torch.cat(kept, dim=1)
             taken = torch.cat([goes_on for _, goes_on in steps], dim=1).sum(1)
-            assert torch.equal(cache.lengths, taken + torch.tensor([30, 19], device="cuda"))
+            assert torch.equal(cache.lengths, taken + torch.tensor([30, 19], device=GPU))
     assert spread_error(logits["model"], logits["layers"]) < 0.05 and len(served) == 1
 
 
 def test_what_dead_slots_hold(served):
     """NaN in slots that no token has filled is not seen."""
-    model, ids = loud("llama"), random_ids(1, 9, "cuda")
+    model, ids = loud("llama"), random_ids(1, 9, GPU)
     with patch(model, S, 40, fuse="model"), torch.no_grad():
         texts = []
         for filled in (False, True):
@@ -121,7 +121,7 @@ def test_what_dead_slots_hold(served):
 
 def test_taken_back(served):
     """A text of which the end is taken back goes on as if that had not been."""
-    model, ids = loud("qwen2"), random_ids(2, 20, "cuda")
+    model, ids = loud("qwen2"), random_ids(2, 20, GPU)
     with patch(model, S, W, fuse="model"):
         stream = Stream(model)
         stream.append(ids)
@@ -136,7 +136,7 @@ def test_taken_back(served):
 def test_two_texts_by_turns(served):
     """Each has its own state on the device, and a copy of the model its own weights."""
     model = loud("llama")
-    ids = [random_ids(1, 20, "cuda") for _ in range(2)]
+    ids = [random_ids(1, 20, GPU) for _ in range(2)]
 
     def text_of(model, ids, n):
         stream = Stream(model)
@@ -159,10 +159,10 @@ def test_what_is_not_served(served):
     for model, rows in ((loud("llama"), 3), (loud("llama", torch.float32), 1)):
         with patch(model, S, W) as handle:
             stream = Stream(model)
-            stream.append(random_ids(rows, 20, "cuda"))
+            stream.append(random_ids(rows, 20, GPU))
             assert len(list(stream.generate(5, do_sample=False, eos_token_id=[]))) == 5
             assert handle.why_eager is None and not served
-    model, ids = loud("llama"), random_ids(1, 20, "cuda")
+    model, ids = loud("llama"), random_ids(1, 20, GPU)
     model.config.output_hidden_states = True
     hidden = {}
     for fuse in ("layers", "model"):
@@ -174,7 +174,7 @@ def test_what_is_not_served(served):
 
 def test_changes(served):
     """An exchanged layer runs by itself from the next step on, and all of them as one again once it is back."""
-    model, ids = loud("llama"), random_ids(1, 30, "cuda")
+    model, ids = loud("llama"), random_ids(1, 30, GPU)
     with patch(model, S, W, fuse="model"), torch.no_grad():
 
         def logits():
@@ -192,12 +192,12 @@ def test_changes(served):
 
 
 def test_refusals():
-    x = torch.zeros(1, 64, dtype=torch.bfloat16, device="cuda")
+    x = torch.zeros(1, 64, dtype=torch.bfloat16, device=GPU)
     state = torch.ops.sinkattn.stack_state(x, 64, 1, 1, 64, 2, 32)
     assert len(state) and not state.any()
     assert not len(torch.ops.sinkattn.stack_state(x, 64, 1, 1, 96, 2, 32))  # a head dim that is not served
-    table = torch.zeros(2, 17, dtype=torch.int64, device="cuda")
-    lengths = torch.zeros(1, dtype=torch.int64, device="cuda")
+    table = torch.zeros(2, 17, dtype=torch.int64, device=GPU)
+    lengths = torch.zeros(1, dtype=torch.int64, device=GPU)
     more = 64, 1, 1, 64, 32, 1.0, 0, False, 1e-6, 0.0, 0.0, 0.0, "silu"
     for wrong in (
         (x.float(), table, lengths, None, None, state),
@@ -205,7 +205,7 @@ def test_refusals():
         (x, table, lengths[:0], None, None, state),
         (x, table, lengths, None, None, state[:-4]),
         (x, table, lengths.cpu(), None, None, state),
-        (x, table, lengths, None, torch.zeros(1, 1, 2, 32, device="cuda"), state),
+        (x, table, lengths, None, torch.zeros(1, 1, 2, 32, device=GPU), state),
     ):
         with pytest.raises(RuntimeError, match="sinkattn"):
             torch.ops.sinkattn.stack(*wrong, *more)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cases import GPU_BACKENDS, Case, both_ops, copies, same_bits, with_cuda_library
-from helpers import DEVICES
+from helpers import DEVICES, GPU
 from sinkattn import ops
 
 GPU_OPS = ["decode", "prefill", "decode_triton", "prefill_triton"]
@@ -43,9 +43,9 @@ def test_opcheck_of_shared_sinks(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", GPU_OPS)
 def test_opcheck_on_a_gpu(op):
-    if op == "prefill_cuda" and torch.cuda.get_device_capability() != (9, 0):
+    if op == "prefill_cuda" and torch.cuda.get_device_capability(GPU) != (9, 0):
         pytest.skip("an op of Hopper GPUs")
-    opcheck(op, "cuda")
+    opcheck(op, GPU)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -131,17 +131,17 @@ def test_graphs(backend, device, batch, warm):
         for x, y in zip(state, start, strict=True):
             x.copy_(y)
         graphs.append(torch.cuda.CUDAGraph())
-        with torch.cuda.graph(graphs[-1]):
+        with torch.cuda.device(device), torch.cuda.graph(graphs[-1], stream=torch.cuda.Stream(device)):
             outs.append(step(backend, frequencies, *new, *state))
         states.append((new, state))
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(device) for _ in range(2)]
+    torch.cuda.synchronize(device)
     for i, token in enumerate(text):
         for (new, _), graph, stream in zip(states, graphs, streams, strict=True):
             with torch.cuda.stream(stream):
                 for x, y in zip(new, token, strict=True):
                     x.copy_(y)
                 graph.replay()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
         for out, wanted in zip(outs, expected, strict=True):
             assert same_bits(out, wanted[i])

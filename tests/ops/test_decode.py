@@ -18,6 +18,7 @@ from cases import (
     same_bits,
     with_cuda_library,
 )
+from helpers import GPU
 from sinkattn import ops, reference
 
 
@@ -70,7 +71,7 @@ def test_splits(splits, cluster, heads):
     """However many blocks share a key head, whichever of them new token and sinks fall to, wherever they meet."""
     for dtype, lengths, sink in (torch.float16, (5000, 150, 430), 4), (torch.bfloat16, (100, 10**7, 3), 70):
         case = Case(lengths, (1, 1, 0), 1, *heads, 64, sink=sink, window=371, ring=390, learned=True, alibi=True)
-        tensors = case.tensors(dtype, "cuda")
+        tensors = case.tensors(dtype, GPU)
         exact, low = copies(tensors, torch.float64, "cpu"), copies(tensors, device="cpu")
         exact = reference.attention(*exact, **case.sizes)
         again = copies(tensors)
@@ -78,7 +79,7 @@ def test_splits(splits, cluster, heads):
         out = op(*tensors)
         assert_close(out.cpu(), exact, reference.attention(*low, **case.sizes), dtype)
         assert same_bits(tensors[4].cpu(), low[4])
-        counters = torch.zeros(9, dtype=torch.int32, device="cuda")
+        counters = torch.zeros(9, dtype=torch.int32, device=GPU)
         for given in (None, counters, counters, None, counters):  # they are zero again, whoever arrives last
             assert same_bits(op(*again, overlap=True, arrivals=given), out)
         assert not counters.any()

@@ -9,9 +9,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import with_cpu_library, with_cuda_library
+from helpers import GPU
 from sinkattn import ops
 
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, with_cuda_library])]
+DEVICES = ["cpu", pytest.param(GPU, marks=[pytest.mark.gpu, with_cuda_library])]
 DTYPES = [torch.bfloat16, torch.float16]
 # dtype: error of one number, relative to itself and to the mean of all, and of a tensor; 2^-8 and 2^-11 by one rounding
 TOLERANCES = {
@@ -90,12 +91,12 @@ def assert_close(out, expected, dtype):
 
 def poison(*shape, dtype):
     """What `ops.linear` will get as its output holds NaN."""
-    torch.full(shape, torch.nan, dtype=dtype, device="cuda")
+    torch.full(shape, torch.nan, dtype=dtype, device=GPU)
 
 
 def check(rows, in_features, outputs, dtype, device, **way):
     tensors, keywords = make(rows, in_features, outputs, dtype, device, **way)
-    if device == "cuda":
+    if device != "cpu":
         poison(rows, outputs, dtype=dtype)
     out = ops.linear(*tensors, **keywords)
     assert_close(out, exact(*tensors, **keywords), dtype)
@@ -188,7 +189,7 @@ def test_norm_of_transformers(model, device):
 @with_cuda_library
 def test_same_bits():
     for rows in (1, 8, 16, 64):
-        tensors, keywords = make(rows, 1096, 3000, torch.bfloat16, "cuda", **WAYS["all"])
+        tensors, keywords = make(rows, 1096, 3000, torch.bfloat16, GPU, **WAYS["all"])
         first = ops.linear(*tensors, **keywords).view(torch.int16)
         for _ in range(20):
             assert torch.equal(ops.linear(*tensors, **keywords).view(torch.int16), first)
@@ -253,14 +254,14 @@ def test_what_the_compiled_cpu_op_refuses(arguments):
 @with_cuda_library
 def test_neighbours_do_not_matter():
     """A row gives the same bits alone and among others."""
-    tensors, keywords = make(8, 1096, 3000, torch.bfloat16, "cuda", **WAYS["all"])
+    tensors, keywords = make(8, 1096, 3000, torch.bfloat16, GPU, **WAYS["all"])
     whole = ops.linear(*tensors, **keywords)
     for row in range(8):
         keywords["residual"], of_all = keywords["residual"][row : row + 1], keywords["residual"]
         alone = ops.linear(tensors[0][row : row + 1], *tensors[1:], **keywords)
         keywords["residual"] = of_all
         assert torch.equal(alone[0].view(torch.int16), whole[row].view(torch.int16))
-    (x, *others), keywords = make(64, 1096, 3000, torch.bfloat16, "cuda", **WAYS["all"])
+    (x, *others), keywords = make(64, 1096, 3000, torch.bfloat16, GPU, **WAYS["all"])
     whole, residual = ops.linear(x, *others, **keywords), keywords["residual"]
     for rows in (9, 32, 45):
         some = ops.linear(x[:rows], *others, **keywords | {"residual": residual[:rows]})
@@ -272,8 +273,8 @@ def test_neighbours_do_not_matter():
 @pytest.mark.parametrize("rows", [2, 40])
 def test_chain_in_a_graph(rows):
     """Layers that wait for each other while the next one's weights are on their way, captured, replayed, and eager."""
-    layers = [make(rows, 512, 512, torch.bfloat16, "cuda", norm=True, residual=True) for _ in range(12)]
-    gates = [make(rows, 512, 512, torch.bfloat16, "cuda", activation="silu", norm=True) for _ in range(12)]
+    layers = [make(rows, 512, 512, torch.bfloat16, GPU, norm=True, residual=True) for _ in range(12)]
+    gates = [make(rows, 512, 512, torch.bfloat16, GPU, activation="silu", norm=True) for _ in range(12)]
 
     def step(x):
         for ((_, weight, _), keywords), ((_, gate, _), gate_keywords) in zip(layers, gates, strict=True):
@@ -288,11 +289,11 @@ def test_chain_in_a_graph(rows):
             x = exact(y, weight, None, **keywords | {"residual": x}).to(torch.bfloat16)
         return x.double()
 
-    x = torch.randn(rows, 512, device="cuda").bfloat16()
+    x = torch.randn(rows, 512, device=GPU).bfloat16()
     eager = step(x)
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(GPU)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.device(GPU), torch.cuda.graph(graph, stream=torch.cuda.Stream(GPU)):
         out = step(x)
     for _ in range(5):
         x.copy_(torch.randn(rows, 512))
@@ -369,7 +370,7 @@ def test_errors(call, error, message):
 @with_cuda_library
 def test_errors_on_a_gpu():
     def new(*shape):
-        return torch.randn(shape, device="cuda").bfloat16()
+        return torch.randn(shape, device=GPU).bfloat16()
 
     x, weight = new(2, 16), new(8, 16)
     for call, error, message in (

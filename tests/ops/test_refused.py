@@ -7,9 +7,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import Case, both_ops, copies, every_backend
+from helpers import GPU
 from sinkattn import backends, ops, reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = GPU if torch.cuda.is_available() else "cpu"
 BAD_INPUTS = {
     "unknown backend": ({}, {"backend": "fast"}, ValueError, "unknown backend 'fast'"),
     "missing backend": ({}, {"backend": "cuda" if DEVICE == "cpu" else "cpu"}, RuntimeError, "is not available"),
