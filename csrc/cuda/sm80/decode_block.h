@@ -1,0 +1,91 @@
+// A block of decode: which part of which key head it has, its memory, and phase `fetch`. No torch in here.
+#pragma once
+
+#include "decode_tile.h"
+
+namespace sinkattn::cuda {
+namespace {
+
+// FEW: of several tokens a row. A block takes `width` of them, whose query heads are rows of the same products (WIDE).
+// A lane of a warp, g = lane / 4 and c = lane % 4, has the rows g (and g + 8) of products: its members.
+template <typename T_, int HEAD_DIM_, int V_DIM_, bool WIDE_, bool LARGE_, bool FEW_>
+struct Block {
+  static_assert(WIDE_ || !FEW_);
+  using T = T_;
+  using S = Shape<HEAD_DIM_, V_DIM_, LARGE_>;
+  static constexpr int HEAD_DIM = HEAD_DIM_, V_DIM = V_DIM_, WARPS = S::WARPS, THREADS = S::THREADS;
+  static constexpr bool WIDE = WIDE_, LARGE = LARGE_, FEW = FEW_;
+
+  const Params& p;
+  int rank, splits, head, number, row, warp, lane, g, c;
+  int tokens, first_token, own, last_token;  // of a row; of the block: the first, how many, the last
+  int group, members;                        // queries of the block at most, and those that are there
+  int slots, begin, end;                     // tiles of the block
+  bool has_sinks;
+  int64_t pair;
+  // Shared memory: tiles of all warps, and those of this one; queries as fragments, text then sink; (tokens, HEAD_DIM),
+  // (tokens, V_DIM); of all blocks of the cluster (splits, group, V_DIM), (splits, group, 2).
+  uint4 *shared, *staged;
+  T *queries, *new_keys, *new_values;
+  float* handed;
+  T *keys, *values;  // of the key head in the cache
+
+  __device__ __forceinline__ Block(const Params& p, uint4* shared, int share, int width) : p(p), shared(shared) {
+    rank = blockIdx.x, splits = gridDim.x, head = blockIdx.y, number = blockIdx.z;
+    warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+    tokens = FEW ? p.tokens : 1;
+    const int blocks = FEW ? (tokens + width - 1) / width : 1;
+    row = FEW ? number / blocks : number, first_token = FEW ? number % blocks * width : 0;
+    own = FEW ? min(width, tokens - first_token) : 1, last_token = first_token + own - 1;
+    group = FEW ? width * p.group : p.group, members = own * p.group;
+    pair = int64_t(number) * p.num_kv_heads + head;
+    slots = p.sink_size + p.ring_size;
+    const int tiles = (slots + KEYS - 1) / KEYS;
+    const int larger = tiles - share * splits;  // the last blocks take one more: the first ones have the sinks
+    begin = rank * share + max(rank - (splits - larger), 0);
+    end = begin + share + (rank >= splits - larger);
+    has_sinks = begin * KEYS < p.sink_size;
+
+    staged = shared + warp * S::WARP;
+    queries = reinterpret_cast<T*>(shared + S::BLOCK);
+    new_keys = queries + 2 * S::QUERIES * 8;
+    new_values = new_keys + tokens * HEAD_DIM;
+    handed = reinterpret_cast<float*>(new_values + tokens * V_DIM);
+    keys = static_cast<T*>(p.k_cache) + int64_t(row) * p.k_cache_row + head * p.k_cache_head;
+    values = static_cast<T*>(p.v_cache) + int64_t(row) * p.v_cache_row + head * p.v_cache_head;
+  }
+
+  __device__ bool is_clustered() const { return LARGE && splits > 1; }
+  __device__ uint4* key_rows(int stage) const { return staged + stage * S::TILE; }
+  __device__ uint4* value_rows(int stage) const { return key_rows(stage) + Rows<HEAD_DIM>::SIZE; }
+
+  // Fetch: a tile, whatever the length of the row is.
+  __device__ __forceinline__ void fetch(int tile, int stage) const {
+    if (tile < end) {
+      copy_rows<HEAD_DIM>(keys, p.k_cache_slot, tile * KEYS, slots, lane, key_rows(stage));
+      copy_rows<V_DIM>(values, p.v_cache_slot, tile * KEYS, slots, lane, value_rows(stage));
+    }
+    end_of_copies();
+  }
+  __device__ __forceinline__ void fetch_first(int from, int to) const {  // of the warp's tiles
+#pragma unroll 1
+    for (int stage = from; stage < to; ++stage) fetch(begin + warp + stage * WARPS, stage);
+  }
+
+  // A member's query, counted over rows, tokens and heads.
+  __device__ int64_t query_of(int member) const {
+    if (!FEW) return pair * p.group + member;
+    const int64_t token = int64_t(row) * tokens + first_token + member / p.group;
+    return (token * p.num_kv_heads + head) * p.group + member % p.group;
+  }
+  // The output of padding, for all that share the key head.
+  __device__ void write_zeros() const {
+    if (rank > 0) return;
+    T* out = static_cast<T*>(p.out);
+    for (int i = threadIdx.x; i < members * V_DIM; i += THREADS)
+      out[query_of(i / V_DIM) * V_DIM + i % V_DIM] = from_float<T>(0);
+  }
+};
+
+}  // namespace
+}  // namespace sinkattn::cuda
