@@ -49,14 +49,14 @@ __global__ void __launch_bounds__(THREADS, 1)
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
   const int total = (tiles - first_tile + step - 1) / step * chunks, early = min(total, stages);
   int asked_tile = first_tile, asked_chunk = 0;
-  Place asked = {0, 1};
+  Place asked = {0, 0};
   auto advance = [&] {
     if (++asked_chunk == chunks) asked_chunk = 0, asked_tile += step;
     asked.advance(1, stages);
   };
   auto ask_weight = [&] {
     const unsigned to = shared_address(ring + asked.stage * STAGE);
-    uint64_t* barrier = &at.in[asked.stage];
+    uint64_t* barrier = asked.came(at);
     const int column = (begin + asked_chunk) * KC, row = asked_tile * most;
     expect_bytes(barrier, (TILE + x_rows_of(p)) * KC * 2 + (has_norm ? NORM_BYTES : 0));
     copy_in_once(to, maps.weight, column, row, barrier, once);
@@ -65,11 +65,11 @@ __global__ void __launch_bounds__(THREADS, 1)
   };
   auto ask_x = [&] {
     copy_in(shared_address(ring + asked.stage * STAGE) + TILE * KC * 2, maps.x, (begin + asked_chunk) * KC, 0,
-            &at.in[asked.stage]);
+            asked.came(at));
   };
   if (threadIdx.x == CONSUMERS) {
     for (int stage = 0; stage < stages; ++stage) {
-      open_barrier(&at.in[stage], 1);
+      open_barrier(&at.in[0][stage], 1), open_barrier(&at.in[1][stage], 1);
       open_barrier(&at.out[stage], 4);  // warps
     }
     open_barrier(&at.found, 1);
@@ -93,12 +93,12 @@ __global__ void __launch_bounds__(THREADS, 1)
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     wait_for_launch();
     if (threadIdx.x != CONSUMERS) return;
-    asked_tile = first_tile, asked_chunk = 0, asked = {0, 1};
+    asked_tile = first_tile, asked_chunk = 0, asked = {0, 0};
 #pragma unroll 1
     for (int i = 0; i < early; ++i) ask_x(), advance();
 #pragma unroll 1
     for (int i = early; i < total; ++i) {
-      wait(&at.out[asked.stage], asked.phase);
+      wait(&at.out[asked.stage], (asked.round - 1) & 1);  // the round before is read
       ask_weight(), ask_x(), advance();
     }
     return;
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     Place place = tile_at;
     place.advance(group, stages);
     if (group < chunks) {
-      wait(&at.in[place.stage], place.phase);
+      place.wait_in(at);
       prepare(now, place.stage, true);
     }
     for (int chunk = group; chunk < chunks; chunk += GROUPS) {
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       uint64_t* done = &at.out[place.stage];
       place.advance(GROUPS, stages);
       if (chunk + GROUPS < chunks) {
-        wait(&at.in[place.stage], place.phase);
+        place.wait_in(at);
         prepare(next, place.stage, false);
       }
       wait_for_products<0>();
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       for (int i = 0; i < 16; ++i) now[i] = next[i];
     }
     const int behind = tile_at.stage + chunks;
-    tile_at = {behind % stages, tile_at.phase ^ (behind / stages & 1)};
+    tile_at = {behind % stages, tile_at.round + behind / stages};
 
     // The groups meet, then the blocks that split the columns.
     meet(1, CONSUMERS);  // what was found for the tile before is read
@@ -251,12 +251,10 @@ bool map_of(CUtensorMap& map, const void* x, int columns, int rows, int64_t row,
                  CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
-// An even number of stages: then each is one group's. The parity of a barrier does not tell what a group waits for from
-// the last but one to come there, so it has to have seen the last one.
 void measure(Plan& plan, const Device& device) {
   const int of_others = (plan.split - 1) * apart(plan.tile / plan.split);
   const int stage = (plan.tile + X_ROWS) * KC * 2 + NORM_BYTES, sums = X_ROWS * (apart(plan.tile) + of_others) * 4;
-  plan.stages = std::min((device.shared_bytes - 4096 - sums) / stage, MAX_STAGES) / 2 * 2;
+  plan.stages = std::min((device.shared_bytes - 4096 - sums) / stage, MAX_STAGES);
   plan.bytes = 1024 + plan.stages * stage + sums;
 }
 

@@ -20,8 +20,11 @@ struct Maps {
 struct Plan {
   int tile, split, stages, bytes;
 };
+// in: of even and of odd rounds. With an odd number of stages a group sees every other round of a stage, and the parity of
+// one barrier would not tell a round that has not come from the one before the last, which it has seen. Here the round
+// before it on the same barrier has been multiplied, or nobody could have asked for what lies between.
 struct Barriers {
-  uint64_t in[MAX_STAGES], out[MAX_STAGES], found;
+  uint64_t in[2][MAX_STAGES], out[MAX_STAGES], found;
 };
 
 // Rows of x that are copied: what is not there gives sums that nobody stores.
@@ -88,13 +91,15 @@ __device__ uint32_t weighed(uint32_t x, float size, uint32_t w, float shift) {
   return reinterpret_cast<const uint32_t&>(y);
 }
 
-// Where a group is in the ring.
+// Where somebody is in the ring, and how often round it.
 struct Place {
-  int stage, phase;
+  int stage, round;
   __device__ void advance(int by, int stages) {  // by at most all of it
     stage += by;
-    if (stage >= stages) stage -= stages, phase ^= 1;
+    if (stage >= stages) stage -= stages, ++round;
   }
+  __device__ uint64_t* came(Barriers& at) const { return &at.in[round & 1][stage]; }
+  __device__ void wait_in(Barriers& at) const { wait(came(at), round >> 1 & 1); }
 };
 
 // Sums of this block's outputs, (..., X_ROWS, between): of its own columns, of those of the others in its cluster, and
