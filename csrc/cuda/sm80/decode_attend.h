@@ -1,10 +1,11 @@
-// Phase `attend` of decode: what is seen, the mask, the softmax. No torch in here.
+// Phases `append` and `attend` of decode: new tokens in their slots, scores, the mask, the softmax, values. No torch in
+// here.
 //
 // A lane of a warp, g = lane / 4 and c = lane % 4, has the rows g (and g + 8) of products: query heads, or one head and
 // what rounding left of it. ROWS is how many softmax rows that makes: 1, or 2 of a group of more than 8.
 #pragma once
 
-#include "decode_tile.h"
+#include "decode_block.h"
 
 namespace sinkattn::cuda {
 namespace {
@@ -102,6 +103,184 @@ __device__ __forceinline__ void soften(const float (&x)[ROWS][2][2], uint32_t (&
     }
   }
 }
+
+// What a warp has found so far in its tiles. The block's text queries stay in registers where there is room.
+template <typename B>
+struct Attention {
+  using T = typename B::T;
+  using S = typename B::S;
+  static constexpr int HEAD_DIM = B::HEAD_DIM, V_DIM = B::V_DIM;
+  static constexpr int ROWS = B::WIDE ? 2 : 1;  // softmax rows of a lane: members g and g + 8
+  static constexpr bool WIDE = B::WIDE, FEW = B::FEW, KEEP = HEAD_DIM <= 128;
+
+  const B& b;
+  const Params& p;
+  // Ages count from the last token of the block, or from the member's own, which is 0, back around the ring.
+  const int64_t t;  // where the last token stands
+  const int nth;    // of the new tokens of its row
+  const Seen last;
+  Seen seen[FEW ? ROWS : 1], any;
+  const int new_slot, spread;  // ages of the block's own tokens, at most
+  const bool wraps, is_plain;  // whether new tokens lie at both ends
+  const uint4* query_pieces;
+  uint4 kept[KEEP ? S::K_STEPS : 1][2];
+  float top[ROWS], total[ROWS], slope[ROWS], acc[S::V_STEPS * 8][4];
+  // Where the lane's pieces are: of key number g, steps 0 and 1; of values number 2 c and 2 c + 1.
+  int key_at[2], value_at[2];
+
+  __device__ __forceinline__ Attention(const B& b, int64_t t, int nth)
+      : b(b), p(b.p), t(t), nth(nth), last(b.p, t), seen{last}, any(last), new_slot(last.new_slot),
+        spread(FEW ? min(b.own - 1, nth) : 0), wraps(FEW && new_slot - nth < b.p.sink_size),
+        is_plain(!(b.p.softcap > 0) && !b.p.alibi_slopes) {
+    if constexpr (FEW) {
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) seen[r] = Seen(p, t - max(b.own - 1 - (b.g + 8 * r) / p.group, 0));
+      if (any.reach > 0) any.reach = int(min(int64_t(p.window_size) + spread, t - p.sink_size + 1));
+    }
+    query_pieces = reinterpret_cast<uint4*>(b.queries) + b.lane * 2;
+    if constexpr (KEEP) {
+#pragma unroll
+      for (int i = 0; i < 2 * S::K_STEPS; ++i) kept[i / 2][i % 2] = query_piece(0, i / 2, i % 2);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+      top[r] = LOWEST, total[r] = 0;
+      const int member = b.g + 8 * r;
+      const bool has_slope = p.alibi_slopes && member < b.members;
+      slope[r] = has_slope ? p.alibi_slopes[b.head * p.group + (FEW ? member % p.group : member)] * LOG2E : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < S::V_STEPS * 8; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
+    key_at[0] = Rows<HEAD_DIM>::place(row_of(b.g), b.c), key_at[1] = Rows<HEAD_DIM>::place(row_of(b.g), 4 + b.c);
+    value_at[0] = Rows<V_DIM>::place(row_of(2 * b.c), b.g), value_at[1] = Rows<V_DIM>::place(row_of(2 * b.c + 1), b.g);
+  }
+
+  // Zero for heads that are not there, or past the last dim.
+  __device__ __forceinline__ uint4 query_piece(int angle, int step, int half) const {
+    const bool inside = b.g + (WIDE ? 8 * half : 0) < b.members && (HEAD_DIM % 32 == 0 || step * 32 + b.c * 8 < HEAD_DIM);
+    return inside ? query_pieces[angle * S::QUERIES + step * 64 + half] : make_uint4(0, 0, 0, 0);
+  }
+
+  // New tokens take the place of what their slots held, the block's own in the cache as well. What others append there
+  // at this moment is hidden, or laid over like this.
+  __device__ __forceinline__ void append(int first, uint4* key_rows, uint4* value_rows) const {
+    const int before = FEW ? nth : 0;
+    if (!((new_slot >= first && new_slot - before < first + KEYS) || wraps)) return;
+    __syncwarp();
+    for (int back = 0; back <= before; ++back) {
+      int slot = new_slot - back;
+      if (FEW && slot < p.sink_size && t - back >= p.sink_size) slot += p.ring_size;
+      if (FEW && unsigned(slot - first) >= KEYS) continue;
+      const uint4* new_key = reinterpret_cast<uint4*>(b.new_keys + (b.last_token - back) * HEAD_DIM);
+      const uint4* new_value = reinterpret_cast<uint4*>(b.new_values + (b.last_token - back) * V_DIM);
+      for (int i = b.lane; i < HEAD_DIM / 8; i += 32) {
+        key_rows[Rows<HEAD_DIM>::place(slot - first, i)] = new_key[i];
+        if (back < b.own) *reinterpret_cast<uint4*>(b.keys + slot * p.k_cache_slot + i * 8) = new_key[i];
+      }
+      for (int i = b.lane; i < V_DIM / 8; i += 32) {
+        value_rows[Rows<V_DIM>::place(slot - first, i)] = new_value[i];
+        if (back < b.own) *reinterpret_cast<uint4*>(b.values + slot * p.v_cache_slot + i * 8) = new_value[i];
+      }
+    }
+  }
+
+  // Products of the queries of an angle, 0 of text and 1 of sinks, with the tile's keys: product j is of keys number
+  // 8 j ... + 7, of which a lane gets 2 c and 2 c + 1.
+  template <int ANGLE>
+  __device__ __forceinline__ void multiply_keys(float (&score)[2][4], const uint4* key_rows) const {
+    float more[2][4] = {};  // sums of their own, as products wait for the sum they add to
+#pragma unroll
+    for (int s = 0; s < S::K_STEPS; ++s) {
+      const uint4 a = KEEP && ANGLE == 0 ? kept[KEEP ? s : 0][0] : query_piece(ANGLE, s, 0);
+      const uint4 d = KEEP && ANGLE == 0 ? kept[KEEP ? s : 0][1] : query_piece(ANGLE, s, 1);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const bool inside = HEAD_DIM % 32 == 0 || s * 32 + b.c * 8 < HEAD_DIM;
+        const int place = key_at[s % 2] + s / 2 * Rows<HEAD_DIM>::COLUMN + j * 64;
+        const uint4 key = inside ? key_rows[place] : make_uint4(0, 0, 0, 0);
+        multiply<T>(score[j], a.x, d.x, a.y, d.y, key.x, key.y);
+        multiply<T>(more[j], a.z, d.z, a.w, d.w, key.z, key.w);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) score[i / 4][i % 4] += more[i / 4][i % 4];
+  }
+  __device__ __forceinline__ void score_keys(float (&x)[ROWS][2][2], int first, const uint4* key_rows) const {
+    float score[2][4] = {};
+    multiply_keys<0>(score, key_rows);
+    if (first < p.sink_size) {
+      float of_sinks[2][4] = {};
+      multiply_keys<1>(of_sinks, key_rows);
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (first + row_of(j * 8 + b.c * 2 + i % 2) < p.sink_size) score[j][i] = of_sinks[j][i];
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+          x[r][j][e] = WIDE ? score[j][2 * r + e] * p.query_scale : score[j][e] + score[j][2 + e];
+  }
+
+  // Whether all of a tile is visible to all members: to the last token the oldest slot of its ring is, no age within it
+  // begins anew, and the youngest slot is no younger than the first token. With a ring, sinks all are.
+  __device__ __forceinline__ bool sees_all(int first) const {
+    const int from = max(first, p.sink_size), oldest = last.age_of(from, p.ring_size);
+    const bool anew = new_slot >= from && new_slot < first + KEYS - 1 && last.reach < p.ring_size;
+    return first + KEYS <= b.slots && !anew && oldest < last.reach &&
+           (!FEW || oldest - (first + KEYS - 1 - from) >= spread);
+  }
+
+  // Adds the tile's values. What is not visible may hold NaN, which a weight of zero would not undo.
+  __device__ __forceinline__ void add_values(const uint32_t (&weights)[4], const uint4* value_rows, bool all,
+                                             const bool (&hidden)[2][2]) {
+#pragma unroll
+    for (int j = 0; j < S::V_STEPS; ++j) {
+      uint4 rows[4];
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const bool inside = V_DIM % 64 == 0 || j * 64 + b.g * 8 < V_DIM;
+        const int place = value_at[r % 2] + j * Rows<V_DIM>::COLUMN + r / 2 * 64;
+        rows[r] = inside ? value_rows[place] : make_uint4(0, 0, 0, 0);
+      }
+      if (!all) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r)
+          if (hidden[r / 2][r % 2]) rows[r] = make_uint4(0, 0, 0, 0);
+      }
+      const uint32_t (*words)[4] = reinterpret_cast<uint32_t (*)[4]>(rows);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          const unsigned selector = odd ? 0x7632 : 0x5410;
+          const uint32_t b0 = __byte_perm(words[0][i], words[1][i], selector);
+          const uint32_t b1 = __byte_perm(words[2][i], words[3][i], selector);
+          multiply<T>(acc[j * 8 + i * 2 + odd], weights[0], weights[1], weights[2], weights[3], b0, b1);
+        }
+      }
+    }
+  }
+
+  // A tile that has come, its first slot `first`.
+  __device__ __forceinline__ void take(int first, uint4* key_rows, uint4* value_rows) {
+    append(first, key_rows, value_rows);
+    __syncwarp();
+    float x[ROWS][2][2];
+    score_keys(x, first, key_rows);
+    const bool all = sees_all(first);
+    bool hidden[2][2] = {};
+    if (!all || !is_plain) mask(x, hidden, slope, p, seen, any, first, b.c);
+    uint32_t weights[4];
+    soften<T>(x, weights, top, total, acc);
+    add_values(weights, value_rows, all, hidden);
+    __syncwarp();  // all have read
+  }
+};
 
 }  // namespace
 }  // namespace sinkattn::cuda

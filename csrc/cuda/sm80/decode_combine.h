@@ -97,5 +97,76 @@ __device__ __forceinline__ void finish(const Params& p, int64_t query, int head,
       make_uint2(pack(rounded[0], rounded[1]), pack(rounded[2], rounded[3]));
 }
 
+// The end of a block: its warps meet, then the blocks that share the key head, and somebody writes the output. Columns,
+// (group, V_DIM), are taken four at a time. nth: of the new tokens, the last one of the block.
+template <typename B>
+struct Ending {
+  using T = typename B::T;
+  static constexpr int V_DIM = B::V_DIM, STEP = B::THREADS * 4;
+  const B& b;
+  const float* softmax;  // (warps, MAX_GROUP, maximum and sum)
+  const int nth, columns;
+
+  __device__ __forceinline__ Ending(const B& b, const float* softmax, int nth)
+      : b(b), softmax(softmax), nth(nth), columns(b.group * V_DIM) {}
+
+  __device__ __forceinline__ Combined of_block(int i) const {
+    return combine<B::WARPS>(B::WARPS, reinterpret_cast<float*>(b.shared) + i, B::S::WARP * 4, softmax + i / V_DIM * 2,
+                             MAX_GROUP * 2);
+  }
+  __device__ __forceinline__ void finish_at(int i, const Combined& x) const {
+    const Params& p = b.p;
+    const int member = i / V_DIM, dim = i % V_DIM;
+    if (!B::FEW) return finish<T, V_DIM>(p, b.query_of(member), b.head * p.group + member, dim, x);
+    const int behind = b.own - 1 - member / p.group;  // its token lies before the last one
+    if (member >= b.members) return;
+    if (behind <= nth) return finish<T, V_DIM>(p, b.query_of(member), b.head * p.group + member % p.group, dim, x);
+    *reinterpret_cast<uint2*>(static_cast<T*>(p.out) + b.query_of(member) * V_DIM + dim) = make_uint2(0, 0);  // padding
+  }
+
+  __device__ __forceinline__ void alone() const {
+    for (int i = threadIdx.x * 4; i < columns; i += STEP) finish_at(i, of_block(i));
+  }
+  // The blocks of a cluster hand over to the first, whose barrier counts the bytes.
+  __device__ __forceinline__ void in_cluster(uint64_t* arrived) const {
+    float* handed_softmax = b.handed + b.splits * columns;
+    const unsigned there = in_first_block(b.handed + b.rank * columns);
+    const unsigned there_softmax = in_first_block(handed_softmax + b.rank * b.group * 2);
+    const unsigned barrier = in_first_block(arrived);
+    cluster_wait();  // the first block of the cluster has started
+    for (int i = threadIdx.x * 4; i < columns; i += STEP) {
+      const Combined x = of_block(i);
+      hand_over(there + i * 4, x.sum, barrier);
+      if (i % V_DIM == 0) hand_over(there_softmax + i / V_DIM * 8, make_float2(x.top, x.total), barrier);
+    }
+    if (b.rank > 0) return;
+    wait_for_bytes(arrived);
+    for (int i = threadIdx.x * 4; i < columns; i += STEP)
+      finish_at(i, combine<MAX_CLUSTER>(b.splits, b.handed + i, columns, handed_softmax + i / V_DIM * 2, b.group * 2));
+  }
+  // Blocks without a cluster meet in memory; the last to arrive combines. is_last: in shared memory.
+  __device__ __forceinline__ void in_memory(bool* is_last) const {
+    const Params& p = b.p;
+    const int64_t pairs = int64_t(gridDim.z) * p.num_kv_heads;
+    float* found_values = p.partials + b.pair * b.splits * columns;
+    float* found_softmax = p.partials + pairs * b.splits * columns + b.pair * b.splits * b.group * 2;
+    for (int i = threadIdx.x * 4; i < columns; i += STEP) {
+      const Combined x = of_block(i);
+      *reinterpret_cast<float4*>(found_values + b.rank * columns + i) = x.sum;
+      if (i % V_DIM == 0)
+        *reinterpret_cast<float2*>(found_softmax + (b.rank * b.group + i / V_DIM) * 2) = make_float2(x.top, x.total);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      *is_last = count_in(p.arrivals + b.pair) == b.splits - 1;
+      if (*is_last) p.arrivals[b.pair] = 0;  // for the next launch
+    }
+    __syncthreads();
+    if (!*is_last) return;
+    for (int i = threadIdx.x * 4; i < columns; i += STEP)
+      finish_at(i, combine<8>(b.splits, found_values + i, columns, found_softmax + i / V_DIM * 2, b.group * 2));
+  }
+};
+
 }  // namespace
 }  // namespace sinkattn::cuda
