@@ -7,7 +7,7 @@ Models of real shapes with random weights in bfloat16, greedy, and these ways to
     recompute         the last C tokens through the model for every token (the paper's sliding window baseline)
     generate          sinkattn.patch(model, 4, C - 4) and plain generate()
     stream            the same, sinkattn.Stream
-    one_kernel        the same, patched with fuse="model", where the model's layers may run as one kernel
+    stream_layers     the same, patched with fuse="layers": where the model's layers run as one kernel, without that
 
 ms_per_token and p99_ms are of the time between successive tokens as the host sees them, memory_gb is the most that was
 allocated, first_token_s the seconds from the start, patch() and compilation or capture included, to the third token:
@@ -73,7 +73,7 @@ SHAPES = {
     "tiny": llama(128, 64, 96, 2, 4, 2),
 }
 SMALL_MODELS = ("smollm2-135m", "qwen3-0.6b", "llama-3.2-1b")  # whose layers may run as one kernel
-METHODS = ("dynamic", "static_compiled", "recompute", "generate", "stream", "one_kernel")
+METHODS = ("dynamic", "static_compiled", "recompute", "generate", "stream", "stream_layers")
 COLUMNS = ("model", "batch", "capacity", "method", "ms_per_token", "p99_ms", "memory_gb", "first_token_s")
 LENGTHS = ("model", "method", "tokens", "ms_per_token", "memory_gb")  # columns of lengths.csv
 FLATNESS = ("tokens", "ms_per_token", "memory_bytes")
@@ -142,11 +142,11 @@ def stream_times(model, ids, tokens: int) -> list[float]:
 def measure(model, method: str, ids: torch.Tensor, capacity: int, tokens: int, warm: int) -> dict:
     """Of `tokens` tokens behind ids (batch, n), a row of generate.csv; a few behind ids[:, :warm] come first."""
     free(DEVICE)
-    ways = {"recompute": recompute_times, "stream": stream_times, "one_kernel": stream_times}
-    run, fuse = ways.get(method, generate_times), "model" if method == "one_kernel" else "layers"
+    ways = {"recompute": recompute_times, "stream": stream_times, "stream_layers": stream_times}
+    run, fuse = ways.get(method, generate_times), "layers" if method == "stream_layers" else "model"
     how = {"cache_implementation": "static"} if method == "static_compiled" else {}
     start = now(DEVICE)
-    patched = method in ("generate", "stream", "one_kernel")
+    patched = method in ("generate", "stream", "stream_layers")
     with sinkattn.patch(model, SINKS, capacity - SINKS, fuse=fuse) if patched else contextlib.nullcontext():
         # a static cache is as long as text and tokens together: another number of tokens would be compiled anew
         first = run(model, ids[:, :warm], tokens if method == "static_compiled" else 4, **how)[2] - start
@@ -172,7 +172,7 @@ def methods_of(model: str, batch: int, capacity: int) -> list[str]:
     """Compilation takes half a minute a row, and re-computation of a large batch seconds a token: not everywhere."""
     compiled = capacity == 1024 and batch == 1 and model.startswith("llama")
     left_out = {*([] if compiled or model == "tiny" else ["static_compiled"]), *(["recompute"] if batch > 8 else [])}
-    left_out |= set() if model in SMALL_MODELS and batch <= 2 else {"one_kernel"}
+    left_out |= set() if model in SMALL_MODELS and batch <= 2 else {"stream_layers"}
     return [method for method in METHODS if method not in left_out]
 
 

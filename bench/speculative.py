@@ -136,7 +136,7 @@ def of_shape(name: str, draft_name: str, batch: int, counts, chances, tokens: in
     with contextlib.ExitStack() as patches:
         patches.enter_context(sinkattn.patch(model, SINKS, 1020))
         if draft is not None:
-            patches.enter_context(sinkattn.patch(draft, SINKS, 252, fuse="model"))
+            patches.enter_context(sinkattn.patch(draft, SINKS, 252))
         rows = of_patched(model, draft, batch, counts, chances, tokens)
     return [dict(model=name, draft=draft_name or "lookup", batch=batch, **row) for row in rows]
 

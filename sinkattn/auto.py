@@ -23,7 +23,7 @@ class _Sinks:
         attention_sink_size: int = 4,
         attention_sink_window_size: int | None = None,
         backend: str = "auto",
-        fuse: str = "layers",
+        fuse: str = "model",
         cuda_graph: bool = True,
         **kwargs: Any,
     ) -> Any:

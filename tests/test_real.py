@@ -104,13 +104,31 @@ def test_as_near_to_float32_as_unpatched(smollm2, device, dtype, fused, size):
         print(f"{device} {dtype} {fused} {size}: largest {found.max():.1e}, median {found.median():.1e}")
         assert found.max() < TOLERANCE
         return
-    own = errors_of_unpatched(dtype, device, size)
+    as_near(found, errors_of_unpatched(dtype, device, size), f"{device} {dtype} {fused} {size}")
+
+
+def as_near(found: torch.Tensor, own: torch.Tensor, case: str) -> None:
+    """Errors of a text's tokens, and the unpatched model's own, (tokens,) both."""
     times, noise = times_worse(*(x[: len(x) // BLOCK * BLOCK].view(-1, BLOCK) for x in (found, own)))
     rms, own_rms = (x.square().mean().sqrt() for x in (found, own))
-    print(f"{device} {dtype} {fused} {size}: {rms:.4f}, own {own_rms:.4f}; {times:.3f} times, noise {noise:.3f}")
+    print(f"{case}: {rms:.4f}, own {own_rms:.4f}; {times:.3f} times, noise {noise:.3f}")
     assert math.log(times) <= math.log(ALLOWED) + 3 * noise, f"{times:.3f} times the unpatched model's own error"
     assert noise < 0.1, "so little is known that the test is none"
     assert found.max() < 3 * own.max()
+
+
+@pytest.mark.real
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", ["layers", "model"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_token_by_token(smollm2, dtype, fused):
+    """Every token by a captured step, past the wrap of a cache of 256: with "model", all layers as one kernel."""
+    model, ids = real.real_model(dtype, GPU), text(256, GPU)
+    with patch(model, 4, 252, fuse=fused), torch.no_grad():
+        cache = SinkCache(model)
+        logits = [model(token, past_key_values=cache).logits.float() for token in ids.split(1, dim=1)]
+    found = token_errors(torch.cat(logits, dim=1), unpatched(torch.float32, GPU, 256))[0]
+    as_near(found, errors_of_unpatched(dtype, GPU, 256), f"{dtype} {fused} token by token")
 
 
 @pytest.mark.real

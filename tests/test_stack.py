@@ -54,6 +54,12 @@ def spread_error(found, expected) -> float:
     return ((found.double() - expected.double()).square().mean().sqrt() / expected.double().std()).item()
 
 
+def usual_error(found, expected) -> float:
+    """Of most tokens, over the spread: where two keys are nearly alike, one rounding may be worth the whole of it."""
+    errors = (found.double() - expected.double()).square().mean(-1).sqrt()
+    return (errors.median() / expected.double().std()).item()
+
+
 LOGITS = [
     *((name, torch.bfloat16, (4, 10, 16), rows) for name in SHAPES for rows in (1, 2)),
     *((name, torch.bfloat16, sizes, 2) for name in ("llama", "qwen3") for sizes in ((0, 33, 0), (37, 5, 3))),
@@ -73,7 +79,7 @@ def test_logits(name, dtype, sizes, rows, served):
         with patch(model, sink_size, window_size, fuse=fuse, slack=slack), torch.no_grad():
             cache = SinkCache(model)
             found = [model(piece, past_key_values=cache).logits for piece in ids.split(1, dim=1)]
-            errors[fuse] = spread_error(torch.cat(found, dim=1), expected)
+            errors[fuse] = usual_error(torch.cat(found, dim=1), expected)
         assert len(served) == (fuse == "model")
     assert errors["model"] < 1.5 * errors["none"] + 1e-3 and errors["model"] < 1.2 * errors["layers"] + 1e-3, errors
 
@@ -125,6 +131,7 @@ def test_taken_back(served):
     with patch(model, S, W, fuse="model"):
         stream = Stream(model)
         stream.append(ids)
+        list(stream.generate(7, do_sample=False, eos_token_id=[]))  # first steps: five kernels a layer
         for _ in range(4):
             first = torch.stack(list(stream.generate(7, do_sample=False, eos_token_id=[])))
             stream.rewind(7)

@@ -21,7 +21,7 @@ from ..step import Step
 from .forms import Layer, Records
 
 MOST_ROWS = 2
-MOST_BYTES = 150_000_000  # of a layer's weights: larger ones keep the memory as busy one product at a time
+MOST_BYTES = 150_000_000  # of a layer's weights, divided by the rows: larger ones are as fast one product at a time
 DIMS = (64, 128)  # of heads
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Stack:
         if sizes is None or any(_sizes_of(layer) != sizes for layer in self.layers):
             return "the layers are not alike, or of no form that the kernel has"
         weights = [_weights_of(layer) for layer in self.layers]
-        if sum(x.nbytes for x in weights[0] if x is not None) > MOST_BYTES:
+        if sum(x.nbytes for x in weights[0] if x is not None) * len(rows.lengths) > MOST_BYTES:
             return "its layers are so large that one product at a time is as fast"
         keys = rings[0].keys
         tensors = [x for of_layer in weights for x in of_layer if x is not None]
