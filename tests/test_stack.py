@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers import GPU, random_ids
+from loud import times_worse, token_errors
 from oracle import streaming_logits
 from sinkattn import SinkCache, Stream, patch
 from sinkattn.fuse.stack import Stack
@@ -54,12 +55,6 @@ def spread_error(found, expected) -> float:
     return ((found.double() - expected.double()).square().mean().sqrt() / expected.double().std()).item()
 
 
-def usual_error(found, expected) -> float:
-    """Of most tokens, over the spread: where two keys are nearly alike, one rounding may be worth the whole of it."""
-    errors = (found.double() - expected.double()).square().mean(-1).sqrt()
-    return (errors.median() / expected.double().std()).item()
-
-
 LOGITS = [
     *((name, torch.bfloat16, (4, 10, 16), rows) for name in SHAPES for rows in (1, 2)),
     *((name, torch.bfloat16, sizes, 2) for name in ("llama", "qwen3") for sizes in ((0, 33, 0), (37, 5, 3))),
@@ -70,7 +65,11 @@ LOGITS = [
 
 @pytest.mark.parametrize("name, dtype, sizes, rows", LOGITS)
 def test_logits(name, dtype, sizes, rows, served):
-    """Token by token, through the wrap: about as far from float32 as the unfused model, and no farther than layers."""
+    """Token by token, through the wrap: no farther from float32 than the unfused model, and as far as layers.
+
+    On an H200 it is 0.84 to 0.97 times as far as the unfused model in the mean of 16 texts of a shape (one text is off
+    by 0.11), and 0.99 to 1.00 times as far as layers (0.02).
+    """
     sink_size, window_size, slack = sizes
     model, ids, errors = loud(name, dtype), random_ids(rows, 2 * (sink_size + window_size) + 31, GPU), {}
     exact = copy.deepcopy(model).float()
@@ -79,9 +78,10 @@ def test_logits(name, dtype, sizes, rows, served):
         with patch(model, sink_size, window_size, fuse=fuse, slack=slack), torch.no_grad():
             cache = SinkCache(model)
             found = [model(piece, past_key_values=cache).logits for piece in ids.split(1, dim=1)]
-            errors[fuse] = usual_error(torch.cat(found, dim=1), expected)
+            errors[fuse] = token_errors(torch.cat(found, dim=1), expected)
         assert len(served) == (fuse == "model")
-    assert errors["model"] < 1.5 * errors["none"] + 1e-3 and errors["model"] < 1.2 * errors["layers"] + 1e-3, errors
+    times = {other: times_worse(errors["model"], errors[other])[0] for other in ("none", "layers")}
+    assert times["none"] < 1.4 and times["layers"] < 1.1, times
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
