@@ -106,9 +106,13 @@ def test_ctrl_c_anywhere_in_a_step(kind, monkeypatch):
                 assert length in (before, before + tokens) and cache.seen == length
                 assert relative_error(model(more, past_key_values=cache).logits, ends[outcome]) < 1e-4
 
-        anywhere(run, times=40)
-    is_mended = tokens <= 17 and prefill == "streaming" and not chunk  # it is written again, as slack is 16
-    assert "whole" in outcomes and ("torn" in outcomes or is_mended or tokens == 1)
+        is_mended = tokens <= 17 and prefill == "streaming" and not chunk  # it is written again, as slack is 16
+        wanted = {"whole"} if is_mended or tokens == 1 else {"whole", "torn"}
+        for _ in range(5):  # where Ctrl-C comes is chance
+            anywhere(run, times=40)
+            if wanted <= outcomes:
+                break
+    assert wanted <= outcomes
 
 
 @pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
