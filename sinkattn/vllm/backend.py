@@ -21,7 +21,7 @@ from ..reference import rotate
 from ..rope import UnsupportedModelError
 from . import paged
 from .blocks import SinkWindowSpec, spec_of
-from .rotary import Rotation, expect_attention, taken
+from .rotary import Rotation, check_embedding, expect_attention, taken
 from .settings import Sizes, current_sizes
 
 
@@ -59,6 +59,7 @@ class SinkBuilder(AttentionMetadataBuilder[Batch]):
                 raise UnsupportedModelError(f"{name}: {type(layer).__name__} is a layer that sinkattn cannot serve")
         if not isinstance(kv_cache_spec, SinkWindowSpec):
             raise UnsupportedModelError(f"vLLM turned the KV cache of {layer_names[0]} into {kv_cache_spec}")
+        check_embedding()
         self.sizes = Sizes(kv_cache_spec.sink_size, kv_cache_spec.sliding_window)
 
     def build(

@@ -19,13 +19,12 @@ from vllm.model_executor.layers import rotary_embedding as vllm_ropes
 from ..rope import Rope, UnsupportedModelError
 from .settings import current_sizes
 
-REPLACED = (
+REPLACED = (  # not those of dynamic NTK: their frequencies depend on the length, and vLLM takes those of the longest
     vllm_ropes.RotaryEmbedding,
     vllm_ropes.Llama3RotaryEmbedding,
     vllm_ropes.YaRNScalingRotaryEmbedding,
     vllm_ropes.LinearScalingRotaryEmbedding,
     vllm_ropes.NTKScalingRotaryEmbedding,
-    vllm_ropes.DynamicNTKScalingRotaryEmbedding,
 )
 
 
@@ -63,6 +62,13 @@ class _Way:
 
     given: tuple[Rotation, Tensor, Tensor] | None = None
     unchecked = 0  # attentions that have not compared yet: an embedding then notes copies
+    has_embedding = False
+
+
+def check_embedding() -> None:
+    """Raise UnsupportedModelError if no rotary embedding that is known here was built: then none comes before any."""
+    if not _Way.has_embedding:
+        raise UnsupportedModelError("the model has no rotary embedding that sinkattn knows of")
 
 
 def expect_attention() -> None:
@@ -100,6 +106,7 @@ def unturned(base: type) -> type:
                 self.__class__ = base
             else:
                 self.rotation = rotation_of(self, self.frequencies)
+                _Way.has_embedding = True
 
         def _compute_inv_freq(self, *args) -> Tensor:
             self.frequencies = super()._compute_inv_freq(*args)

@@ -1,4 +1,4 @@
-"""The plugin's parts inside vLLM's environment: `FOLDER/bin/python -m pytest tests/vllm/test_plugin.py` (see setup.sh)."""
+"""The plugin inside vLLM, in the environment of setup.sh: `FOLDER/bin/python -m pytest tests/vllm/test_plugin.py`."""
 
 import json
 import math
@@ -147,7 +147,6 @@ ROPES = {
     "YaRNScalingRotaryEmbedding": dict(scaling_factor=4.0),
     "LinearScalingRotaryEmbedding": dict(scaling_factors=2.0),
     "NTKScalingRotaryEmbedding": dict(scaling_factor=3.0, mixed_b=0.3),
-    "DynamicNTKScalingRotaryEmbedding": dict(scaling_factor=2.0, max_trained_positions=32),
 }
 
 
@@ -179,8 +178,12 @@ def test_way_to_attention(tmp_path, monkeypatch):
     """Queries and keys have to arrive as they left the embedding."""
     monkeypatch.setattr(rotary._Way, "given", None)
     monkeypatch.setattr(rotary._Way, "unchecked", 0)
+    monkeypatch.setattr(rotary._Way, "has_embedding", False)
+    with pytest.raises(UnsupportedModelError, match="no rotary embedding"):
+        rotary.check_embedding()
     with set_current_vllm_config(configuration(tmp_path)):
         module, other = (vllm_ropes.RotaryEmbedding(**OF_ALL | {"base": base}) for base in (1e4, 1e5))
+    rotary.check_embedding()
     t, q, k = torch.arange(3), torch.randn(3, 4 * 32), torch.randn(3, 2 * 32)
 
     def views():
