@@ -7,9 +7,13 @@ Without `SINKATTN_VLLM` everything here is skipped. `SINKATTN_VLLM_TOKENS` (400)
 server is told that the model was made for 512 positions, so every request outlives its table of angles.
 """
 
+import json
 import os
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 import torch
@@ -45,6 +49,8 @@ def expected() -> list[tuple[list[int], list[int]]]:
     return patched([text[begin : begin + length] for begin, length in ((0, 9), (100, 300), (700, 731))], TOKENS)
 
 
+EXAMPLE = Path(__file__).parents[2] / "examples/vllm_live.py"
+CAPTURED = {"text": True, "capture_output": True, "timeout": 1200}
 SHORT = ("--hf-overrides", '{"max_position_embeddings": 512}', "--kv-cache-memory-bytes", str(1 << 28))
 CHUNKS = ("--max-model-len=1000000", "--max-num-batched-tokens=48")
 WHOLE = ("--max-model-len=5000", "--no-enable-chunked-prefill", "--max-num-batched-tokens=5000")
@@ -98,6 +104,25 @@ def test_preempted_and_shared(tmp_path, expected):
     print(f"{preempted:.0f} preemptions; found in the prefix cache, of 670 tokens: {hits}")
     assert preempted > 0
     assert hits[0] == 0 and hits[1] > 600 and hits[3] > 600
+
+
+def test_one_request_in_pieces():
+    """examples/vllm_live.py: what is expected behind each piece is what a patched model expects behind all so far."""
+    real.needed()
+    text, words, model = " ".join("\n".join(topics.values()).split()), real.tokenizer(), real.real_model()
+    lines = [f"{text[400 * i : 400 * i + 400]}\n" for i in range(10)]
+    command = [f"{environment()}/bin/python", str(EXAMPLE), str(real.folder()), "--dtype", "float32"]
+    surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(
+        [*command, f"--sink-size={S}", f"--window-size={W}"], input="".join(lines), env=surroundings, **CAPTURED
+    )
+    found = [json.loads(line)["id"] for line in ran.stdout.splitlines() if line.startswith('{"id"')]
+    ids, expected = [], []
+    with patch(model, S, W), torch.no_grad():
+        for line in lines:
+            ids += words.encode(line, add_special_tokens=False)
+            expected.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert len(ids) > 3 * (S + W) and found == expected, ran.stderr[-2000:]
 
 
 def first_difference(a: list[int], b: list[int]) -> int:
