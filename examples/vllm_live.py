@@ -15,12 +15,11 @@ from collections.abc import AsyncIterator, Iterable
 
 os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
 
+from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.engine.protocol import StreamingInput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-
-from vllm import SamplingParams
 
 TOKENS = 10_000_000  # of the request in all; room for their ids is reserved, and used as they come
 

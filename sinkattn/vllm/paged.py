@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-QUERIES = 256  # of one request that are attended at once: bounds the memory for scores
+QUERIES = 256  # of one request that are attended at once, and
+KEYS = 1 << 15  # of requests with one token: what bounds the memory for copies of keys and for scores
 
 
 @dataclass
@@ -33,21 +34,20 @@ class Piece:
 def plan(
     starts: list[int], lengths: Tensor, block_table: Tensor, block_size: int, sink_size: int, window_size: int
 ) -> list[Piece]:
-    """Cut a batch into pieces: all requests with one token at once, others alone, by up to 256 tokens.
+    """Cut a batch into pieces: requests with one token together, others alone, by up to 256 tokens.
 
     starts: (requests + 1) where each request's tokens begin in the batch. lengths: (requests,) int, tokens of each text
     with those of the batch. The device is that of lengths.
     """
     counts = [end - start for start, end in zip(starts, starts[1:], strict=False)]
     device = lengths.device
-    groups = [([i for i, count in enumerate(counts) if count == 1], 0, 1)]
+    single, together = [i for i, count in enumerate(counts) if count == 1], max(1, KEYS // (sink_size + window_size))
+    groups = [(single[begin : begin + together], 0, 1) for begin in range(0, len(single), together)]
     for i, count in enumerate(counts):
         if count > 1:
             groups += [([i], begin, min(QUERIES, count - begin)) for begin in range(0, count, QUERIES)]
     pieces = []
     for requests, begin, tokens in groups:
-        if not requests:
-            continue
         at = torch.tensor([[starts[i] + begin, counts[i] - begin] for i in requests], device=device)
         rows, step = torch.tensor(requests, device=device), torch.arange(tokens, device=device)
         t = (lengths[rows].long() - at[:, 1])[:, None] + step  # (n, T)

@@ -60,8 +60,8 @@ def rotation_of(module, frequencies: Tensor) -> Rotation:
 class _Way:
     """From an embedding to the attention behind it, within one forward of one model."""
 
-    given: tuple[Rotation, Tensor, Tensor] | None = None
-    unchecked = 0  # attentions that have not compared yet: an embedding then notes copies
+    given: tuple[Rotation, list[Tensor], list[Tensor]] | None = None  # query and key, and copies of them
+    unchecked = 0  # attentions that have not compared yet: there are copies until all have
     has_embedding = False
 
 
@@ -79,18 +79,19 @@ def expect_attention() -> None:
 def taken(layer: str, query: Tensor, key: Tensor, known: Rotation | None) -> Rotation:
     """The rotation that an attention applies to what it is given.
 
-    known: what this returned for the layer before. The first time, query and key are compared with what the embedding
-    was given, number by number.
+    known: what this returned for the layer before. Query and key have to be the tensors that the embedding was given,
+    and the first time they are compared with copies of those, number by number.
     """
     given, _Way.given = _Way.given, None
     if given is None:
         raise UnsupportedModelError(f"{layer}: no rotation that sinkattn knows of comes before this attention")
-    rotation, *before = given
+    rotation, before, copies = given
+    for i, (name, x) in enumerate((("query", query), ("key", key))):
+        is_same = x.data_ptr() == before[i].data_ptr() and x.numel() == before[i].numel()
+        if not is_same or (known is None and not torch.equal(x.reshape(-1), copies[i].reshape(-1))):
+            raise UnsupportedModelError(f"{layer}: something changes the {name} between rotation and attention")
     if known is None:
         _Way.unchecked -= 1
-        for name, x, was in zip(("query", "key"), (query, key), before, strict=True):
-            if x.numel() != was.numel() or not torch.equal(x.reshape(-1), was.reshape(-1)):
-                raise UnsupportedModelError(f"{layer}: something changes the {name} between rotation and attention")
     elif rotation is not known:
         raise UnsupportedModelError(f"{layer}: its rotation is not the one that it was before")
     return rotation
@@ -117,8 +118,8 @@ def unturned(base: type) -> type:
                 raise UnsupportedModelError("sinkattn does not serve layers that turn queries alone, or by offsets")
             if _Way.given is not None:
                 raise UnsupportedModelError("a rotation is not followed by an attention of sinkattn")
-            before = (query.clone(), key.clone()) if _Way.unchecked > 0 else (query, key)
-            _Way.given = (self.rotation, *before)
+            copies = [query.clone(), key.clone()] if _Way.unchecked > 0 else []
+            _Way.given = (self.rotation, [query, key], copies)
             return query, key
 
     Unturned.__qualname__ = Unturned.__name__ = f"Unturned{base.__name__}"

@@ -33,6 +33,7 @@ class Text:
 def test_against_the_ring(block_size, softcap, monkeypatch):
     """Mixed batches: prompts in chunks beside single tokens. Blocks behind the window, but the sinks', hold NaN."""
     monkeypatch.setattr(paged, "QUERIES", 10)
+    monkeypatch.setattr(paged, "KEYS", 2 * (S + W))
     texts = [Text(n) for n in (150, 41, 97)]
     chunks = [[40, 30, *[1] * 80], [*[1] * 41], [3, 1, 64, *[1] * 29]]
     blocks = 3 * (150 // block_size + 2)

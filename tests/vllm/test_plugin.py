@@ -116,6 +116,20 @@ def test_refused(tmp_path, config, arguments, words):
     assert configuration(tmp_path, config, additional_config={}, **arguments) is not None
 
 
+def test_other_versions_of_vllm(tmp_path):
+    class Platform:
+        @classmethod
+        def check_and_update_config(cls, vllm_config):
+            vllm_config.checked = True
+
+    sinkattn.vllm._refuse(Platform, "this is 0.33")
+    config = configuration(tmp_path, additional_config={})
+    Platform.check_and_update_config(config)
+    assert config.checked
+    with pytest.raises(RuntimeError, match="this is 0.33"):
+        Platform.check_and_update_config(configuration(tmp_path))
+
+
 def test_backend(tmp_path):
     """vLLM's own where sinkattn is not asked for; a class that knows its sizes where it is."""
     from vllm.v1.attention.selector import get_attn_backend
@@ -199,6 +213,9 @@ def test_way_to_attention(tmp_path, monkeypatch):
         rotary.taken("layer", *views(), module.rotation)
     with pytest.raises(UnsupportedModelError, match="layer: no rotation"):
         rotary.taken("layer", *views(), None)
+    module(t, q, k)
+    with pytest.raises(UnsupportedModelError, match="changes the query between"):  # by 1, for now
+        rotary.taken("layer", q.mul(1).view(3, 4, 32), k.view(3, 2, 32), module.rotation)
     for changed in (q, k):
         rotary.expect_attention()
         module(t, q, k)
