@@ -21,14 +21,15 @@ class Piece:
     """Tokens that are attended at once, the same number T of each of n requests, and the K keys that any of them sees.
 
     tokens: (n, T) int64, where they stand in the batch. blocks, offsets: (n, K) int64, where the keys lie; the first S
-    are the sinks. visible: (n, T, K) bool. seen: (n, K) bool, whether any of the T tokens sees it; the rest may be NaN.
+    are the sinks. visible: (n, T, K) bool. unseen: two of (u,) int64, rows and columns that none of the T tokens sees:
+    anything may lie there, also NaN.
     """
 
     tokens: Tensor
     blocks: Tensor
     offsets: Tensor
     visible: Tensor
-    seen: Tensor
+    unseen: tuple[Tensor, Tensor]
 
 
 def plan(
@@ -60,7 +61,7 @@ def plan(
         seen = visible.any(1)
         held = j.where(seen, 0)
         blocks = block_table[rows].long().gather(1, held // block_size)
-        pieces.append(Piece(at[:, :1] + step, blocks, held % block_size, visible, seen))
+        pieces.append(Piece(at[:, :1] + step, blocks, held % block_size, visible, torch.where(~seen)))
     return pieces
 
 
@@ -88,11 +89,14 @@ def attend(
     """
     heads, head_dim = query.shape[1:]
     out = query.new_empty(len(query), heads, pages.shape[3] - head_dim)
+    kv_heads = torch.arange(pages.shape[1], device=pages.device)[:, None]
     for piece in pieces:
         n, tokens = piece.tokens.shape
-        held = pages[piece.blocks, :, piece.offsets].where(piece.seen[..., None, None], 0).to(query.dtype)
-        keys, values = held.transpose(1, 2).split((head_dim, out.shape[2]), dim=-1)  # (n, kv_heads, K, dim)
-        group = heads // keys.shape[1]
+        held = pages[piece.blocks[:, None], kv_heads, piece.offsets[:, None]].to(query.dtype)  # (n, kv_heads, K, dims)
+        row, column = piece.unseen
+        held[row, :, column] = 0
+        keys, values = held.split((head_dim, out.shape[2]), dim=-1)
+        group = heads // len(kv_heads)
 
         def rows(x: Tensor, n=n, tokens=tokens, group=group) -> Tensor:  # the queries of a key head together
             return x.view(n, tokens, -1, group, head_dim).transpose(1, 2).flatten(2, 3)

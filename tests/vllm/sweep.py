@@ -1,11 +1,12 @@
 """Tiny models of every family of tests/tiny.py through vLLM with the plugin, beside the patched model of transformers.
 
-    FOLDER/bin/python tests/vllm/sweep.py [NAME ...]        # FOLDER is what setup.sh made; a minute for four models
+    FOLDER/bin/python tests/vllm/sweep.py [NAME ...] [--ranks 2]    # FOLDER is what setup.sh made; minutes for all
 
 Prints, for each, the greatest difference of log-probabilities over a prompt of 150 tokens in chunks of 32 and 50 tokens
-behind it, at 3 + 13, or the words of the refusal.
+behind it, at 3 + 13, or the words of the refusal. --ranks: tensor parallel, with a core for each.
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from tiny import FAMILIES, HYBRIDS, ROPES, tiny
 S, W, PROMPT, TOKENS = 3, 13, 150, 50
 
 
-def served(folder: str, prompt: list[int]) -> tuple[list[int], list[float]]:
+def served(folder: str, prompt: list[int], ranks: int) -> tuple[list[int], list[float]]:
     """The text with what vLLM adds to it, and the log-probability of every token but the first."""
     from vllm import LLM, SamplingParams
 
@@ -40,6 +41,7 @@ def served(folder: str, prompt: list[int]) -> tuple[list[int], list[float]]:
         max_num_batched_tokens=32,
         max_num_seqs=4,
         block_size=16,
+        tensor_parallel_size=ranks,
         kv_cache_memory_bytes=1 << 24,
         additional_config={"sinkattn": {"sink_size": S, "window_size": W}},
     )
@@ -53,13 +55,13 @@ def served(folder: str, prompt: list[int]) -> tuple[list[int], list[float]]:
 
 
 @torch.no_grad()
-def check(name: str) -> str:
+def check(name: str, ranks: int) -> str:
     model = tiny(name)
     prompt = torch.randint(2, 97, (PROMPT,)).tolist()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         try:
-            ids, found = served(folder, prompt)
+            ids, found = served(folder, prompt, ranks)
         except Exception as error:
             words = str(error) + str(error.__cause__ or "")
             if isinstance(error, UnsupportedModelError) or "sinkattn" in words:
@@ -74,5 +76,11 @@ def check(name: str) -> str:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for name in sys.argv[1:] or [*FAMILIES, *HYBRIDS, *ROPES]:
-        print(f"{name:16} {check(name)}", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=[*FAMILIES, *HYBRIDS, *ROPES])
+    parser.add_argument("--ranks", type=int, default=1)
+    given = parser.parse_args()
+    if given.ranks > 1:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(given.ranks))))
+    for name in given.names:
+        print(f"{name:16} {check(name, given.ranks)}", flush=True)
