@@ -22,7 +22,7 @@ from ..rope import UnsupportedModelError
 from . import paged
 from .blocks import SinkWindowSpec, spec_of
 from .rotary import Rotation, check_embedding, expect_attention, taken
-from .settings import Sizes, current_sizes
+from .settings import Sizes, check, current_sizes
 
 
 @dataclass
@@ -59,6 +59,7 @@ class SinkBuilder(AttentionMetadataBuilder[Batch]):
                 raise UnsupportedModelError(f"{name}: {type(layer).__name__} is a layer that sinkattn cannot serve")
         if not isinstance(kv_cache_spec, SinkWindowSpec):
             raise UnsupportedModelError(f"vLLM turned the KV cache of {layer_names[0]} into {kv_cache_spec}")
+        check(vllm_config)  # again: vLLM settles some things behind the first time
         check_embedding()
         self.sizes = Sizes(kv_cache_spec.sink_size, kv_cache_spec.sliding_window)
 

@@ -79,7 +79,8 @@ def reasons_against(vllm_config) -> list[str]:
         (model.is_mm_prefix_lm, "its pictures are attended in both directions"),
         (model.uses_alibi, "its positions are ALiBi's"),
         (vllm_config.speculative_config is not None, "speculative decoding is on"),
-        (vllm_config.kv_transfer_config is not None, "a KV connector or KV offloading is on"),
+        (vllm_config.kv_transfer_config is not None, "a KV connector is on"),
+        (cache.kv_offloading_size is not None, "KV offloading is on"),
         (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill is on"),
         (is_quantized_kv_cache(cache.cache_dtype), f"the KV cache is quantized ({cache.cache_dtype})"),
         (parallel.decode_context_parallel_size > 1, "decode context parallelism is on"),
@@ -91,21 +92,27 @@ def reasons_against(vllm_config) -> list[str]:
     return [words for is_so, words in found if is_so]
 
 
+def check(vllm_config) -> None:
+    """Raise UnsupportedModelError with all `reasons_against` a configuration, if there are any."""
+    if reasons := reasons_against(vllm_config):
+        raise UnsupportedModelError(
+            f"sinkattn cannot serve {vllm_config.model_config.model} here: {'; '.join(reasons)}"
+        )
+
+
 def register(platform: type) -> None:
     """Have vLLM's platform check configurations that name sinkattn, and choose its attention for them."""
-    check, choose = platform.check_and_update_config, platform.get_attn_backend_cls
+    own_check, choose = platform.check_and_update_config, platform.get_attn_backend_cls
 
     def check_and_update_config(cls, vllm_config) -> None:
-        check(vllm_config)
+        own_check(vllm_config)
         if vllm_config.model_config is None:
             return
         take_environment(vllm_config)
         sizes = sizes_of(vllm_config)
         if sizes is None:
             return
-        if reasons := reasons_against(vllm_config):
-            name = vllm_config.model_config.model
-            raise UnsupportedModelError(f"sinkattn cannot serve {name} here: {'; '.join(reasons)}")
+        check(vllm_config)
         logger.info_once("sinkattn: %d sinks and a window of %d tokens", sizes.sink_size, sizes.window_size)
 
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None) -> str:

@@ -107,8 +107,21 @@ QWEN_VL = LLAMA | {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}
         (LLAMA, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative"),
         (LLAMA, {"attention_config": {"backend": "CPU_ATTN"}}, "by name"),
         (LLAMA, {"runner": "pooling"}, "does not generate"),
+        (LLAMA, {"kv_offloading_size": 1.0}, "offloading"),
     ],
-    ids=["mamba", "hybrid", "mla", "alibi", "mrope", "compiled", "fp8", "speculative", "backend", "pooling"],
+    ids=[
+        "mamba",
+        "hybrid",
+        "mla",
+        "alibi",
+        "mrope",
+        "compiled",
+        "fp8",
+        "speculative",
+        "backend",
+        "pooling",
+        "offloading",
+    ],
 )
 def test_refused(tmp_path, config, arguments, words):
     with pytest.raises(ValueError, match=f"sinkattn cannot serve .*{words}"):
