@@ -26,7 +26,7 @@ def errors(op: str, dtype: torch.dtype, num_heads: int, num_kv_heads: int, scale
     q, k, v, *caches = (scale * new(4, *shape, 128, dtype=dtype) for shape in shapes)
     lengths = torch.full((4,), 3 * CAPACITY if op == "decode" else 0, device="cuda")
     more = sizes(CAPACITY)
-    exact = reference.attention(*(x.double() for x in (q, k, v, *caches)), lengths, None, None, None, None, **more)
+    exact = reference.attention(*(x.double() for x in (q, k, v, *caches)), lengths, *[None] * 6, **more)
     out = getattr(ops, op)(q, k, v, *caches, lengths, **more)
     keys, values = caches if op == "decode" else (k, v)  # the op has put the new token into the full cache
     peer = scaled_dot_product_attention(q, keys, values, is_causal=op == "prefill", enable_gqa=True).transpose(1, 2)

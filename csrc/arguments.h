@@ -9,7 +9,7 @@ namespace sinkattn {
 
 struct Tensors {
   const Tensor &q, &k, &v, &k_cache, &v_cache, &lengths;
-  const std::optional<Tensor>&counts, &rotation, &learned_logits, &alibi_slopes;
+  const std::optional<Tensor>&counts, &rotation, &learned_logits, &alibi_slopes, &k_scales, &v_scales;
 };
 // What the queries of a decode have found among other keys, in parts.
 struct Joined {
@@ -28,26 +28,33 @@ template <auto run, class... More>
 Tensor with_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_cache, const Tensor& v_cache,
                       const Tensor& lengths, const std::optional<Tensor>& counts, const std::optional<Tensor>& rotation,
                       const std::optional<Tensor>& learned_logits, const std::optional<Tensor>& alibi_slopes,
+                      const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales,
                       int64_t sink_size, int64_t window_size, double scale, double softcap, int64_t rotary_start,
                       bool interleaved, More... more) {
-  return run({q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes},
+  return run({q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, k_scales, v_scales},
              {sink_size, window_size, scale, softcap, rotary_start, interleaved}, more...);
+}
+
+inline bool in_8_bits(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Char || x.scalar_type() == ScalarType::Float8_e4m3fn;
 }
 
 // sinkattn/ops.py calls the ops first and words the error where they refuse, so what is refused there has to be refused
 // here, before anything is written: but gradients, which it asks for itself.
 inline void check(const Tensors& x, const Sizes& sizes) {
-  const auto& [q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes] = x;
+  const auto& [q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, k_scales,
+               v_scales] = x;
   for (const Tensor* tensor : {&q, &k, &v, &k_cache, &v_cache}) {
     STD_TORCH_CHECK(tensor->dim() == 4 && (tensor->size(3) < 2 || tensor->stride(3) == 1),
                     "sinkattn: q, k, v, k_cache and v_cache must have 4 dims, the last of stride 1");
-    STD_TORCH_CHECK(tensor->scalar_type() == q.scalar_type(),
-                    "sinkattn: q, k, v, k_cache and v_cache must have one dtype");
+    const bool is_cache = tensor == &k_cache || tensor == &v_cache;
+    STD_TORCH_CHECK(tensor->scalar_type() == (is_cache && in_8_bits(k_cache) ? k_cache : q).scalar_type(),
+                    "sinkattn: q, k, v, k_cache and v_cache must have one dtype, or both caches one of 8 bits");
   }
   const auto device = device_of(q);
   for (const Tensor* tensor : {&k, &v, &k_cache, &v_cache, &lengths})
     STD_TORCH_CHECK(device_of(*tensor) == device, "sinkattn: all tensors must be on one device");
-  for (const auto* tensor : {&counts, &rotation, &learned_logits, &alibi_slopes})
+  for (const auto* tensor : {&counts, &rotation, &learned_logits, &alibi_slopes, &k_scales, &v_scales})
     STD_TORCH_CHECK(!*tensor || device_of(**tensor) == device, "sinkattn: all tensors must be on one device");
 
   const int64_t batch = q.size(0), num_heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
@@ -67,6 +74,11 @@ inline void check(const Tensors& x, const Sizes& sizes) {
                     "sinkattn: lengths and counts must be int64 (batch,)");
   for (const auto* tensor : {&learned_logits, &alibi_slopes})
     STD_TORCH_CHECK(!*tensor || has_shape(**tensor, {num_heads}), "sinkattn: what is per head must be (num_heads,)");
+  for (const auto* tensor : {&k_scales, &v_scales})
+    STD_TORCH_CHECK(tensor->has_value() == in_8_bits(k_cache) &&
+                        (!*tensor || (has_shape(**tensor, {batch, num_kv_heads, slots}) &&
+                                      (*tensor)->scalar_type() == ScalarType::Float)),
+                    "sinkattn: caches in 8 bits, and they alone, have scales, float32 (batch, num_kv_heads, slots)");
   if (!rotation) return;
   const int64_t half = rotation->dim() == 5 ? rotation->size(4) : 0;
   STD_TORCH_CHECK(has_shape(*rotation, {batch, tokens, 2, 2, half}) && sizes.rotary_start >= 0 &&

@@ -10,7 +10,7 @@ takes in the sinks, which meet a query turned by another angle. The last program
 
 Phases have the names of csrc/cuda/sm80/decode.cu:
 
-* fetch: `_load_ring`, `_load_home`
+* fetch: `_load_ring`, `_load_new`, `load_block`
 * turn: `load_turned`
 * append: at home; there, whoever has the tile of the new slot
 * attend, with scores, mask, soften and values: `tiles.attend`; there, sinks are slots like others
@@ -30,44 +30,49 @@ from .tiles import (
     attend,
     capped,
     limits,
-    load_rows,
+    load_block,
     load_slopes,
     load_turned,
     open_softmax,
+    quantised,
     query_scale,
     tile_dim,
 )
 
 
 @triton.jit
-def _load_ring(k_cache, v_cache, k_slot, v_slot, start, stop, sink_size, ring_size, new_slot, seen,
-               dim, v_dim, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """A block of ring slots: k (BLOCK, BLOCK_D), v (BLOCK, BLOCK_V), visible and age (BLOCK,). The invisible are zero.
+def _load_ring(k_cache, v_cache, k_scales, v_scales, k_slot, v_slot, k_scale_slot, v_scale_slot,
+               start, stop, sink_size, ring_size, new_slot, seen, dim, v_dim,
+               HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """A block of ring slots: k (BLOCK, BLOCK_D), v (BLOCK, BLOCK_V) of DTYPE, their scales, visible and age (BLOCK,).
+    The invisible are zero.
 
     Slots count from the first of the ring. Age counts from the newest token held, which is 0, back around the ring.
     """
     slot = start + tl.arange(0, BLOCK)
     age = new_slot - 1 - slot + tl.where(slot < new_slot, 0, ring_size)
     visible = (slot < stop) & (age < seen)
-    k = load_rows(k_cache, sink_size + slot, visible, k_slot, dim, HEAD_DIM)
-    v = load_rows(v_cache, sink_size + slot, visible, v_slot, v_dim, V_DIM)
-    return k, v, visible, age
+    k, v, k_scale, v_scale = load_block(
+        k_cache, v_cache, k_scales, v_scales, sink_size + slot, visible, k_slot, v_slot, k_scale_slot, v_scale_slot,
+        dim, v_dim, HEAD_DIM, V_DIM, DTYPE)  # fmt: skip
+    return k, v, k_scale, v_scale, visible, age
 
 
 @triton.jit
-def _load_home(q, k, v, k_cache, v_cache, k_slot, v_slot, rotation, angles, at_home, members, sinks, dim, v_dim,
-               HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr,
-               PAIRED: tl.constexpr, SINK_BLOCK: tl.constexpr):  # fmt: skip
+def _load_new(q, k, v, rotation, angles, at_home, members, dim, v_dim,
+              HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr,
+              PAIRED: tl.constexpr, STORED: tl.constexpr):  # fmt: skip
     """What only the home needs, and only it reads: the q (BLOCK_G, BLOCK_D) for the sinks, the new k (1, BLOCK_D) and
-    v (1, BLOCK_V), and the first of the sinks, (SINK_BLOCK, BLOCK_D) and (SINK_BLOCK, BLOCK_V)."""
+    v (1, BLOCK_V) as numbers of STORED, the dtype of the cache, and their scales (1, 1), None where it needs none."""
     members = members & at_home
     q_sink = load_turned(q, members, rotation, angles + 2 * HALF, dim, HEAD_DIM, HALF, START, PAIRED)
-    k_new = load_turned(k, at_home, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED).to(k.dtype.element_ty)
+    k_new = load_turned(k, at_home, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED)
     v_new = tl.load(v + v_dim, mask=at_home & (v_dim < V_DIM), other=0.0)
-    slot = tl.arange(0, SINK_BLOCK)
-    k_sinks = load_rows(k_cache, slot, slot < sinks, k_slot, dim, HEAD_DIM)
-    v_sinks = load_rows(v_cache, slot, slot < sinks, v_slot, v_dim, V_DIM)
-    return q_sink, k_new, v_new, k_sinks, v_sinks
+    k_scale, v_scale = None, None
+    if STORED.primitive_bitwidth == 8:
+        k_new, k_scale = quantised(k_new, STORED)
+        v_new, v_scale = quantised(v_new.to(tl.float32), STORED)
+    return q_sink, k_new.to(STORED), v_new.to(STORED), k_scale, v_scale
 
 
 @triton.jit
@@ -99,6 +104,8 @@ def _decode_kernel(
     rotation,  # (batch, 1, text | sink, cos | sin, HALF) or None
     learned_logits,  # (num_kv_heads * GROUP,) or None
     alibi_slopes,  # (num_kv_heads * GROUP,) or None
+    k_scales,  # (batch, num_kv_heads, sink_size + ring_size) float32, of a cache in 8 bits, or None
+    v_scales,
     joined_values,  # (PARTS, batch, num_kv_heads * GROUP, V_DIM) float32 or None
     joined_logits,  # (PARTS, batch, num_kv_heads * GROUP) float32 or None
     out,  # (batch, 1, num_kv_heads * GROUP, V_DIM)
@@ -106,6 +113,7 @@ def _decode_kernel(
     arrivals,  # (pairs,) int32, zero between launches; None for one split; pairs = batch * num_kv_heads
     q_row, q_head, k_row, k_head, v_row, v_head,  # strides in elements
     k_cache_row, k_cache_head, k_cache_slot, v_cache_row, v_cache_head, v_cache_slot,
+    k_scale_row, k_scale_head, k_scale_slot, v_scale_row, v_scale_head, v_scale_slot,
     sink_size, window_size, ring_size,
     span,  # ring slots per program
     scale,
@@ -150,6 +158,11 @@ def _decode_kernel(
 
     k_cache += row * k_cache_row + head.to(tl.int64) * k_cache_head
     v_cache += row * v_cache_row + head.to(tl.int64) * v_cache_head
+    if k_scales is not None:
+        k_scales += row * k_scale_row + head.to(tl.int64) * k_scale_head
+        v_scales += row * v_scale_row + head.to(tl.int64) * v_scale_head
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    STORED: tl.constexpr = k_cache.dtype.element_ty
     first = split * span
     stop = tl.minimum(first + span, held)
     sinks = tl.where(is_home, tl.minimum(t, sink_size), 0).to(tl.int32)
@@ -162,12 +175,16 @@ def _decode_kernel(
 
     # Fetch and turn.
     if ONE_BLOCK:  # everything is asked for before anything is waited for
-        k_block, v_block, visible, age = _load_ring(
-            k_cache, v_cache, k_cache_slot, v_cache_slot, first, stop, sink_size, ring_size, new_slot, seen,
-            dim, v_dim, HEAD_DIM, V_DIM, BLOCK)  # fmt: skip
-        q_sink, k_new, v_new, k_sinks, v_sinks = _load_home(
-            q, k, v, k_cache, v_cache, k_cache_slot, v_cache_slot, rotation, angles, at_home, members,
-            sinks, dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED, SINK_BLOCK)  # fmt: skip
+        k_block, v_block, k_scale, v_scale, visible, age = _load_ring(
+            k_cache, v_cache, k_scales, v_scales, k_cache_slot, v_cache_slot, k_scale_slot, v_scale_slot,
+            first, stop, sink_size, ring_size, new_slot, seen, dim, v_dim, HEAD_DIM, V_DIM, DTYPE, BLOCK)  # fmt: skip
+        q_sink, k_new, v_new, k_new_scale, v_new_scale = _load_new(
+            q, k, v, rotation, angles, at_home, members, dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED,
+            STORED)  # fmt: skip
+        slot = tl.arange(0, SINK_BLOCK)
+        k_sinks, v_sinks, k_sink_scale, v_sink_scale = load_block(
+            k_cache, v_cache, k_scales, v_scales, slot, slot < sinks, k_cache_slot, v_cache_slot, k_scale_slot,
+            v_scale_slot, dim, v_dim, HEAD_DIM, V_DIM, DTYPE)  # fmt: skip
     q_text = load_turned(q, members, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED)
     q_ring = q_text.to(k.dtype.element_ty) if DOT else q_text
     top, total, acc = open_softmax(learned_logits, heads, member < tl.where(is_home, GROUP, 0), BLOCK_V)
@@ -184,45 +201,55 @@ def _decode_kernel(
     # Attend.
     if ONE_BLOCK:
         top, total, acc = attend(
-            q_ring, k_block, v_block, visible, slopes, age + 1, scale, top, total, acc, SOFTCAP, DOT
+            q_ring, k_block, v_block, k_scale, v_scale, visible, slopes, age + 1, scale, top, total, acc, SOFTCAP, DOT
         )
     else:
         for start in tl.range(first, stop, BLOCK, num_stages=STAGES):
-            k_block, v_block, visible, age = _load_ring(
-                k_cache, v_cache, k_cache_slot, v_cache_slot, start, stop, sink_size, ring_size, new_slot, seen,
-                dim, v_dim, HEAD_DIM, V_DIM, BLOCK)  # fmt: skip
+            k_block, v_block, k_scale, v_scale, visible, age = _load_ring(
+                k_cache, v_cache, k_scales, v_scales, k_cache_slot, v_cache_slot, k_scale_slot, v_scale_slot,
+                start, stop, sink_size, ring_size, new_slot, seen, dim, v_dim, HEAD_DIM, V_DIM, DTYPE,
+                BLOCK)  # fmt: skip
             top, total, acc = attend(
-                q_ring, k_block, v_block, visible, slopes, age + 1, scale, top, total, acc, SOFTCAP, DOT
-            )
+                q_ring, k_block, v_block, k_scale, v_scale, visible, slopes, age + 1, scale, top, total, acc, SOFTCAP,
+                DOT)  # fmt: skip
 
     if is_home:
         if not ONE_BLOCK:
-            q_sink, k_new, v_new, k_sinks, v_sinks = _load_home(
-                q, k, v, k_cache, v_cache, k_cache_slot, v_cache_slot, rotation, angles, at_home, members,
-                sinks, dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED, SINK_BLOCK)  # fmt: skip
+            q_sink, k_new, v_new, k_new_scale, v_new_scale = _load_new(
+                q, k, v, rotation, angles, at_home, members, dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED,
+                STORED)  # fmt: skip
+            slot = tl.arange(0, SINK_BLOCK)
+            k_sinks, v_sinks, k_sink_scale, v_sink_scale = load_block(
+                k_cache, v_cache, k_scales, v_scales, slot, slot < sinks, k_cache_slot, v_cache_slot, k_scale_slot,
+                v_scale_slot, dim, v_dim, HEAD_DIM, V_DIM, DTYPE)  # fmt: skip
         # Append.
         place = tl.where(t < sink_size, t, sink_size + new_slot)
         tl.store(k_cache + place * k_cache_slot + dim, k_new, mask=dim < HEAD_DIM)
         tl.store(v_cache + place * v_cache_slot + v_dim, v_new, mask=v_dim < V_DIM)
-        # Attend, to the new token and the sinks.
+        # Attend, to the new token, as it is stored, and the sinks.
         q_new = tl.where(t < sink_size, q_sink, q_text)
-        score = capped(
-            tl.sum(q_new * k_new.to(tl.float32), axis=1) * scale, SOFTCAP
-        )  # of the new token, as it is stored
+        k_seen, v_seen = k_new.to(tl.float32), v_new.to(tl.float32)
+        if k_scales is not None:
+            one = tl.zeros((1, 1), tl.int64)
+            tl.store(k_scales + place * k_scale_slot + one, k_new_scale)
+            tl.store(v_scales + place * v_scale_slot + one, v_new_scale)
+            k_seen, v_seen = k_seen * k_new_scale, v_seen * v_new_scale
+        score = capped(tl.sum(q_new * k_seen, axis=1) * scale, SOFTCAP)
         higher = tl.maximum(top, score)
         fade, weight = tl.exp2(top - higher), tl.exp2(score - higher)
         top = higher
         total = total * fade + weight
-        acc = acc * fade[:, None] + weight[:, None] * v_new.to(tl.float32)
+        acc = acc * fade[:, None] + weight[:, None] * v_seen
         slot = tl.arange(0, SINK_BLOCK)
         seen_from = tl.minimum(t, sink_size + window_size - 1).to(tl.int32)  # where the sinks see the query
         for start in tl.range(0, sinks, SINK_BLOCK, num_stages=1):
             top, total, acc = attend(
-                q_sink, k_sinks, v_sinks, slot < sinks - start, slopes, seen_from - start - slot, scale, top, total,
-                acc, SOFTCAP, DOT)  # fmt: skip
+                q_sink, k_sinks, v_sinks, k_sink_scale, v_sink_scale, slot < sinks - start, slopes,
+                seen_from - start - slot, scale, top, total, acc, SOFTCAP, DOT)  # fmt: skip
             after = start + SINK_BLOCK + slot
-            k_sinks = load_rows(k_cache, after, after < sinks, k_cache_slot, dim, HEAD_DIM)
-            v_sinks = load_rows(v_cache, after, after < sinks, v_cache_slot, v_dim, V_DIM)
+            k_sinks, v_sinks, k_sink_scale, v_sink_scale = load_block(
+                k_cache, v_cache, k_scales, v_scales, after, after < sinks, k_cache_slot, v_cache_slot, k_scale_slot,
+                v_scale_slot, dim, v_dim, HEAD_DIM, V_DIM, DTYPE)  # fmt: skip
 
     # Combine.
     found = acc / tl.where(total > 0, total, 1.0)[:, None]  # a program may find slack slots alone
@@ -288,6 +315,8 @@ def decode(
     rotation: Tensor | None,
     learned_logits: Tensor | None,
     alibi_slopes: Tensor | None,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     sink_size: int,
     window_size: int,
     scale: float,
@@ -306,7 +335,7 @@ def decode(
         return out
     pairs, group, ring_size = batch * num_kv_heads, num_heads // num_kv_heads, slots - sink_size
     block_d, block_v = tile_dim(head_dim), tile_dim(v_dim)
-    slot_bytes = triton.next_power_of_2(block_d + block_v) * q.element_size()
+    slot_bytes = triton.next_power_of_2(block_d + block_v) * q.element_size()  # as it is multiplied
     meta, span = _config(pairs, group, ring_size, slot_bytes, q.element_size(), *limits(q.device))
     splits = meta["SPLITS"]
     small = lengths, counts, rotation, learned_logits, alibi_slopes, joined_values, joined_logits
@@ -317,8 +346,10 @@ def decode(
             arrivals = torch.zeros(pairs, dtype=torch.int32, device=q.device) if arrivals is None else arrivals
         _decode_kernel[pairs, splits](
             q, k, v, k_cache, v_cache,
-            *(x if x is None else x.contiguous() for x in small), out, partials, arrivals,
+            *(x if x is None else x.contiguous() for x in small[:5]), k_scales, v_scales,
+            *(x if x is None else x.contiguous() for x in small[5:]), out, partials, arrivals,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *k_cache.stride()[:3], *v_cache.stride()[:3],
+            *(stride for x in (k_scales, v_scales) for stride in ((0, 0, 0) if x is None else x.stride())),
             sink_size, window_size, ring_size, span, query_scale(scale, softcap),
             NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, V_DIM=v_dim,
             HALF=0 if rotation is None else rotation.shape[-1], START=rotary_start, PAIRED=interleaved, SOFTCAP=softcap,

@@ -71,6 +71,41 @@ def load_turned(
 
 
 @triton.jit
+def load_block(k, v, k_scales, v_scales, index, inside, k_stride, v_stride, k_scale_stride, v_scale_stride,
+               dim, v_dim, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Keys (N, BLOCK_D) and values (N, BLOCK_V) as `load_rows` has them, in DTYPE, which has all that 8 bits may hold,
+    and the scales of both, (N,), or None where k_scales and v_scales are."""
+    k_block = load_rows(k, index, inside, k_stride, dim, HEAD_DIM).to(DTYPE)
+    v_block = load_rows(v, index, inside, v_stride, v_dim, V_DIM).to(DTYPE)
+    k_scale, v_scale = None, None
+    if k_scales is not None:
+        index = index.to(tl.int64)
+        k_scale = tl.load(k_scales + index * k_scale_stride, mask=inside, other=None if inside is None else 0.0)
+        v_scale = tl.load(v_scales + index * v_scale_stride, mask=inside, other=None if inside is None else 0.0)
+    return k_block, v_block, k_scale, v_scale
+
+
+@triton.jit
+def quantised(tile, STORED: tl.constexpr):
+    """Rows (N, BLOCK) float32 in 8 bits, as float32, and their scales (N, 1): `sinkattn.reference.quantised`."""
+    INTEGER: tl.constexpr = STORED.is_int()
+    LARGEST: tl.constexpr = 127.0 if INTEGER else 448.0
+    most = tl.max(tl.abs(tile), axis=1, keep_dims=True)
+    # A sum of zeros, or of NaN where a number is not finite.
+    scales = tl.div_rn(most, tl.full(most.shape, LARGEST, tl.float32)) + tl.sum(tile * 0.0, axis=1, keep_dims=True)
+    is_number = scales > 0
+    numbers = tl.div_rn(tl.where(is_number, tile, 0.0), tl.where(is_number, scales, 1.0) + tl.zeros_like(tile))
+    numbers = tl.minimum(tl.maximum(numbers, -LARGEST), LARGEST)
+    # Rounded to even, by the last bit of a sum: of a float32, 2^-23 of its power of two, is 1 or, of e4m3, 2^-3.
+    power = tl.full(numbers.shape, 8388608.0, tl.float32)
+    if not INTEGER:
+        power = (numbers.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+        power = tl.maximum(power, 0.015625) * 1048576.0
+    numbers = (numbers + 1.5 * power) - 1.5 * power
+    return numbers, scales
+
+
+@triton.jit
 def capped(scores, SOFTCAP: tl.constexpr):
     """softcap * tanh(x / softcap) in base 2, from 2 x / softcap in base 2, as tanh(y) = 2 / (1 + exp(-2 y)) - 1."""
     if SOFTCAP > 0:
@@ -98,10 +133,14 @@ def load_slopes(alibi_slopes, head, inside):
 
 
 @triton.jit
-def attend(q, k, v, visible, slopes, distance, scale, top, total, acc, SOFTCAP: tl.constexpr, DOT: tl.constexpr):
+def attend(
+    q, k, v, k_scales, v_scales, visible, slopes, distance, scale, top, total, acc,
+    SOFTCAP: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
     """Take a block of keys through the online softmax; returns new ``top`` (M,), ``total`` (M,), ``acc`` (M, BLOCK_V).
 
-    q: (M, BLOCK_D), k: (N, BLOCK_D), v: (N, BLOCK_V). visible: (N,), or (M, N) with DOT, or None: all are.
+    q: (M, BLOCK_D), k: (N, BLOCK_D), v: (N, BLOCK_V). k_scales, v_scales: (N,) float32, what they are to be multiplied
+    by, which scores and weights are; None for nothing. visible: (N,), or (M, N) with DOT, or None: all are.
     slopes: ALiBi's, (M, 1), in base 2, for a distance of the shapes of visible; None for none.
 
     With DOT the scores, (M, N), come from the tensor cores, and q is rounded to k's dtype. Without it M is 1, and the
@@ -113,6 +152,8 @@ def attend(q, k, v, visible, slopes, distance, scale, top, total, acc, SOFTCAP: 
         scores = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee")
     else:
         scores = tl.sum(q * k.to(tl.float32), axis=1, keep_dims=True)
+    if k_scales is not None:
+        scores *= tl.expand_dims(k_scales, 1 - KEYS)
     # Mask.
     if SOFTCAP > 0 or slopes is not None:
         scores = capped(scores * scale, SOFTCAP)
@@ -132,7 +173,13 @@ def attend(q, k, v, visible, slopes, distance, scale, top, total, acc, SOFTCAP: 
     total = total * fade + tl.sum(weights, axis=KEYS)
     acc = acc * fade[:, None]
     # Values.
-    if DOT:
+    if v_scales is not None and not (DOT and v.dtype == tl.float16):
+        weights *= tl.expand_dims(v_scales, 1 - KEYS)
+    if v_scales is not None and DOT and v.dtype == tl.float16:  # small scales would leave its range
+        largest = tl.max(v_scales, axis=0)
+        weights *= (v_scales / tl.where(largest > 0, largest, 1.0))[None, :]
+        acc += largest * tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    elif DOT:
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
     else:
         acc += tl.sum(weights * v.to(tl.float32), axis=0, keep_dims=True)

@@ -37,6 +37,8 @@ class Tensors(NamedTuple):
     rotation: Tensor | None = None
     learned_logits: Tensor | None = None
     alibi_slopes: Tensor | None = None
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
 
 
 class Sizes(NamedTuple):
@@ -57,11 +59,12 @@ class Sizes(NamedTuple):
 
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? counts, "
-    "Tensor? rotation, Tensor? learned_logits, Tensor? alibi_slopes, int sink_size, int window_size, float scale, "
-    "float softcap=0., int rotary_start=0, bool interleaved=False{more}) -> Tensor"
+    "Tensor? rotation, Tensor? learned_logits, Tensor? alibi_slopes, Tensor(c!)? k_scales, Tensor(d!)? v_scales, "
+    "int sink_size, int window_size, float scale, float softcap=0., int rotary_start=0, bool interleaved=False"
+    "{more}) -> Tensor"
 )
 _JOINED = ", Tensor? joined_values=None, Tensor? joined_logits=None"
-_ARRIVALS = ", Tensor(c!)? arrivals=None"  # of those whose blocks meet in memory
+_ARRIVALS = ", Tensor(e!)? arrivals=None"  # of those whose blocks meet in memory
 _OVERLAP = ", bool overlap=False"  # csrc/cuda's own, as what follows it; splits -1: both are chosen
 _SHARING = _OVERLAP + ", int splits=-1, bool cluster=False"
 _DENSE = ", int dense_window=0"
@@ -164,9 +167,9 @@ def _triton(op: str, module: str = "") -> Callable:
 
 def _chosen_anew(op: str) -> Callable:
     def run(*args):  # the tensors, then the sizes, of which those at the end may be missing
-        tensors, sizes, joined = Tensors(*args[:10]), Sizes(*args[10:16]), args[16:]
+        tensors, sizes, joined = Tensors(*args[:12]), Sizes(*args[12:18]), args[18:]
         if op == "prefill":
-            sizes, joined = Sizes(*args[10:]), ()
+            sizes, joined = Sizes(*args[12:]), ()
         return chosen(op, "auto", tensors, sizes)(*tensors, *sizes.of(op), *joined)
 
     return run
@@ -182,6 +185,12 @@ for _name in ("decode", "prefill"):
 @torch.compiler.assume_constant_result
 def is_hopper(index: int) -> bool:
     return torch.cuda.get_device_capability(index) == (9, 0)
+
+
+@torch.compiler.assume_constant_result
+def has_float8(index: int) -> bool:
+    """Whether a GPU converts float8_e4m3fn."""
+    return torch.cuda.get_device_capability(index) >= (8, 9)
 
 
 @torch.compiler.assume_constant_result
@@ -247,6 +256,8 @@ def _refused_by_kernels(op: str, t: Tensors) -> str | None:
 
 
 def _refused_by_cuda(op: str, t: Tensors) -> str | None:
+    if t.k_cache.dtype != t.q.dtype:
+        return f"caches of q's dtype, not {t.k_cache.dtype}; backend='triton' takes those"
     if (reason := _refused_by_kernels(op, t)) or op == "prefill":  # Triton runs the prefills that csrc/cuda does not
         return reason
     head_dims, group = (t.q.shape[3], t.v.shape[3]), t.q.shape[1] // t.v.shape[1]
@@ -265,6 +276,8 @@ def _refused_by_cuda(op: str, t: Tensors) -> str | None:
 def _refused_by_triton(op: str, t: Tensors) -> str | None:
     if t.q.device.type == "cpu" and t.q.dtype == torch.bfloat16:
         return "float32 and float16 on the CPU: Triton's interpreter multiplies bfloat16 wrongly"
+    if t.k_cache.dtype == torch.float8_e4m3fn and t.q.is_cuda and not has_float8(t.q.device.index):
+        return "float8_e4m3fn caches on GPUs of compute capability 8.9 and later; int8 serves on all"
     return _refused_by_kernels(op, t)
 
 
@@ -280,6 +293,7 @@ def _is_in_cuda_prefill(t: Tensors, s: Sizes) -> bool:
     """Whether csrc/cuda takes a prefill."""
     return _is_few(t, s) or (
         t.q.dtype in (torch.float16, torch.bfloat16)
+        and t.k_cache.dtype == t.q.dtype
         and t.q.shape[3] == t.v.shape[3] in CUDA_PREFILL_HEAD_DIMS
         and s.sink_size <= CUDA_PREFILL_MAX_SINKS
         and t.alibi_slopes is None

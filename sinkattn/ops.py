@@ -30,15 +30,19 @@ missing_backend = backends.missing
 
 def _check(tensors: Tensors, sizes: Sizes) -> None:
     """Raise ValueError (shapes, sizes, devices) or TypeError (dtypes) before anything is written."""
-    q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes = tensors
+    q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, k_scales, v_scales = tensors
     sink_size, window_size, scale, _, rotary_start, *_ = sizes
+    stored = k_cache.dtype if k_cache.dtype in reference.LARGEST else q.dtype
     for name, tensor in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs (batch, heads, tokens or slots, dim)")
         if tensor.shape[3] > 1 and tensor.stride(3) != 1:
             raise ValueError(f"{name} has strides {tensor.stride()}; the last must be 1, call contiguous()")
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name} is {tensor.dtype}, q is {q.dtype}; all five must have one dtype")
+        if tensor.dtype != (stored if "cache" in name else q.dtype):
+            raise TypeError(
+                f"{name} is {tensor.dtype}, q is {q.dtype}; all five must have one dtype, or both caches int8 or "
+                "float8_e4m3fn"
+            )
         _check_inference(**{name: tensor})
     batch, num_heads, tokens, head_dim = q.shape
     num_kv_heads, v_dim = v.shape[1], v.shape[3]
@@ -77,6 +81,15 @@ def _check(tensors: Tensors, sizes: Sizes) -> None:
     for name, tensor in (("learned_logits", learned_logits), ("alibi_slopes", alibi_slopes)):
         if tensor is not None and tensor.shape != (num_heads,):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs ({num_heads},)")
+    for name, tensor in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if (tensor is None) != (stored == q.dtype):
+            raise ValueError(
+                f"{name} is {'missing' if tensor is None else 'given'}: caches in 8 bits have scales alone"
+            )
+        if tensor is not None and tensor.shape != (batch, num_kv_heads, slots):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs {(batch, num_kv_heads, slots)}")
+        if tensor is not None and tensor.dtype != torch.float32:
+            raise TypeError(f"{name} is {tensor.dtype}; it needs float32")
     check_devices(tensors)
 
 
@@ -122,7 +135,7 @@ def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = 
     q, v, arguments = tensors.q, tensors.v, (*tensors, *sizes.of(op), *joined)
     kind = None
     if not torch.compiler.is_compiling():
-        kind = op, backend, q.device, q.dtype, q.shape[1::2], v.shape[1::2]
+        kind = op, backend, q.device, q.dtype, tensors.k_cache.dtype, q.shape[1::2], v.shape[1::2]
         compiled = _compiled.get(kind)
         if compiled is not None and type(q) is Tensor and not _wants_gradients((*tensors[:5], *joined)):
             try:
@@ -163,6 +176,8 @@ def decode(
     rotation: Tensor | None = None,
     learned_logits: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     *,
     sink_size: int,
     window_size: int,
@@ -187,9 +202,9 @@ def decode(
         q: (batch, num_heads, 1, head_dim); float16, bfloat16 or float32 ("reference" takes float64 too). Not rotated.
         k: (batch, num_kv_heads, 1, head_dim), v: (batch, num_kv_heads, 1, v_head_dim); dtype of q. Not rotated.
             num_heads is a multiple of num_kv_heads; consecutive query heads share a key head.
-        k_cache: (batch, num_kv_heads, S + R, head_dim), v_cache: (batch, num_kv_heads, S + R, v_head_dim); dtype of q.
-            **Mutated.** R >= W. Position j lives in slot j if j < S, else in slot S + (j - S) % R. Keys are stored
-            rotated by their position. Empty slots may hold anything, NaN too.
+        k_cache: (batch, num_kv_heads, S + R, head_dim), v_cache: (batch, num_kv_heads, S + R, v_head_dim); dtype of q,
+            or both int8 or float8_e4m3fn with scales. **Mutated.** R >= W. Position j lives in slot j if j < S, else in
+            slot S + (j - S) % R. Keys are stored rotated by their position. Empty slots may hold anything, NaN too.
         lengths: (batch,) int64, tokens the row holds before this call. Not advanced: all layers of a model share it.
         counts: (batch,) int64, 1 for rows that take the token and 0 for rows that skip it (their output is zero and
             their cache is left alone); None means all take it.
@@ -198,6 +213,12 @@ def decode(
         learned_logits: (num_heads,), one logit per head that joins the softmax's denominator (gpt-oss); None for none.
         alibi_slopes: (num_heads,) float32, ALiBi: ``slope * distance`` is taken from the capped scores, where the
             distance is ``t - j`` in the window and ``min(t, C - 1) - j`` for a sink (arXiv 2108.12409); None for none.
+        k_scales, v_scales: (batch, num_kv_heads, S + R) float32, any strides, of caches in 8 bits; None for others.
+            **Mutated.** Key and value j are ``cache * scale``. The new key, rotated, and the new value are quantised
+            once, from float32: ``scale = max|x| / L`` and ``round(x / scale)``, to the nearest with ties to even, L =
+            127 for int8 and 448 for float8_e4m3fn (a row of zeros has scale 0). The query sees them as they are
+            stored, so a text gives the same however it is cut. A key or value that is not finite gets scale NaN, and
+            makes NaN of what sees it. Empty slots may hold anything. (A scale a token: arXiv 2402.02750.)
         joined: what the queries have found among other keys, as `attend_shared` returns it: values (parts, batch,
             num_heads, v_head_dim) and their log-sum-exps (parts, batch, num_heads), float32. Each part joins the
             softmax like a key with this value and this score. None for none.
@@ -220,7 +241,9 @@ def decode(
 
     Source: arXiv 2309.17453, section 3.2; the definition in code is `sinkattn.reference.attention`.
     """
-    tensors = Tensors(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
+    tensors = Tensors(
+        q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, k_scales, v_scales
+    )
     sizes = Sizes(sink_size, window_size, scale, softcap, rotary_start, interleaved)
     return _run("decode", backend, tensors, sizes, _ALONE if joined is None else tuple(joined), (arrivals, overlap))
 
@@ -312,6 +335,8 @@ def prefill(
     rotation: Tensor | None = None,
     learned_logits: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     *,
     sink_size: int,
     window_size: int,
@@ -339,7 +364,9 @@ def prefill(
 
     Returns (batch, T, num_heads, v_head_dim), dtype of q, contiguous.
     """
-    tensors = Tensors(q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes)
+    tensors = Tensors(
+        q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, k_scales, v_scales
+    )
     sizes = Sizes(sink_size, window_size, scale, softcap, rotary_start, interleaved, dense_window)
     return _run("prefill", backend, tensors, sizes, (), (arrivals, overlap))
 

@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of `linear`'s gates
     "gelu_tanh": partial(gelu, approximate="tanh"),
     "gelu": gelu,
 }
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # of the dtypes that `quantised` makes
 
 
 def slot_of(position: Tensor, sink_size: int, ring_size: int) -> Tensor:
@@ -62,11 +63,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int = 0, interleaved: boo
     return torch.cat((head, turned, tail), dim=-1)
 
 
+def quantised(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows in 8 bits, and what each is to be multiplied by: ``x = numbers * scale``, but for rounding.
+
+        ``scale = max|x| / L``, ``numbers = round(x / scale)`` within -L and L; L = 127 for int8, 448 for float8_e4m3fn
+
+    in float32, x / scale rounded to the nearest number that the dtype has, ties to even (a zero has either sign). A row
+    of zeros has scale 0. A row with NaN or infinity has scale NaN and numbers 0: it makes NaN of whatever sees it.
+
+    x: (..., dim), any floating-point dtype. Returns numbers (..., dim), dtype, and scales (...), float32. The idea, and
+    a scale for each token: KIVI, arXiv 2402.02750, section 3.1.
+    """
+    x, largest = x.float(), LARGEST[dtype]
+    most = x.abs().amax(-1)
+    scales = most / torch.full_like(most, largest)  # by a tensor: torch multiplies by the inverse of a number on a GPU
+    scales = scales.where(scales.isfinite(), torch.nan)
+    numbers = (x / scales[..., None]).clamp(-largest, largest).where(scales[..., None] > 0, 0)
+    return (numbers if dtype.is_floating_point else numbers.round()).to(dtype), scales
+
+
 def append(cache: Tensor, new: Tensor, position: Tensor, before: Tensor, after: Tensor, sink_size: int) -> None:
     """Write sinks, and what of a chunk is not overwritten by its own later tokens, to their slots.
 
     cache: (batch, heads, S + R, dim), **mutated**. new: (batch, heads, T, dim), of position (batch, T); below `before`
-    it is padding. before, after: (batch,) int64, tokens the rows hold before and after the chunk.
+    it is padding. Both without dim for scales. before, after: (batch,) int64, tokens the rows hold before and after the
+    chunk.
     """
     ring_size = cache.shape[2] - sink_size
     recent = position >= after[:, None] - ring_size
@@ -86,6 +107,8 @@ def attention(
     rotation: Tensor | None,
     learned_logits: Tensor | None,
     alibi_slopes: Tensor | None,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
     sink_size: int,
     window_size: int,
     scale: float,
@@ -104,7 +127,8 @@ def attention(
         ``softcap(scale * R_text(t) q . R_text(j) k)``   for j >= S,  and
         ``softcap(scale * R_sink(t) q . R_text(j) k)``   for j < S,
 
-    where R_text(t) turns by the angle of t and R_sink(t) by that of ``min(t, C - 1)``. ALiBi takes the same distances,
+    where R_text(t) turns by the angle of t and R_sink(t) by that of ``min(t, C - 1)``. Keys and values of the call are
+    seen as they are stored: rounded, and in 8 bits `quantised`. ALiBi takes the same distances,
     ``slope * (t - j)`` and ``slope * (min(t, C - 1) - j)``, from the scores. `ops.decode` and `ops.prefill` have
     the same arguments but sink_reach; their docstrings say shapes, layouts and errors. sink_reach: the distance
     from which a sink is not seen, for layers with a window of their own between W and C; None for none. joined: as of
@@ -125,14 +149,21 @@ def attention(
         text_cos, text_sin, sink_cos, sink_sin = rotation.to(wide)[:, None].flatten(3, 4).unbind(3)
         q_text = rotate(q, text_cos, text_sin, rotary_start, interleaved)
         q_sink = rotate(q, sink_cos, sink_sin, rotary_start, interleaved)
-        k = rotate(k, text_cos, text_sin, rotary_start, interleaved).to(k_cache.dtype)
+        k = rotate(k, text_cos, text_sin, rotary_start, interleaved)
+    if k_scales is None or v_scales is None:
+        stored = [(k_cache, k.to(k_cache.dtype)), (v_cache, v)]
+    else:
+        (k, new_k_scales), (v, new_v_scales) = (quantised(x, k_cache.dtype) for x in (k, v))
+        stored = [(k_cache, k), (v_cache, v), (k_scales, new_k_scales), (v_scales, new_v_scales)]
 
     # Keys seen by the chunk: all slots, then the chunk itself.                                      (batch, S+R+T)
     held = held_positions(lengths, sink_size, ring_size)
     key_position = torch.cat((held, position.masked_fill(~is_new, -1)), dim=1)
     filled = (key_position >= 0)[:, None, :, None]
-    keys = torch.cat((k_cache, k), dim=2).to(wide).where(filled, 0)  # empty slots may hold NaN
-    values = torch.cat((v_cache, v), dim=2).to(wide).where(filled, 0)
+    keys, values, *scales = (torch.cat(pair, dim=2).to(wide) for pair in stored)
+    if scales:
+        keys, values = keys * scales[0][..., None], values * scales[1][..., None]
+    keys, values = keys.where(filled, 0), values.where(filled, 0)  # empty slots may hold NaN
     group = num_heads // num_kv_heads
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
 
@@ -154,6 +185,7 @@ def attention(
     visible = (j >= 0) & (j <= t) & ((j < sink_size) | (j > oldest)) & is_new[:, :, None]
     if sink_reach is not None:
         visible &= (j >= sink_size) | (t.clamp(max=sink_size + window_size - 1) - j < sink_reach)
+    values = values.where(visible.any(1)[:, None, :, None], 0)  # NaN that nobody sees any more
     scores = scores.masked_fill(~visible[:, None], -torch.inf)
     scores = scores.where(is_new[:, None, :, None], 0)  # a padding query sees nothing; its output is zero below
     if learned_logits is not None:  # one more column in the softmax's denominator, with no value
@@ -165,15 +197,15 @@ def attention(
     weights = torch.softmax(scores, dim=-1)[..., : values.shape[2]].where(is_new[:, None, :, None], 0)
     out = (weights @ values).transpose(1, 2).to(q.dtype).contiguous()
 
-    append(k_cache, k, position, lengths, lengths + counts, sink_size)
-    append(v_cache, v, position, lengths, lengths + counts, sink_size)
+    for cache, new in stored:
+        append(cache, new, position, lengths, lengths + counts, sink_size)
     return out
 
 
 def decode(*arguments: Any) -> Tensor:
     """`attention` of one token a row, with the arguments of `sinkattn::decode` in their order."""
-    values, logits = arguments[16:18] or (None, None)
-    return attention(*arguments[:16], joined=None if values is None else (values, logits))
+    values, logits = arguments[18:20] or (None, None)
+    return attention(*arguments[:18], joined=None if values is None else (values, logits))
 
 
 def attend_shared(

@@ -149,7 +149,8 @@ class Step:
             out = self._attend_varying(layer, query, key, value, lengths, counts, learned_logits, slopes, sizes)
         else:
             rotation = None if rope is None else self._rotation(rope, query.device)
-            given = (query, key, value, layer.keys, layer.values, lengths, counts, rotation, learned_logits, slopes)
+            held = query, key, value, layer.keys, layer.values, lengths, counts, rotation, learned_logits, slopes
+            given = *held, None, None
             if layer.shared is not None:
                 return self._attend_shared(layer, given, sizes)[:, -asked:]
             # overlap: since the cache was last written, torch's kernels have made the step's lengths and angles
@@ -164,7 +165,7 @@ class Step:
 
         Several tokens a row go over a copy of the cache with sinks for each row, by the usual op.
         """
-        query, key, value, keys, values, lengths, counts, rotation, learned_logits, slopes = given
+        query, key, value, keys, values, lengths, counts, rotation, learned_logits, slopes, *_ = given
         if self.tokens > 1:
             whole = layer.with_sinks(keys, values)
             out = self._write(ops.prefill, (*given[:3], *whole, *given[5:]), sizes)

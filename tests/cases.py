@@ -31,7 +31,8 @@ TOLERANCES = {
     torch.float16: (2e-3, 2.4e-4),
     torch.bfloat16: (1.6e-2, 2e-3),
 }
-BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # by bytes of a number
+EIGHT_BITS = [torch.int8, torch.float8_e4m3fn]
 
 
 @dataclasses.dataclass
@@ -55,6 +56,7 @@ class Case:
     alibi: bool = False
     softcap: float = 0.0
     dense: int | None = None  # of prefill
+    stored: torch.dtype | None = None  # of caches in 8 bits
 
     @property
     def sizes(self):
@@ -69,7 +71,11 @@ class Case:
         return sizes if self.dense is None else sizes | {"dense_window": self.dense}
 
     def tensors(self, dtype, device="cpu"):
-        """The ten tensors of the ops: q, k, v transposed views, caches slices of something larger, data all random."""
+        """The tensors of the ops: q, k, v transposed views, caches slices of something larger, data all random.
+
+        With caches in 8 bits all products by which keys turn are exact, in every dtype, so that every backend has to
+        store the same bits.
+        """
         batch, slots = len(self.lengths), self.sink + (self.ring or self.window)
         v_dim = self.v_dim or self.head_dim
         lengths = torch.tensor(self.lengths, dtype=torch.int64)
@@ -83,12 +89,26 @@ class Case:
             part = large[1:, :, 2:-1, 8:]
             return part.masked_fill_(empty, torch.nan)
 
+        def eight_bits(dim):
+            most = reference.LARGEST[self.stored]
+            large = (most / 3 * torch.randn(batch + 1, self.kv_heads, slots + 3, dim + 8)).clamp(-most, most)
+            part = large.to(self.stored)[1:, :, 2:-1, 8:]
+            part.view(torch.int8).masked_fill_(empty, 127)  # 127 is NaN in float8
+            scales = (torch.rand(batch, self.kv_heads, slots, 2) + 0.5)[..., 0] * 3 / most
+            return part, scales.masked_fill_(empty[..., 0], torch.nan)
+
         empty = (reference.held_positions(lengths, self.sink, slots - self.sink) < 0)[:, None, :, None]
         q, k, v = new(self.heads, self.head_dim), new(self.kv_heads, self.head_dim), new(self.kv_heads, v_dim)
-        caches = cache(self.head_dim), cache(v_dim)
+        if self.stored is None:
+            caches, scales = (cache(self.head_dim), cache(v_dim)), (None, None)
+        else:
+            caches, scales = zip(eight_bits(self.head_dim), eight_bits(v_dim), strict=True)
+            k.copy_((32 * k.float()).round().clamp(-127, 127) / 32)
         half = (self.head_dim if self.rotary is None else self.rotary) // 2
         angles = 100 * torch.randn(batch, self.tokens, 2, half)
         rotation = torch.stack((angles.cos(), angles.sin()), dim=3) if half else None
+        if half and self.stored is not None:
+            rotation = (4 * rotation).round() / 4
         learned = torch.randn(self.heads) if self.learned else None
         slopes = 2 * torch.rand(self.heads) / self.window if self.alibi else None
         if counts is not None:
@@ -97,7 +117,7 @@ class Case:
                 x.masked_fill_(padding[:, None, :, None], torch.nan)
             if half:
                 rotation.masked_fill_(padding[:, :, None, None, None], torch.nan)
-        tensors = q, k, v, *caches, lengths, counts, rotation, learned, slopes
+        tensors = q, k, v, *caches, lengths, counts, rotation, learned, slopes, *scales
         return tuple(x if x is None or device == "cpu" else _like(x, x.to(device)) for x in tensors)
 
 
@@ -111,12 +131,17 @@ def copies(tensors, dtype=None, device=None):
     """Caches that may be written to, the rest as it is; or all in another dtype."""
     out = [x if x is None else x.to(device) if device else x for x in tensors]
     if dtype:
-        out = [x.to(dtype) if x is not None and x.is_floating_point() else x for x in out]
-    return *out[:3], *(_like(x, x) for x in out[3:5]), *out[5:]
+        is_kept = [x is None or not x.is_floating_point() or x.itemsize == 1 or i > 9 for i, x in enumerate(out)]
+        out = [x if kept else x.to(dtype) for x, kept in zip(out, is_kept, strict=True)]
+    return tuple(_like(x, x) if x is not None and i in (3, 4, 10, 11) else x for i, x in enumerate(out))
 
 
 def same_bits(a, b):
-    return torch.equal(a.contiguous().view(BITS[a.dtype]), b.contiguous().view(BITS[b.dtype]))
+    """But for the sign of a zero in float8."""
+    if a.dtype == b.dtype == torch.float8_e4m3fn:
+        a, b = (x.contiguous().view(torch.int8) for x in (a, b))
+        a, b = (x.masked_fill(x == -128, 0) for x in (a, b))
+    return torch.equal(*(x.contiguous().view(BITS[x.itemsize]) for x in (a, b)))
 
 
 def assert_close(out, exact, low, dtype, room=1):
@@ -155,6 +180,10 @@ def check(op, backend, device, dtype, case, room=1):
 
     out, k_cache, v_cache = (x.cpu() for x in (out, *run[3:5]))
     assert_close(out, exact_out, low_out, dtype, room)
+    if case.stored is not None:
+        for i, name in ((3, "keys"), (4, "values"), (10, "scales of keys"), (11, "scales of values")):
+            assert same_bits(run[i].cpu(), low[i]) and same_bits(low[i], exact[i].cpu()), f"{name} are not as defined"
+        return
     lengths, counts = before[5:7]
     total = lengths + (case.tokens if counts is None else counts)
     slots = k_cache.shape[2]

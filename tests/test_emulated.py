@@ -174,7 +174,7 @@ class Emulated:
             wide = [y.double().nan_to_num(0.0) for y in cache]  # 0 times what is not seen would not be a number
             turned = rotation if case.rotary[1] else None
             more = dict(rotary_start=start, interleaved=interleaved)
-            found = reference.attention(q, k, v, *wide, self.lengths, counts, turned, None, None, **sizes, **more)
+            found = reference.attention(q, k, v, *wide, self.lengths, counts, turned, *[None] * 4, **sizes, **more)
             for y, new in zip(cache, wide, strict=True):
                 y.copy_(torch.where(y.isnan() & (new == 0), y, new))
             x = kept(x + products[1](kept(found.flatten(1))))
@@ -335,7 +335,7 @@ def test_decode(heads, tokens, decode):
         sizes = dict(sink_size=sinks, window_size=window, scale=scale, softcap=softcap, interleaved=interleaved)
         turned = rotation if half else None
         given = (x.double() for x in (q, k, v))
-        expected = reference.attention(*given, *exact, lengths, counts, turned, learned, slopes, **sizes)
+        expected = reference.attention(*given, *exact, lengths, counts, turned, learned, slopes, None, None, **sizes)
 
         splits, out = random.choice([1, 3]), torch.full((rows, tokens, num_heads, v_dim), torch.nan, dtype=dtype)
         partials = torch.full((1 << 20,), torch.nan)

@@ -126,9 +126,11 @@ struct Row {
   float slope;                     // ALiBi
 };
 
-template <typename T, typename Operand>
+// Queries of type T over keys and values of type Stored, multiplied as Operand.
+template <typename T, typename Stored, typename Operand>
 class Task {
-  static constexpr bool in_pairs = PER_FLOAT<Operand> == 2;
+  static constexpr bool in_pairs = PER_FLOAT<Operand> == 2, in_8_bits = sizeof(Stored) == 1;
+  static constexpr bool takes_stored = !in_pairs || sizeof(Stored) == sizeof(Operand);  // as they lie there
 
  public:
   using Tiles = SINKATTN_ISA::Tiles<Operand>;
@@ -151,6 +153,7 @@ class Task {
       key_tiles = take_operands(KEYS * dim), value_tiles = take_operands(KEYS * v_dim);
       spare = take(Tiles::ROWS * v_dim);
     }
+    key_scales = take(KEYS), value_scales = take(KEYS);
     state = reinterpret_cast<Row*>(take(rows * sizeof(Row) / sizeof(float)));
   }
 
@@ -158,7 +161,7 @@ class Task {
     const int64_t dim = padded<Operand>(p.head_dim), v_dim = padded<Operand>(p.v_dim);
     const int64_t rows = p.block_tokens * p.group, tiled = rows + Tiles::ROWS - 1;
     const int64_t block = KEYS * (dim + v_dim), packed = Tiles::ROWS > 1 ? block + Tiles::ROWS * v_dim : 0;
-    return tiled * (2 * dim + KEYS) + rows * (v_dim + LANES + sizeof(Row) / sizeof(float)) + block + packed;
+    return tiled * (2 * dim + KEYS) + rows * (v_dim + LANES + sizeof(Row) / sizeof(float)) + block + packed + 2 * KEYS;
   }
 
   void run() {
@@ -236,9 +239,11 @@ class Task {
 
   // Keys at the positions [position, position + count), contiguous in the cache or in the call's own tokens.
   struct Block {
-    const T *k, *v;
+    const Stored *k, *v;
     int64_t k_stride, v_stride, position, count;
     Angle angle;
+    const float *k_scales, *v_scales;  // in 8 bits
+    int64_t k_scales_stride, v_scales_stride;
   };
 
   // What begins at a position or, behind the sinks, with the first that any query sees. Without keys at the end.
@@ -248,15 +253,21 @@ class Task {
     int64_t count = lesser((angle == SINK ? sinks_end : end_text) - position, KEYS);
     if (count <= 0) return {};
     const bool is_new = position >= stored;
-    const Rows &k = is_new ? p.rotated_k : p.k_cache, &v = is_new ? p.v : p.v_cache;
+    const Rows &k = is_new ? p.new_k : p.k_cache, &v = is_new ? p.new_v : p.v_cache;
     int64_t row = position - length + padding;
     if (!is_new) {
       row = slot_of(p, position);
       const int64_t wrap = angle == SINK ? p.sink_size : p.sink_size + p.ring_size;
       count = lesser(count, lesser(stored - position, wrap - row));
     }
-    const T *key = at<T>(k, batch_row, kv_head, row), *value = at<T>(v, batch_row, kv_head, row);
-    return {key, value, k.token_stride, v.token_stride, position, count, angle};
+    const Stored *key = at<Stored>(k, batch_row, kv_head, row), *value = at<Stored>(v, batch_row, kv_head, row);
+    Block block = {key, value, k.token_stride, v.token_stride, position, count, angle};
+    if constexpr (in_8_bits) {
+      const Rows &ks = is_new ? p.new_k_scales : p.k_scales, &vs = is_new ? p.new_v_scales : p.v_scales;
+      block.k_scales = at<float>(ks, batch_row, kv_head, row), block.k_scales_stride = ks.token_stride;
+      block.v_scales = at<float>(vs, batch_row, kv_head, row), block.v_scales_stride = vs.token_stride;
+    }
+    return block;
   }
 
   // Positions and window starts grow from row to row, so the rows that see some of a block are neighbours.
@@ -266,11 +277,18 @@ class Task {
     while (block.angle == TEXT && begin < end && state[end - 1].window_start >= block.position + block.count) --end;
     if (begin == end) return;
 
-    const Ahead<T> values_ahead = {block.v, block.v_stride, block.count};
-    const Ahead<T> keys_ahead = next.count > 0 ? Ahead<T>{next.k, next.k_stride, next.count} : values_ahead;
+    if constexpr (in_8_bits) {
+      for (int64_t n = 0; n < KEYS; ++n) {
+        key_scales[n] = n < block.count ? UNIT<Stored> * block.k_scales[n * block.k_scales_stride] : 0;
+        value_scales[n] = n < block.count ? UNIT<Stored> * block.v_scales[n * block.v_scales_stride] : 0;
+      }
+    }
+    const Ahead<Stored> values_ahead = {block.v, block.v_stride, block.count};
+    const Ahead<Stored> keys_ahead = next.count > 0 ? Ahead<Stored>{next.k, next.k_stride, next.count} : values_ahead;
     const bool aligned = p.head_dim == dim && p.v_dim == v_dim;
-    if (aligned && (sizeof(T) == sizeof(Operand) || end - begin <= 2 * ROW_TILE)) {
-      attend_rows(block.k, block.k_stride, block.v, block.v_stride, block, begin, end, values_ahead, keys_ahead);
+    if (takes_stored && aligned && (sizeof(Stored) == sizeof(Operand) || end - begin <= 2 * ROW_TILE)) {
+      if constexpr (takes_stored)
+        attend_rows(block.k, block.k_stride, block.v, block.v_stride, block, begin, end, values_ahead, keys_ahead);
     } else {  // widen once for all rows, which many pay for, and fill up to whole vectors
       for (int64_t n = 0; n < block.count; ++n) {
         convert(block.k + n * block.k_stride, p.head_dim, keys + n * dim);
@@ -284,18 +302,18 @@ class Task {
 
   template <typename U>
   void attend_rows(const U* k, int64_t k_stride, const U* v, int64_t v_stride, const Block& block, int64_t begin,
-                   int64_t end, const Ahead<T>& values_ahead, const Ahead<T>& keys_ahead) {
+                   int64_t end, const Ahead<Stored>& values_ahead, const Ahead<Stored>& keys_ahead) {
     if constexpr (Tiles::ROWS > 1)
       if (end - begin >= Tiles::ROWS) return attend_tiles(k, k_stride, v, v_stride, block, begin, end);
     const int64_t count = block.count;
     for_tiles(begin, end, [&](auto rows, int64_t r) {
       dot_rows<rows()>(q[block.angle] + r * dim, dim, k, k_stride, dim, count, scores + r * KEYS, KEYS,
-                       r == begin ? values_ahead : Ahead<T>{});
+                       r == begin ? values_ahead : Ahead<Stored>{});
     });
     for (int64_t r = begin; r < end; ++r) soften(block, r);
     for_tiles(begin, end, [&](auto rows, int64_t r) {
       weigh_rows<rows()>(reinterpret_cast<const Operand*>(scores + r * KEYS), v, v_stride, count, out + r * v_dim,
-                         v_dim, r == begin ? keys_ahead : Ahead<T>{});
+                         v_dim, r == begin ? keys_ahead : Ahead<Stored>{});
     });
   }
 
@@ -347,6 +365,7 @@ class Task {
     for (int64_t n = 0; n < end; n += LANES) {
       const Vec key = broadcast(float(n)) + counting();
       Vec score = load(row_scores + n) * scale;
+      if constexpr (in_8_bits) score = score * load(key_scales + n);
       if (p.softcap > 0) score = cap * tanh(score / cap);
       if (p.alibi_slopes) score = score - slope * (distance - key);
       if (!is_seen) score = key < from ? nothing : key < to ? score : nothing;
@@ -365,8 +384,9 @@ class Task {
     auto* weights = reinterpret_cast<Operand*>(row_scores);
     Vec sum = load(sums + r * LANES);
     for (int64_t n = 0; n < end; n += LANES) {
-      store(weights + n, exp_negative(load(row_scores + n) - subtract));
-      sum = sum + load(weights + n);  // as they are stored, rounded or not
+      const Vec weight = exp_negative(load(row_scores + n) - subtract);
+      store(weights + n, in_8_bits ? weight * load(value_scales + n) : weight);
+      sum = sum + (in_8_bits ? weight : load(weights + n));  // as they are stored, rounded or not
     }
     store(sums + r * LANES, sum);
   }
@@ -380,9 +400,19 @@ class Task {
   // Scratch: q by Angle (rows, dim), keys (KEYS, dim), values (KEYS, v_dim); out (rows, v_dim), scores (rows, KEYS),
   // sums of weights by lane (rows, LANES). For tiles: both packed, and outputs (ROWS, v_dim).
   Operand *q[2], *keys, *values, *key_tiles, *value_tiles;
-  float *out, *scores, *sums, *spare;
+  float *out, *scores, *sums, *spare, *key_scales, *value_scales;  // scales: (KEYS,) of a block in 8 bits
   Row* state;  // (rows,)
 };
+
+// f(a zero of the type of p's queries, one of the type of its caches).
+template <typename F>
+void with_dtypes(const Params& p, F f) {
+  with_dtype(p.dtype, [&](auto zero) {
+    if (p.stored == DType::int8) return f(zero, I8());
+    if (p.stored == DType::float8) return f(zero, F8());
+    f(zero, zero);
+  });
+}
 
 template <typename T>
 struct Of {
@@ -391,29 +421,57 @@ struct Of {
 // f(Of<the type of p's tasks>).
 template <typename F>
 void with_task(const Params& p, F f) {
-  with_dtype(p.dtype, [&](auto zero) {
+  with_dtypes(p, [&](auto zero, auto stored) {
     using T = decltype(zero);
+    using Stored = decltype(stored);
+    const int64_t rows = p.block_tokens * p.group;
     if constexpr (Tiles<T>::ROWS > 1)
-      if (p.block_tokens * p.group >= Tiles<T>::ROWS) return f(Of<Task<T, T>>());
-    f(Of<Task<T, typename Factor<T>::Type>>());
+      if (rows >= Tiles<T>::ROWS) return f(Of<Task<T, Stored, T>>());
+    if constexpr (sizeof(Stored) == 1 && PER_FLOAT<typename Factor<T>::Type> == 2)
+      if (rows <= 2 * ROW_TILE) return f(Of<Task<T, Stored, float>>());  // 8 bits become floats at once, not pairs
+    f(Of<Task<T, Stored, typename Factor<T>::Type>>());
   });
 }
 
-template <typename T>
-void rotate_keys(const Params& p, int64_t begin, int64_t end) {
-  float rotated[MAX_HEAD_DIM];
+// y = x / scale in 8 bits; returns the scale. What is not finite makes it NaN, and y 0.
+template <typename Stored>
+float quantise(const float* x, int64_t dim, Stored* y) {
+  float most = 0, nothing = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const float size = x[d] < 0 ? -x[d] : x[d];
+    most = size > most ? size : most;
+    nothing += x[d] * 0;
+  }
+  const float largest = LARGEST<Stored>, scale = most / largest + nothing;
+  for (int64_t d = 0; d < dim; ++d) {
+    const float number = scale > 0 ? x[d] / scale : 0;
+    from_float(number > largest ? largest : number < -largest ? -largest : number, y[d]);
+  }
+  return scale;
+}
+
+// New keys and values as they are stored: rotated, in 8 bits.
+template <typename T, typename Stored>
+void prepare(const Params& p, int64_t begin, int64_t end) {
+  float row_of[MAX_HEAD_DIM];
   for (int64_t pair = begin; pair < end; ++pair) {
     const int64_t row = pair / p.num_kv_heads, head = pair % p.num_kv_heads;
     for (int64_t token = padding_of(p, row); token < p.tokens; ++token) {
-      rotate(p, at<T>(p.k, row, head, token), angles_of(p, row, token, TEXT), rotated);
-      T* y = at<T>(p.rotated_k, row, head, token);
-      for (int64_t d = 0; d < p.head_dim; ++d) from_float(rotated[d], y[d]);
+      rotate(p, at<T>(p.k, row, head, token), angles_of(p, row, token, TEXT), row_of);
+      Stored* y = at<Stored>(p.new_k, row, head, token);
+      if constexpr (sizeof(Stored) == 1) {
+        *at<float>(p.new_k_scales, row, head, token) = quantise(row_of, p.head_dim, y);
+        convert(at<T>(p.v, row, head, token), p.v_dim, row_of);
+        *at<float>(p.new_v_scales, row, head, token) = quantise(row_of, p.v_dim, at<Stored>(p.new_v, row, head, token));
+      } else {
+        for (int64_t d = 0; d < p.head_dim; ++d) from_float(row_of[d], y[d]);
+      }
     }
   }
 }
 
 // Sinks, and what of the call's tokens is not overwritten by its own later ones.
-template <typename T>
+template <typename Stored>
 void append(const Params& p, int64_t begin, int64_t end) {
   for (int64_t pair = begin; pair < end; ++pair) {
     const int64_t row = pair / p.num_kv_heads, head = pair % p.num_kv_heads;
@@ -422,8 +480,15 @@ void append(const Params& p, int64_t begin, int64_t end) {
       const int64_t position = length + token - padding;
       if (position >= p.sink_size && position < total - p.ring_size) continue;
       const int64_t slot = slot_of(p, position);
-      memcpy(at<T>(p.k_cache, row, head, slot), at<T>(p.rotated_k, row, head, token), p.head_dim * sizeof(T));
-      memcpy(at<T>(p.v_cache, row, head, slot), at<T>(p.v, row, head, token), p.v_dim * sizeof(T));
+      auto copy = [&](const Rows& to, const Rows& from, int64_t bytes) {
+        memcpy(at<Stored>(to, row, head, slot), at<Stored>(from, row, head, token), bytes);
+      };
+      copy(p.k_cache, p.new_k, p.head_dim * sizeof(Stored));
+      copy(p.v_cache, p.new_v, p.v_dim * sizeof(Stored));
+      if constexpr (sizeof(Stored) == 1) {
+        *at<float>(p.k_scales, row, head, slot) = *at<float>(p.new_k_scales, row, head, token);
+        *at<float>(p.v_scales, row, head, slot) = *at<float>(p.new_v_scales, row, head, token);
+      }
     }
   }
 }
@@ -441,7 +506,7 @@ extern const Kernels kernels = {
     SINKATTN_STRING(SINKATTN_ISA),
     Tiles<BF16>::ROWS > 1 ? 128 : 64,  // packing keys and values takes as long for any number
     [](const Params& p, int64_t begin, int64_t end) {
-      with_dtype(p.dtype, [&](auto zero) { rotate_keys<decltype(zero)>(p, begin, end); });
+      with_dtypes(p, [&](auto zero, auto stored) { prepare<decltype(zero), decltype(stored)>(p, begin, end); });
     },
     [](const Params& p) {
       int64_t floats = 0;
@@ -456,7 +521,7 @@ extern const Kernels kernels = {
       });
     },
     [](const Params& p, int64_t begin, int64_t end) {
-      with_dtype(p.dtype, [&](auto zero) { append<decltype(zero)>(p, begin, end); });
+      with_dtypes(p, [&](auto, auto stored) { append<decltype(stored)>(p, begin, end); });
     },
     normalize,
     multiply,

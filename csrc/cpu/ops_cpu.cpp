@@ -117,6 +117,8 @@ DType dtype_of(const Tensor& x) {
   }
 }
 
+DType stored_of(const Tensor& x) { return x.scalar_type() == ScalarType::Char ? DType::int8 : DType::float8; }
+
 Rows rows_of(const Tensor& x) { return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)}; }
 
 struct alignas(64) Line {
@@ -136,16 +138,17 @@ void run(const Params& p) {
   int64_t keys = *std::max_element(p.lengths, p.lengths + p.batch) + p.tokens;
   if (p.dense_window <= 0) keys = std::min(keys, p.sink_size + p.window_size + p.block_tokens);
   const int64_t grain = grain_of(p.block_tokens * p.group * keys * (p.head_dim + p.v_dim));
+  const bool prepares = p.new_k.data != p.k.data;
   if (p.tokens == 1) {  // a task is all that is done to its pair, and what the token overwrites is seen no more
     torch::stable::parallel_for(0, pairs, grain, [&](int64_t begin, int64_t end) {
-      if (p.rotation) isa.rotate_keys(p, begin, end);
+      if (prepares) isa.prepare(p, begin, end);
       isa.append(p, begin, end);
       attend(begin, end);
     });
   } else {  // the cache changes when nobody reads it any more
-    auto rotate_keys = [&](int64_t begin, int64_t end) { isa.rotate_keys(p, begin, end); };
+    auto prepare = [&](int64_t begin, int64_t end) { isa.prepare(p, begin, end); };
     auto append = [&](int64_t begin, int64_t end) { isa.append(p, begin, end); };
-    if (p.rotation) torch::stable::parallel_for(0, pairs, grain, rotate_keys);
+    if (prepares) torch::stable::parallel_for(0, pairs, grain, prepare);
     torch::stable::parallel_for(0, tasks, grain, attend);
     torch::stable::parallel_for(0, pairs, grain, append);
   }
@@ -154,10 +157,11 @@ void run(const Params& p) {
 Tensor attend(const Tensors& x, const Sizes& sizes, int64_t dense_window, const std::optional<Tensor>& joined_values,
               const std::optional<Tensor>& joined_logits) {
   check(x, sizes);
-  const auto& [q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes] = x;
+  const auto& [q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, k_scales,
+               v_scales] = x;
   STD_TORCH_CHECK(q.is_cpu(), "sinkattn: all tensors must be on the CPU");
   Params p{};
-  p.dtype = dtype_of(q);
+  p.dtype = dtype_of(q), p.stored = k_scales ? stored_of(k_cache) : p.dtype;
   p.batch = q.size(0), p.num_heads = q.size(1), p.tokens = q.size(2), p.head_dim = q.size(3);
   p.num_kv_heads = v.size(1), p.v_dim = v.size(3);
   p.sink_size = sizes.sink_size, p.window_size = sizes.window_size, p.dense_window = dense_window;
@@ -186,12 +190,22 @@ Tensor attend(const Tensors& x, const Sizes& sizes, int64_t dense_window, const 
   p.joined_values = joined.values, p.joined_logits = joined.logits, p.joined_parts = joined.parts;
   p.q = rows_of(q), p.k = rows_of(k), p.v = rows_of(v), p.k_cache = rows_of(k_cache), p.v_cache = rows_of(v_cache);
   p.out = {out.data_ptr(), out.stride(0), out.stride(2), out.stride(1)};
-  p.rotated_k = p.k;
-  std::unique_ptr<std::byte[]> rotated;
-  if (p.rotation) {
-    rotated.reset(new std::byte[k.numel() * k.element_size()]);
-    const int64_t head_stride = p.tokens * p.head_dim;
-    p.rotated_k = {rotated.get(), p.num_kv_heads * head_stride, head_stride, p.head_dim};
+  p.new_k = p.k, p.new_v = p.v;
+  std::unique_ptr<std::byte[]> new_k, new_v;
+  std::unique_ptr<float[]> new_scales;
+  const int64_t new_rows = p.batch * p.num_kv_heads * p.tokens;
+  auto packed = [&](void* data, int64_t dim) {
+    return Rows{data, p.num_kv_heads * p.tokens * dim, p.tokens * dim, dim};
+  };
+  if (p.rotation || k_scales) {
+    new_k.reset(new std::byte[new_rows * p.head_dim * k_cache.element_size()]);
+    p.new_k = packed(new_k.get(), p.head_dim);
+  }
+  if (k_scales) {
+    new_v.reset(new std::byte[new_rows * p.v_dim]), new_scales.reset(new float[2 * new_rows]);
+    p.new_v = packed(new_v.get(), p.v_dim);
+    p.new_k_scales = packed(new_scales.get(), 1), p.new_v_scales = packed(new_scales.get() + new_rows, 1);
+    p.k_scales = rows_of(*k_scales), p.v_scales = rows_of(*v_scales);
   }
   p.group = p.num_heads / p.num_kv_heads;
   p.block_tokens = std::min(p.tokens, std::max<int64_t>(1, kernels().task_rows / p.group));

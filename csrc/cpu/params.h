@@ -11,7 +11,7 @@ namespace sinkattn {
 
 constexpr int64_t MAX_HEAD_DIM = 256;  // as in sinkattn/backends.py
 
-enum class DType { float32, float16, bfloat16 };
+enum class DType { float32, float16, bfloat16, int8, float8 };
 
 // A tensor (batch, heads, tokens or slots, dim) whose last dim is contiguous. Strides are in elements, not bytes.
 struct Rows {
@@ -20,7 +20,8 @@ struct Rows {
 };
 
 struct Params {
-  DType dtype;  // of the six tensors of rows
+  DType dtype;   // of q, k, v and out
+  DType stored;  // of the caches: the same, or one of 8 bits
   int64_t batch, num_heads, num_kv_heads, tokens, head_dim, v_dim;
   int64_t sink_size, ring_size, window_size, dense_window;
   float scale, softcap;
@@ -30,8 +31,9 @@ struct Params {
   const float* rotation;  // (batch, T, text | sink, cos | sin, half), contiguous; null for none
 
   Rows q, k, v;           // k as it came, not rotated
-  Rows rotated_k;         // written by rotate_keys and read by the others; without a rotation it is k
+  Rows new_k, new_v;      // as they are stored: written by prepare, read by the others; k and v if that changes nothing
   Rows k_cache, v_cache;  // slots in place of tokens
+  Rows k_scales, v_scales, new_k_scales, new_v_scales;  // of caches in 8 bits: float, (batch, heads, tokens or slots)
   Rows out;               // (batch, T, num_heads, v_dim)
 
   const int64_t* lengths;       // (batch,)
@@ -63,7 +65,7 @@ struct Linear {
 struct Kernels {
   const char* name;
   int64_t task_rows;  // of queries, about: enough to share what they load, few enough for the L2 cache
-  void (*rotate_keys)(const Params&, int64_t begin_pair, int64_t end_pair);
+  void (*prepare)(const Params&, int64_t begin_pair, int64_t end_pair);
   int64_t (*scratch_floats)(const Params&);  // size of attend's scratch memory, aligned to 64 bytes
   void (*attend)(const Params&, int64_t begin_task, int64_t end_task, float* scratch);
   void (*append)(const Params&, int64_t begin_pair, int64_t end_pair);

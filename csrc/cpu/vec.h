@@ -25,6 +25,17 @@ struct F16 {
 struct BF16 {
   uint16_t bits;
 };
+struct I8 {
+  int8_t number;
+};
+struct F8 {  // e4m3fn
+  uint8_t bits;
+};
+// Numbers of caches in 8 bits come as 1 / UNIT of what they are, and are LARGEST at most. UNIT goes with their scales.
+template <typename T>
+constexpr float UNIT = __is_same(T, F8) ? 256 : 1;
+template <typename T>
+constexpr float LARGEST = __is_same(T, I8) ? 127 : 448;
 
 template <typename To, typename From>
 inline To bit_cast(From from) {
@@ -47,8 +58,21 @@ inline float to_float(F16 x) {
 #endif
 }
 
-// Rounded to nearest, ties to even.
+inline float to_float(I8 x) { return x.number; }
+// As F16, whose exponent has one bit more: its bias is 8 above e4m3's, subnormals fit.
+inline float to_float(F8 x) { return to_float(F16{uint16_t((x.bits & 0x80) << 8 | (x.bits & 0x7f) << 7)}); }
+
+// Rounded to nearest, ties to even. To 8 bits: within LARGEST.
 inline void from_float(float x, float& y) { y = x; }
+inline void from_float(float x, I8& y) { y.number = int8_t((x + 0x1.8p23f) - 0x1.8p23f); }
+inline void from_float(float x, F8& y) {
+  uint32_t bits = bit_cast<uint32_t>(x), sign = bits & 0x80000000;
+  bits ^= sign;
+  const bool is_subnormal = bits < 0x3c800000;  // 2^-6; the sum with 2^14 rounds to the last bit, 2^-9
+  bits = is_subnormal ? bit_cast<uint32_t>(bit_cast<float>(bits) + 0x1p14f) - 0x46800000
+                      : (bits - 0x3c000000 + 0x7ffff + (bits >> 20 & 1)) >> 20;
+  y.bits = uint8_t(bits | sign >> 24);
+}
 inline void from_float(float x, BF16& y) {
   uint32_t bits = bit_cast<uint32_t>(x);
   y.bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -80,6 +104,11 @@ inline Vec load(const BF16* x) {
   __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+inline Vec load(const I8* x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)x))); }
+inline Vec load(const F8* x) {  // the sign comes twice
+  const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)x)), 7);
+  return _mm512_cvtph_ps(_mm256_and_si256(wide, _mm256_set1_epi16(int16_t(0xbfff))));
+}
 inline void store(float* x, Vec v) { _mm512_storeu_ps(x, v); }
 inline Vec broadcast(float x) { return _mm512_set1_ps(x); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
@@ -110,6 +139,11 @@ inline Vec load(const F16* x) { return _mm256_cvtph_ps(_mm_loadu_si128((const __
 inline Vec load(const BF16* x) {
   __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)x));
   return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline Vec load(const I8* x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)x))); }
+inline Vec load(const F8* x) {  // the sign comes twice
+  const __m128i wide = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)x)), 7);
+  return _mm256_cvtph_ps(_mm_and_si128(wide, _mm_set1_epi16(int16_t(0xbfff))));
 }
 inline void store(float* x, Vec v) { _mm256_storeu_ps(x, v); }
 inline Vec broadcast(float x) { return _mm256_set1_ps(x); }

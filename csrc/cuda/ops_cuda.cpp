@@ -51,12 +51,14 @@ bool is_aligned(const Tensor& x) {
 // Unpacks the arguments. What is refused is refused before anything is launched.
 Tensor unpack(const Tensors& x, const Sizes& sizes, Call& c, std::vector<Tensor>& copies) {
   check(x, sizes);
-  const auto& [q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes] = x;
+  const auto& [q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, k_scales,
+               v_scales] = x;
   const auto& [sink_size, window_size, scale, softcap, rotary_start, interleaved] = sizes;
   const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(q.is_cuda(), "sinkattn: all tensors must be on one device");
   STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "sinkattn: the CUDA C++ ops take float16 and bfloat16");
+  STD_TORCH_CHECK(k_cache.scalar_type() == dtype, "sinkattn: the CUDA C++ ops take caches of the dtype of q");
   const int64_t batch = q.size(0), num_heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
   const int64_t num_kv_heads = v.size(1), v_dim = v.size(3), slots = k_cache.size(2), limit = 1 << 29;
   STD_TORCH_CHECK(tokens < limit && slots < limit, "sinkattn: the CUDA C++ ops take less than 2^29 tokens and slots");

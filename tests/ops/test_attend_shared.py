@@ -28,11 +28,11 @@ def shared(tensors, case):
     tensors = copies(tensors)
     for cache in tensors[3:5]:
         cache[:, :, : case.sink] = cache[:1, :, : case.sink].clone()
-    q, k, v, *caches, lengths, counts, rotation, learned, slopes = tensors
+    q, k, v, *caches, lengths, counts, rotation, learned, slopes = tensors[:10]
     rings, sinks = [x[:, :, case.sink :] for x in caches], [x[:1, :, : case.sink] for x in caches]
     q = q.nan_to_num(0)  # of padding: what is found for it is dropped
     rotation = None if rotation is None else rotation.nan_to_num(0)
-    ring = (q, k, v, *rings, lengths - case.sink, counts, rotation, learned, slopes)
+    ring = (q, k, v, *rings, lengths - case.sink, counts, rotation, learned, slopes, None, None)
     return tensors, ring, (q, *sinks, lengths, rotation, slopes)
 
 

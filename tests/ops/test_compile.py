@@ -74,7 +74,7 @@ def test_kernels_compile():
         from triton.runtime.jit import JITFunction
 
         class Driver:
-            get_current_target = staticmethod(lambda: GPUTarget("cuda", 80, 32))
+            get_current_target = staticmethod(lambda: GPUTarget("cuda", 89, 32))
             get_current_device = staticmethod(lambda: 0)
             get_current_stream = staticmethod(lambda device: 0)
 
@@ -83,18 +83,24 @@ def test_kernels_compile():
         JITFunction.run = lambda *args, **kwargs: compile_and_launch(*args, **kwargs | {"warmup": True})
         from sinkattn.kernels import decode, prefill
 
-        def tensors(batch, heads, tokens, alibi):
-            new = torch.empty(3, batch, heads, tokens, 32, dtype=torch.bfloat16)
-            cache = torch.empty(2, batch, 2, 300, 32, dtype=torch.bfloat16)
+        def tensors(batch, heads, tokens, alibi, stored=None, dtype=torch.bfloat16):
+            new = torch.empty(3, batch, heads, tokens, 32, dtype=dtype)
+            cache = torch.empty(2, batch, 2, 300, 32, dtype=stored or dtype)
+            scales = (None, None) if stored is None else torch.empty(2, batch, 2, 300)
             lengths, rotation = torch.zeros(batch, dtype=torch.int64), torch.empty(batch, tokens, 2, 2, 16)
             per_head = (torch.empty(heads), torch.empty(heads)) if alibi else (None, None)
-            return new[0], *new[1:, :, :2], *cache, lengths, lengths, rotation, *per_head, 4, 290, 0.2, 30.0
+            return new[0], *new[1:, :, :2], *cache, lengths, lengths, rotation, *per_head, *scales, 4, 290, 0.2, 30.0
 
         decode.decode(*tensors(1, 2, 1, alibi=True))
         decode.decode(*tensors(9, 6, 1, alibi=True))
         prefill.prefill(*tensors(1, 4, 200, alibi=True))
         decode.decode(*tensors(1, 6, 1, alibi=False))
         prefill.prefill(*tensors(1, 4, 200, alibi=False))
+        for stored, dtype in (torch.int8, torch.bfloat16), (torch.float8_e4m3fn, torch.float16):
+            for heads in (2, 6):
+                decode.decode(*tensors(1, heads, 1, False, stored, dtype))
+                decode.decode(*tensors(9, heads, 1, True, stored, dtype))
+            prefill.prefill(*tensors(1, 4, 200, True, stored, dtype))
     """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, check=True, timeout=120)

@@ -46,8 +46,7 @@ def test_errors(name, dtype, op):
     """Bad input is named, and the cache is left alone: also after good calls, when the compiled op is asked first."""
     change, sizes, error, message = BAD_INPUTS[name]
     case = Case((3, 20), (1, 1), heads=4, head_dim=64, learned=True)
-    names = ("q", "k", "v", "k_cache", "v_cache", "lengths", "counts", "rotation", "learned_logits", "alibi_slopes")
-    tensors = dict(zip(names, case.tensors(dtype, DEVICE), strict=True))
+    tensors = dict(zip(backends.Tensors._fields, case.tensors(dtype, DEVICE), strict=True))
     getattr(ops, op)(*copies(tuple(tensors.values())), **case.sizes)
     tensors |= {key: function(tensors[key]) for key, function in change.items()}
     before = {key: tensors[key].clone() for key in ("k_cache", "v_cache")}
