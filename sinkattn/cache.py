@@ -16,7 +16,7 @@ from . import keeping, saved
 from .agreement import Agreement
 from .arguments import rows_of, whole
 from .introspect import input_device
-from .rings import Plan, has_state, layers_of
+from .rings import Plan, has_state, layers_of, writable
 from .rollback import take_back
 from .rows import Rows
 from .step import Step
@@ -60,7 +60,7 @@ class SinkCache(Cache):
     Attributes:
         lengths: (batch,) int64, tokens each row holds (padding not counted), or None before the first call.
         seen: columns of the text that were fed, padding included (also `get_seq_length()`).
-        nbytes: bytes of the key and value buffers, of shared sinks once.
+        nbytes: bytes of the key and value buffers, scales and all, of shared sinks once.
         shares_sinks: whether the rows have their sinks together.
         is_torn: whether something has ended half-way; all but `reset` is then refused.
 
@@ -137,10 +137,9 @@ class SinkCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        rings = [ring for ring in self.rings.values() if ring.is_initialized]
-        shared = [ring.shared for ring in rings if ring.shared is not None]
-        of_rings, of_all = ([x for one in held for x in (one.keys, one.values)] for held in (rings, shared))
-        return sum(x.nbytes for x in (*of_rings, *of_all))
+        shared = [ring.shared for ring in self.rings.values() if ring.shared is not None]
+        of_rings = [x for ring in self.rings.values() for x in ring.buffers().values()]
+        return sum(x.nbytes for x in (*of_rings, *(x for sinks in shared for x in (sinks.keys, sinks.values))))
 
     @property
     def shares_sinks(self) -> bool:
@@ -148,8 +147,8 @@ class SinkCache(Cache):
         that `repeat` or `Stream.fork` has made, where it saves 8,192 tokens or more. They stay theirs until `reset`.
 
         Layers that do not see all sinks as they lie there (dynamic frequencies, windows of their own between W and
-        S + W) have their own. All rows do in models with a state or with layers that see no sinks (a window of their
-        own of W or less), and in texts with pictures.
+        S + W) and those in 8 bits have their own. All rows do in models with a state or with layers that see no sinks
+        (a window of their own of W or less), and in texts with pictures.
         """
         return self.rows is not None and self.rows.shares_sinks
 
@@ -341,7 +340,7 @@ class SinkCache(Cache):
         """
         with self.changing(), torch.inference_mode(False), torch.no_grad():
             for name, mine in self.rows.named().items():
-                mine.index_copy_(0, index.to(mine.device), new[name])
+                writable(mine).index_copy_(0, index.to(mine.device), writable(new[name]))
             self.all_known, self.seen = self.all_known and all_known, max(self.seen, seen)
             if self.unfed is not None and not keeps_unfed:
                 self.unfed = self.unfed.without(index)

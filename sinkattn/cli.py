@@ -41,6 +41,7 @@ WindowSize = Annotated[
 Device = Annotated[str | None, typer.Option(help="cuda, cpu, ...; the GPU if there is one.")]
 Dtype = Annotated[str, typer.Option(help=f'Of the weights: {", ".join(models.DTYPES)}; "auto" is as saved.')]
 Backend = Annotated[str, typer.Option(help="auto, cuda, triton, cpu or reference.")]
+CacheDtype = Annotated[str, typer.Option(help="Of keys and values: auto (as the model's), int8 or fp8.")]
 Temperature = Annotated[float | None, typer.Option(help="Sample at this temperature; greedy if nothing is given.")]
 TopK = Annotated[int | None, typer.Option(help="Sample among the k likeliest tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Sample among the likeliest tokens that make up this probability.")]
@@ -130,7 +131,9 @@ def _loading(name: str) -> Iterator[None]:
         yield
 
 
-def _open(name, device, dtype, sink_size, window_size, backend) -> tuple["Stream", "PreTrainedTokenizerBase"]:
+def _open(
+    name, device, dtype, sink_size, window_size, cache_dtype, backend
+) -> tuple["Stream", "PreTrainedTokenizerBase"]:
     """A stream of the model and its tokenizer; what can be checked is checked before the model is loaded."""
     for option, size, least in (("sink_size", sink_size, 0), ("window_size", window_size, 1)):
         if size is not None and size < least:
@@ -138,13 +141,16 @@ def _open(name, device, dtype, sink_size, window_size, backend) -> tuple["Stream
     with _loading(name):
         from . import ops
         from .patch import patch
+        from .rings import CACHE_DTYPES
         from .stream import Stream
 
+        if cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"cache_dtype={cache_dtype!r}: choose one of {', '.join(CACHE_DTYPES)}")
         device = models.usable_device(device)
         if reason := ops.missing_backend(backend, device.partition(":")[0]):
             raise ValueError(f"backend {backend!r} is not available: {reason}")
         model, tokenizer = models.load(name, device, dtype)
-    patch(model, *models.sizes(model.config, sink_size, window_size), backend=backend)
+    patch(model, *models.sizes(model.config, sink_size, window_size), cache_dtype=cache_dtype, backend=backend)
     return Stream(model), tokenizer
 
 
@@ -206,6 +212,7 @@ def generate(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    cache_dtype: CacheDtype = "auto",
     backend: Backend = "auto",
 ) -> None:
     """Stream text from a model, beyond its context and at constant memory."""
@@ -215,7 +222,7 @@ def generate(
         text = _utf8("standard input" if is_read else "--prompt", sys.stdin.read if is_read else lambda: prompt)
         if not text:
             raise ValueError("an empty prompt: give --prompt some text to go on from")
-        stream, tokenizer = _open(model, device, dtype, sink_size, window_size, backend)
+        stream, tokenizer = _open(model, device, dtype, sink_size, window_size, cache_dtype, backend)
         stream.append(tokenizer(text, return_tensors="pt").input_ids)
         for _ in _printed(tokenizer, stream.generate(max_new_tokens, seed=seed, **sampling)):
             pass
@@ -235,6 +242,7 @@ def chat(
     seed: Seed = None,
     device: Device = None,
     dtype: Dtype = "auto",
+    cache_dtype: CacheDtype = "auto",
     backend: Backend = "auto",
 ) -> None:
     """Talk to a model, turn after turn through one cache, as long as you like.
@@ -244,7 +252,7 @@ def chat(
     with _errors_in_a_line():
         sampling = _sampling(temperature, top_k, top_p, repetition_penalty)
         system = None if system is None else _utf8("--system", lambda: system)
-        stream, tokenizer = _open(model, device, dtype, sink_size, window_size, backend)
+        stream, tokenizer = _open(model, device, dtype, sink_size, window_size, cache_dtype, backend)
         talk = _Chat(stream, tokenizer, system, max_new_tokens, seed, sampling)
         while True:
             try:

@@ -12,10 +12,12 @@ from dataclasses import replace
 from numbers import Integral
 from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import changes, interface, ops, verify
+from .backends import has_float8
 from .fuse import Fused
 from .generation import Generation
 from .interface import IMPLEMENTATION, current
@@ -24,7 +26,7 @@ from .models import trained_length
 from .observe import Observer
 from .probe import probe
 from .recorder import Recorder
-from .rings import Plan, SinkLayer
+from .rings import CACHE_DTYPES, Plan, SinkLayer
 from .rope import ProbedLayer, UnsupportedModelError
 from .rows import SpareRows
 from .runner import CHUNK, Runner
@@ -66,6 +68,7 @@ class Handle:
         window_size: int,
         prefill: str,
         slack: int,
+        cache_dtype: str,
         backend: str,
         fuse: str,
         cuda_graph: bool,
@@ -82,7 +85,7 @@ class Handle:
         self._watching, self.runner = changes.watch(), cast(Runner, None)  # `_find_out` makes it
         try:
             with verify.plainly(model):
-                self._find_out(sink_size, window_size, prefill, slack, backend, fuse, cuda_graph)
+                self._find_out(sink_size, window_size, prefill, slack, cache_dtype, backend, fuse, cuda_graph)
         except BaseException:
             self._restore()
             raise
@@ -92,15 +95,35 @@ class Handle:
         self._tell()
 
     def _find_out(
-        self, sink_size: int, window_size: int, prefill: str, slack: int, backend: str, fuse: str, cuda_graph: bool
+        self,
+        sink_size: int,
+        window_size: int,
+        prefill: str,
+        slack: int,
+        cache_dtype: str,
+        backend: str,
+        fuse: str,
+        cuda_graph: bool,
     ) -> None:
         """Probe the model, choose how it is run, and see that this gives what the model itself gives."""
         model: Any = self.model
         with untouched(model):
             check = Verification(model, sink_size, window_size)
             context, route, layers = self._reach(sink_size + window_size)
-            plan = Plan(sink_size, window_size, prefill, backend, model.config, True, layers, route, slack, SpareRows())
-            _check_backend(plan)
+            plan = Plan(
+                sink_size,
+                window_size,
+                prefill,
+                backend,
+                model.config,
+                True,
+                layers,
+                route,
+                slack,
+                cache_dtype,
+                SpareRows(),
+            )
+            _check_plan(plan, input_device(model))
             check.learn(context, plan)
             self.runner = Runner(model, check.small(), cuda_graph)
             model._sinkattn = self
@@ -262,7 +285,7 @@ class Handle:
         plan = self.plan
         return (
             f"<sinkattn on {type(self.model).__name__}: {plan.sink_size} sinks + window {plan.window_size}, "
-            f"prefill={plan.prefill!r}, backend={plan.backend!r}, "
+            f"prefill={plan.prefill!r}, cache_dtype={plan.cache_dtype!r}, backend={plan.backend!r}, "
             f"steps {'captured' if self.why_eager is None else f'run eagerly: {self.why_eager}'}>"
         )
 
@@ -291,8 +314,24 @@ def _rotation(probed: ProbedLayer) -> str:
     return f"{2 * rope.frequencies.shape[1]} dims from {rope.start} ({kind}{many})"
 
 
-def _check_backend(plan: Plan) -> None:
-    """Raise UnsupportedModelError for a layer that the backend asked for by name does not serve."""
+def _check_plan(plan: Plan, device: torch.device) -> None:
+    """Raise UnsupportedModelError for a layer that the backend asked for by name, or a cache in 8 bits, does not serve,
+    and for a GPU or a backend that has no such cache."""
+    stored = CACHE_DTYPES[plan.cache_dtype]
+    if stored is not None and plan.backend == "cuda":
+        raise UnsupportedModelError(
+            f"cache_dtype={plan.cache_dtype!r}: backend 'cuda' does not serve that yet, 'auto' and 'triton' do"
+        )
+    if stored == torch.float8_e4m3fn and device.type == "cuda" and not has_float8(device.index or 0):
+        raise UnsupportedModelError(
+            "cache_dtype='fp8' needs a GPU of compute capability 8.9 or later; 'int8' serves on all"
+        )
+    for (layer_idx, _), probed in plan.layers.items() if stored is not None else ():
+        if probed.rope is not None and probed.rope.varies:
+            raise UnsupportedModelError(
+                f"layer {layer_idx} turns by other frequencies the longer its text is, up to S + W tokens, so all its "
+                f"keys are turned again: cache_dtype={plan.cache_dtype!r} does not serve that, 'auto' does"
+            )
     for (layer_idx, _), probed in plan.layers.items():
         if SinkLayer(probed, plan).sink_reach is not None and plan.backend not in ("auto", "reference"):
             raise UnsupportedModelError(
@@ -308,6 +347,7 @@ def patch(
     *,
     prefill: str = "streaming",
     slack: int = 16,
+    cache_dtype: str = "auto",
     backend: str = "auto",
     fuse: str = "model",
     cuda_graph: bool = True,
@@ -327,6 +367,11 @@ def patch(
         attended densely and only then cut down to sinks and window (quadratic time; what attention_sinks does).
     slack: tokens that can be taken back at any time (`SinkCache.crop`, `Stream.rewind`, assisted generation, an edited
         history); the cache holds so many more of every layer. Models with a state of their own cannot take any back.
+    cache_dtype: "auto" keeps keys and values in the dtype that the model gives them. "int8" and "fp8" (float8_e4m3fn)
+        keep them, those of the sinks too, in 8 bits, and a float32 scale for each token and key head: about half of
+        16 bits. Keys are turned once and quantised once, from float32, ``scale = max|x| / L`` and ``round(x / scale)``
+        with L = 127 or 448, and never again. A token sees its own key and value as they are stored, so a text gives the
+        same logits however it is cut. NaN or infinity in a key or value makes NaN of what sees it.
     backend: "auto", "cuda", "triton", "cpu" or "reference", see `sinkattn.ops`.
     fuse: "layers" computes modules of the usual form by fewer kernels, see fuse/: attention, decoder layers and, for
         few rows, linear layers. "model" besides computes all layers by one kernel in captured steps of one token of one
@@ -368,6 +413,8 @@ def patch(
             raise ValueError(f"{name}={size!r}: it needs a whole number of tokens, at least {least}")
     if prefill not in ("streaming", "dense"):
         raise ValueError(f"prefill={prefill!r}: choose 'streaming' or 'dense'")
+    if cache_dtype not in CACHE_DTYPES:
+        raise ValueError(f"cache_dtype={cache_dtype!r}: choose 'auto', 'int8' or 'fp8'")
     if fuse not in ("model", "layers", "attention", "none"):
         raise ValueError(f"fuse={fuse!r}: choose 'model', 'layers', 'attention' or 'none'")
     if reason := ops.missing_backend(backend, input_device(model).type):
@@ -382,4 +429,4 @@ def patch(
             stacklevel=2,
         )
     interface.register()
-    return Handle(model, int(sink_size), int(window_size), prefill, int(slack), backend, fuse, cuda_graph)
+    return Handle(model, int(sink_size), int(window_size), prefill, int(slack), cache_dtype, backend, fuse, cuda_graph)

@@ -15,6 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 from .rope import ProbedLayer
 
 FEW = 16  # tokens a row: steps of so many may be captured, and go by decode
+CACHE_DTYPES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # of `patch`; None: that of the keys
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Plan:
     layers: every attention of a step, by (layer index, how often that layer attended before in the step).
     route: how the attention is reached, a row of `patch.ROUTES`.
     slack: tokens that can be taken back at any time.
+    cache_dtype: of `CACHE_DTYPES`.
     spare: keeps what no cache uses any more for the next one.
     name: by which a pickled cache finds the plan of its model again, in this process.
     """
@@ -40,6 +42,7 @@ class Plan:
     layers: dict[tuple[int, int], ProbedLayer]
     route: str
     slack: int
+    cache_dtype: str
     spare: Any  # a `SpareRows`
     name: str = field(init=False, default_factory=lambda: uuid.uuid4().hex)
 
@@ -65,6 +68,9 @@ class Plan:
             "sink_size": self.sink_size,
             "window_size": self.window_size,
             "slack": self.slack,
+            **(
+                {} if self.cache_dtype == "auto" else {"cache_dtype": self.cache_dtype}
+            ),  # as it was before there were any
             "rings": {
                 f"{layer}.{call}": {
                     "own_window": probed.own_window,
@@ -107,17 +113,22 @@ class SinkLayer(CacheLayerMixin):
 
     A layer whose own sliding window is not larger than W keeps that window: the same ring with no sinks. One whose
     window lies between W and S + W sees the sinks for as long as they are nearer than that: sink_reach, else None.
+
+    stored: the dtype of a ring in 8 bits, which has key_scales and value_scales, (batch, num_kv_heads, S + R) float32;
+    else None. dtype: of the keys that the model gives.
     """
 
     is_compileable = False  # so that `generate` makes no masks of its own
     shared: SharedSinks | None = None
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
     _counters: Tensor | None = None
 
     def __init__(self, probed: ProbedLayer, plan: Plan):
         super().__init__()
         self.probed, self.rope, own = probed, probed.rope, probed.own_window
         self.sink_size, self.window_size, self.sink_reach = plan.sink_size, plan.window_size, None
-        self.slack = plan.slack
+        self.slack, self.stored = plan.slack, CACHE_DTYPES[plan.cache_dtype]
         self.is_dense = plan.prefill == "dense"
         if own is not None and own < plan.capacity:
             if own > plan.window_size and not self.is_dense:
@@ -129,12 +140,20 @@ class SinkLayer(CacheLayerMixin):
         slots = self.sink_size + self.window_size + self.slack
         with torch.inference_mode(False):  # so that the buffers can be written in and out of it
             self.keys, self.values = (
-                torch.zeros(*x.shape[:2], slots, x.shape[3], dtype=x.dtype, device=x.device)
+                torch.zeros(*x.shape[:2], slots, x.shape[3], dtype=self.stored or x.dtype, device=x.device)
                 for x in (key_states, value_states)
             )
-        self.is_initialized, self.shared = True, None
+            if self.stored is not None:
+                shape = *key_states.shape[:2], slots
+                self.key_scales, self.value_scales = torch.zeros(2, *shape, device=key_states.device).unbind()
+        self.is_initialized, self.shared, self.dtype = True, None, key_states.dtype
 
     lazy_initialization = allocate
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What it keeps of the rows, (batch, ...) each, by the names of its attributes."""
+        names = ("keys", "values") if self.stored is None else ("keys", "values", "key_scales", "value_scales")
+        return {name: getattr(self, name) for name in names} if self.is_initialized else {}
 
     def counters(self) -> Tensor | None:
         """`arrivals` of the ops, enough for `FEW` tokens a row; None where no op needs them."""
@@ -148,9 +167,11 @@ class SinkLayer(CacheLayerMixin):
 
     @property
     def can_share(self) -> bool:
-        """Whether rows may share the sinks: there are any, and all queries see all of them as they lie there."""
+        """Whether rows may share the sinks: there are any, not in 8 bits, and all queries see all of them as they lie
+        there."""
         varies = self.rope is not None and self.rope.varies
-        return self.is_initialized and self.sink_size > 0 and self.sink_reach is None and not varies
+        is_plain = self.sink_reach is None and self.stored is None and not varies
+        return self.is_initialized and self.sink_size > 0 and is_plain
 
     def with_sinks(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Of some rows' rings, (n, num_kv_heads, R, head_dim), what they would be if each row had its own sinks."""
@@ -158,8 +179,8 @@ class SinkLayer(CacheLayerMixin):
         return tuple(torch.cat(pair, dim=2) for pair in zip(shared, (keys, values), strict=True))
 
     def fits(self, key_states: Tensor) -> bool:
-        """Whether new keys have the dtype and the device of the buffers."""
-        return key_states.dtype == self.keys.dtype and key_states.device == self.keys.device
+        """Whether new keys have the dtype of the earlier ones, and the device of the buffers."""
+        return key_states.dtype == self.dtype and key_states.device == self.keys.device
 
     def update(self, key_states, value_states, *args, **kwargs):
         return key_states, value_states  # handed through: `Step.attend` appends
@@ -180,13 +201,12 @@ class SinkLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take other rows, in place if there are as many of them."""
-        if self.is_initialized:
-            picked = [x.index_select(0, beam_idx.to(x.device)) for x in (self.keys, self.values)]
-            if len(beam_idx) == len(self.keys):
-                self.keys.copy_(picked[0])
-                self.values.copy_(picked[1])
+        for name, x in self.buffers().items():
+            picked = x.index_select(0, beam_idx.to(x.device))
+            if len(picked) == len(x):
+                x.copy_(picked)
             else:
-                self.keys, self.values = picked
+                setattr(self, name, picked)
 
 
 class StatefulSinkLayer(LinearAttentionLayer, SinkLayer):
@@ -211,6 +231,11 @@ def states_of(layer) -> list[Tensor]:
     """The tensors, batch first, that a layer of transformers' keeps as its state."""
     held = (getattr(layer, name, None) for name in ("conv_states", "recurrent_states"))
     return [x for h in held for x in (h.values() if isinstance(h, dict) else [h]) if isinstance(x, Tensor)]
+
+
+def writable(x: Tensor) -> Tensor:
+    """A tensor as torch can write rows of it: float8 as bytes."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def has_state(layers: list) -> bool:

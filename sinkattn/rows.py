@@ -74,10 +74,9 @@ class Rows:
         """All that the rows hold, (batch, ...) each, by the names that saved texts have."""
         states = {f"state.{i}.{k}": x for i, layer in enumerate(self.layers) for k, x in enumerate(states_of(layer))}
         rings = {
-            f"{name}.{layer}.{call}": getattr(ring, name)
+            f"{name}.{layer}.{call}": x
             for (layer, call), ring in self.rings.items()
-            if ring.is_initialized
-            for name in ("keys", "values")
+            for name, x in ring.buffers().items()
         }
         return {**self._small(), **states, **rings}
 

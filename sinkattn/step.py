@@ -119,7 +119,7 @@ class Step:
     def _attend(self, layer: SinkLayer, query, key, value, scale, softcap, learned_logits) -> Tensor:
         if layer.is_initialized and not layer.fits(key) and self.cache.seen:
             raise ValueError(
-                f"this SinkCache holds {layer.keys.dtype} on {layer.keys.device}, the model's keys are now {key.dtype} "
+                f"this SinkCache holds {layer.dtype} on {layer.keys.device}, the model's keys are now {key.dtype} "
                 f"on {key.device}: make a new one"
             )
         if not layer.is_initialized or not layer.fits(key):
@@ -150,7 +150,7 @@ class Step:
         else:
             rotation = None if rope is None else self._rotation(rope, query.device)
             held = query, key, value, layer.keys, layer.values, lengths, counts, rotation, learned_logits, slopes
-            given = *held, None, None
+            given = *held, layer.key_scales, layer.value_scales
             if layer.shared is not None:
                 return self._attend_shared(layer, given, sizes)[:, -asked:]
             # overlap: since the cache was last written, torch's kernels have made the step's lengths and angles

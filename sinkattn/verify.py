@@ -134,13 +134,16 @@ class Verification:
     # The patched model.
 
     def small(self, backend: str | None = None) -> Plan:
-        """The plan, in the small cache. backend: by default what serves float32 and compiles nothing."""
+        """The plan, in the small cache of the model's own dtype, so that nothing rounds otherwise.
+
+        backend: by default what serves float32 and compiles nothing.
+        """
         backend = backend or ("auto" if self.ids.device.type == "cpu" else "reference")
         ropes = {id(x.rope): x.rope.up_to(self.capacity) for x in self.plan.layers.values() if x.rope is not None}
         layers = {
             key: x if x.rope is None else replace(x, rope=ropes[id(x.rope)]) for key, x in self.plan.layers.items()
         }
-        sizes = dict(sink_size=self.sink_size, window_size=self.window_size)
+        sizes = dict(sink_size=self.sink_size, window_size=self.window_size, cache_dtype="auto")
         return replace(self.plan, **sizes, prefill="streaming", backend=backend, layers=layers, spare=SpareRows())
 
     def run(self, runner: Runner, pieces: list[int], observer: Observer | None = None) -> Tensor:

@@ -28,18 +28,28 @@ def logits_of(text: tuple[int, ...]):
 
 
 @functools.cache
-def patched():
+def patched(cache_dtype="auto"):
+    """In 8 bits in float64, where no rounding before it moves a number to the next step."""
     model = copy.deepcopy(plain())
-    patch(model, S, W, slack=SLACK)
+    patch(model if cache_dtype == "auto" else model.double(), S, W, slack=SLACK, cache_dtype=cache_dtype)
     return model
+
+
+@functools.lru_cache(maxsize=4096)
+def logits_at_once(text: tuple[int, ...]):
+    """(n, vocabulary), of a cache in int8 that has seen nothing else."""
+    with torch.no_grad():
+        return patched("int8")(torch.tensor([text])).logits[0]
 
 
 class OneCache(RuleBasedStateMachine):
     """One cache, and beside it the text of each row: all that was fed, and what `generate` has chosen behind it."""
 
+    cache_dtype, expected, may_share = "auto", staticmethod(logits_of), True
+
     @initialize(rows=ROWS, seed=st.integers(0, 2**32 - 1))
     def begin(self, rows, seed):
-        self.model = patched()
+        self.model = patched(self.cache_dtype)
         self.cache, self.texts, self.chosen = SinkCache(self.model), [[] for _ in range(rows)], None
         self.peaks = [0] * rows  # the longest that each row has been
         self.shared = []  # what all rows begin with, if they share their sinks
@@ -77,7 +87,7 @@ class OneCache(RuleBasedStateMachine):
             logits = self.model(**given, attention_mask=mask, past_key_values=self.cache).logits[:, -1]
         self.feed(texts)
         for row, (text, new) in enumerate(zip(self.texts, texts, strict=True)):
-            assert not new or relative_error(logits[row], logits_of(tuple(text))[-1]) < 1e-4
+            assert not new or relative_error(logits[row], self.expected(tuple(text))[-1]) < 1e-4
 
     @rule(data=st.data(), steps=st.integers(1, 4), how=st.sampled_from(["new", "history", "mask"]))
     def generate(self, data, steps, how):
@@ -97,7 +107,7 @@ class OneCache(RuleBasedStateMachine):
         answers = found[:, ids.shape[1] :].tolist()
         self.feed([a + b + c[:-1] for a, b, c in zip(behind, texts, answers, strict=True)], [c[-1:] for c in answers])
         for text, answer in zip(self.texts, answers, strict=True):
-            logits = logits_of(tuple(text))[len(text) - steps :]
+            logits = self.expected(tuple(text))[len(text) - steps :]
             assert (
                 logits.gather(1, torch.tensor(answer)[:, None]).add(1e-3).ge(logits[:, 1:].amax(1, keepdim=True)).all()
             )
@@ -188,7 +198,7 @@ class OneCache(RuleBasedStateMachine):
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr("sinkattn.rows.SHARED", 0)
             self.cache = self.cache.picked(torch.tensor([row] * rows), may_share=True)
-        if len(self.texts[row]) >= S:
+        if len(self.texts[row]) >= S and self.may_share:
             self.shared = self.texts[row][:S]
         self.texts, self.peaks = [self.texts[row]] * rows, [self.peaks[row]] * rows
         self.chosen = self.chosen and [self.chosen[row]] * rows
@@ -227,10 +237,20 @@ class OneCache(RuleBasedStateMachine):
         with torch.no_grad():
             found = self.model(probe, past_key_values=copy.deepcopy(self.cache)).logits[:, 0]
         for row, text in enumerate(self.texts):
-            assert relative_error(found[row], logits_of((*text, probe[row].item()))[-1]) < 1e-4
+            assert relative_error(found[row], self.expected((*text, probe[row].item()))[-1]) < 1e-4
 
 
 OneCache.TestCase.settings = settings(
     max_examples=60, stateful_step_count=13, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestOneCache = pytest.mark.slow(OneCache.TestCase)
+
+
+class OneCacheInEightBits(OneCache):
+    """The same of a cache in int8, which holds what a text that was read at once gives it, to the bit."""
+
+    cache_dtype, expected, may_share = "int8", staticmethod(logits_at_once), False
+
+
+OneCacheInEightBits.TestCase.settings = settings(OneCache.TestCase.settings, max_examples=30)
+TestOneCacheInEightBits = pytest.mark.slow(OneCacheInEightBits.TestCase)

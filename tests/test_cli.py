@@ -184,6 +184,7 @@ def no_model(monkeypatch):
         (("--window-size", "0"), "window_size=0"),
         (("--sink-size", "-1"), "sink_size=-1"),
         (("--backend", "opencl"), "unknown backend 'opencl'"),
+        (("--cache-dtype", "int4"), "cache_dtype='int4': choose one of auto, int8, fp8"),
         (("--dtype", "foo"), "dtype foo: choose one of auto, float32"),
         (("--device", "foo"), "device foo:"),
         (("--device", "meta"), "device meta:"),

@@ -173,7 +173,7 @@ def _is_plain(ring: SinkLayer | None) -> bool:
     if ring is None or not ring.is_initialized or ring.shared is not None or ring.sink_reach is not None:
         return False
     varies = ring.rope is not None and ring.rope.varies
-    return not varies and ring.probed.query_scales is None and ring.probed.alibi_slopes is None
+    return not varies and ring.stored is None and ring.probed.query_scales is None and ring.probed.alibi_slopes is None
 
 
 def _entries(weights: list[Tensor | None], ring: SinkLayer) -> list[int]:
