@@ -236,6 +236,14 @@ def dtypes(about: dict) -> Iterator[dict]:
         yield {**lines[0], "error": "refused" if "" in found else f"{max(found):.1e}", "loss": loss}
 
 
+def decode_by_cache(about: dict) -> Iterator[dict]:
+    """A line for each shape, with the times of every `cache_dtype`."""
+    for lines in grouped(about["lines"], "rows heads kv_heads head_dim capacity").values():
+        by = {line["cache"]: line for line in lines}
+        times = {name: line["median_us"] for name, line in by.items()}
+        yield lines[0] | times | {f"{name}_ratio": line["of_bfloat16"] for name, line in by.items()}
+
+
 def endless(about: dict) -> Iterator[dict]:
     for line in leaves(about["ways"], "way"):
         lost = [at for at in line["lost_at"] if at is not None]
@@ -356,6 +364,17 @@ TABLES = {
         "real/chat", "of {turns} answers | fluent | failed as attention_sinks counts | known words | fluency lost at",
         "{way} | {fluent} | {failed} | {known:.0%} | {lost}", "", chat, source,
         "![Known words, variety and length of the answers by turn]({picture})",
+    ),
+    "cache dtype table": Table(
+        "real/cache_dtype", "cache_dtype | loss | off by | error of the logits | bytes a token",
+        "{cache}, {model} model | {loss:.4f} | {loss_off_percent:+.2f} % | {logits_error:.1e} | {bytes:,.0f}",
+        lines=lambda about: [x for x in about["lines"] if x["begin"] == 0 and x["end"] == about["tokens"]],
+        after=lambda about: f"{about['tokens']:,} tokens; {source(about)}",
+    ),
+    "cache dtype decode table": Table(
+        "cpu/cache_dtype_decode", "rows, heads, C | bfloat16 | int8 | fp8 | int8 / bfloat16 | fp8 / bfloat16",
+        "{rows}, {heads}/{kv_heads} of {head_dim}, {capacity} | {auto} | {int8} | {fp8} | {int8_ratio:.2f} | "
+        "{fp8_ratio:.2f}", lines=decode_by_cache, after=source,
     ),
     "real cost table": Table(
         "real/cost", "a token behind | {position:,}",
