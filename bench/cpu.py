@@ -131,7 +131,7 @@ def steps(provider: str, case: Case):
         caches = [(full(), full()) for _ in range(case.layers)]
         rotation = torch.randn(1, tokens, 2, 2, case.head_dim // 2)
         lengths = torch.tensor([3 * case.capacity + 7 if tokens == 1 else 0])
-        more = (lengths, None, rotation, None, None)
+        more = (lengths, None, rotation, *[None] * 4)
         sizes = dict(sink_size=SINKS, window_size=case.capacity - SINKS, scale=scale)
         op = getattr(ops if provider == "sinkattn" else torch.ops.sinkattn, "decode" if tokens == 1 else "prefill")
         return lambda i: op(q, k, v, *caches[i], *more, **sizes), lambda: None

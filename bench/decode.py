@@ -67,7 +67,7 @@ def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype,
         counters = [counters_of(kv) for kv in pairs]  # as a cache has them
         return graph_us(
             [
-                lambda kv=kv, one=one: op(q, k, v, *kv, lengths, None, rotation, None, None, arrivals=one, **more)
+                lambda kv=kv, one=one: op(q, k, v, *kv, lengths, None, rotation, *[None] * 4, arrivals=one, **more)
                 for kv, one in zip(pairs, counters, strict=True)
             ]
         )

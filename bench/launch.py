@@ -41,7 +41,7 @@ def main(output_dir: Output = RESULTS) -> None:
     calls = {"bare": {"triton": lambda: _empty_kernel[(1,)](lengths), "torch fill_": lambda: lengths.fill_(1000)}}
     for op, tokens in ("decode", 1), ("prefill", 16):
         *qkv, rotation = operands(32, 8, 1, tokens)
-        arguments = *qkv, *caches, lengths, None, rotation, None, None
+        arguments = *qkv, *caches, lengths, None, rotation, *[None] * 4
         calls[op] = {
             backend: lambda op=op, backend=backend, a=arguments: getattr(ops, op)(*a, **more, backend=backend)
             for backend in ("auto", "cuda", "triton")
