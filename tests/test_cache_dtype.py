@@ -4,6 +4,7 @@ In float64 nothing but the 8 bits rounds, so that two ways to the same text stor
 """
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -19,6 +20,7 @@ from loud import Exactly, exact, loud, token_errors
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, UnsupportedModelError, patch
 from sinkattn.fuse.stack import _is_plain
+from sinkattn.patch import _check_plan
 from tiny import FAMILIES, HYBRIDS, tiny
 
 S, W, SLACK = 4, 10, 5
@@ -223,7 +225,7 @@ def test_loud_models(name):
         assert found.isfinite().all() and found.median() < (30 if is_uneven and kind == "int8" else 5) * own
 
 
-def test_what_is_refused():
+def test_what_is_refused(monkeypatch):
     model = tiny("llama")
     with pytest.raises(ValueError, match="cache_dtype='int4': choose 'auto', 'int8' or 'fp8'"):
         patch(model, cache_dtype="int4")
@@ -232,6 +234,12 @@ def test_what_is_refused():
             patch(tiny(name), S, W, cache_dtype="int8")
     with patch(model, S, W, cache_dtype="fp8") as handle:
         assert "cache_dtype='fp8'" in repr(handle)
+        with pytest.raises(UnsupportedModelError, match="backend 'cuda' does not serve that yet"):
+            _check_plan(dataclasses.replace(handle.plan, backend="cuda"), torch.device("cuda", 0))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
+        with pytest.raises(UnsupportedModelError, match="compute capability 8.9 or later; 'int8' serves"):
+            _check_plan(handle.plan, torch.device("cuda", 0))
+        _check_plan(dataclasses.replace(handle.plan, cache_dtype="int8"), torch.device("cuda", 0))
 
 
 @pytest.mark.real
