@@ -56,7 +56,7 @@ def test_the_oracles_text(name):
     for row in range(3):
         text = torch.cat((ids, mine[row : row + 1, mask[row].bool()]), dim=1)
         expected = streaming_logits(made(name), text, S, W)[:, S + 5 :]
-        assert relative_error(found[row, mask[row].bool()], expected[0]) < 2e-5
+        assert relative_error(found[row, mask[row].bool()], expected[0]) < 1e-4
     assert shares == (name not in ALONE)
 
 

@@ -25,7 +25,8 @@ class Text:
         given = [x.transpose(0, 1)[None] for x in (self.q, self.k, self.v)]
         at, none = torch.arange(len(self.q))[None], torch.zeros(1, dtype=torch.int64)
         table = ROPE.table(torch.stack((at, at.clamp(max=S + W - 1)), dim=-1), at[..., None]).double()
-        return reference.attention(*given, *empty, none, None, table, None, None, S, W, DIM**-0.5, softcap)[0]
+        sizes = dict(sink_size=S, window_size=W, scale=DIM**-0.5, softcap=softcap)
+        return reference.attention(*given, *empty, none, None, table, *[None] * 4, **sizes)[0]
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 32])
