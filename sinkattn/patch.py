@@ -413,7 +413,7 @@ def patch(
             raise ValueError(f"{name}={size!r}: it needs a whole number of tokens, at least {least}")
     if prefill not in ("streaming", "dense"):
         raise ValueError(f"prefill={prefill!r}: choose 'streaming' or 'dense'")
-    if cache_dtype not in CACHE_DTYPES:
+    if not isinstance(cache_dtype, str) or cache_dtype not in CACHE_DTYPES:
         raise ValueError(f"cache_dtype={cache_dtype!r}: choose 'auto', 'int8' or 'fp8'")
     if fuse not in ("model", "layers", "attention", "none"):
         raise ValueError(f"fuse={fuse!r}: choose 'model', 'layers', 'attention' or 'none'")

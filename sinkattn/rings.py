@@ -150,6 +150,12 @@ class SinkLayer(CacheLayerMixin):
 
     lazy_initialization = allocate
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: Bytes.of(x) for name, x in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({name: Bytes.back(x) for name, x in state.items()})
+
     def buffers(self) -> dict[str, Tensor]:
         """What it keeps of the rows, (batch, ...) each, by the names of its attributes."""
         names = ("keys", "values") if self.stored is None else ("keys", "values", "key_scales", "value_scales")
@@ -236,6 +242,22 @@ def states_of(layer) -> list[Tensor]:
 def writable(x: Tensor) -> Tensor:
     """A tensor as torch can write rows of it: float8 as bytes."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A tensor in float8 as its bytes: pickle cannot read the other."""
+
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, x: Any) -> Any:
+        """Of anything else, that."""
+        return cls(writable(x)) if isinstance(x, Tensor) and x.dtype == torch.float8_e4m3fn else x
+
+    @classmethod
+    def back(cls, x: Any) -> Any:
+        return x.tensor.view(torch.float8_e4m3fn) if isinstance(x, cls) else x
 
 
 def has_state(layers: list) -> bool:

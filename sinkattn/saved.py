@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import __version__
 from .introspect import embedded_ids
-from .rings import Plan
+from .rings import Bytes, Plan
 from .rows import FIRST
 
 VERSION = 1  # of the format
@@ -46,6 +46,13 @@ class Texts:
     about: dict[str, Any]
     tensors: dict[str, Tensor]
     ready: list["torch.cuda.Event"] = field(default_factory=list)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "tensors": {name: Bytes.of(x) for name, x in self.tensors.items()}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors = {name: Bytes.back(x) for name, x in state["tensors"].items()}
+        vars(self).update({**state, "tensors": tensors})
 
     def __len__(self) -> int:
         return self.about["rows"]
@@ -95,7 +102,11 @@ def _differences(name: str, theirs: Any, mine: Any) -> Iterable[str]:
         if not math.isclose(theirs, mine, rel_tol=1e-5):
             yield f"{name} is {theirs}, the model's {mine}"
     elif theirs != mine:
-        yield f"{name} is {theirs}, the model's {mine}"
+        yield f"{name} is {_said(name, theirs)}, the model's {_said(name, mine)}"
+
+
+def _said(name: str, what: Any) -> Any:
+    return "auto" if name == "cache_dtype" and what is None else what
 
 
 @functools.cache

@@ -119,7 +119,7 @@ class Step:
     def _attend(self, layer: SinkLayer, query, key, value, scale, softcap, learned_logits) -> Tensor:
         if layer.is_initialized and not layer.fits(key) and self.cache.seen:
             raise ValueError(
-                f"this SinkCache holds {layer.dtype} on {layer.keys.device}, the model's keys are now {key.dtype} "
+                f"this SinkCache is of keys in {layer.dtype} on {layer.keys.device}, the model's are now {key.dtype} "
                 f"on {key.device}: make a new one"
             )
         if not layer.is_initialized or not layer.fits(key):

@@ -232,7 +232,8 @@ class Verification:
             found, expected = observer.of[module].output[0].double(), gave[module].double()
             expected = torch.cat((expected[2, :first], expected[3 : 3 + len(behind), -1]))
             size = expected.square().mean(-1).sqrt()
-            error = (found[tokens] - expected).square().mean(-1).sqrt() / size.clamp_min(1e-2 * size.max())
+            off = (found[tokens] - expected).square().mean(-1).sqrt()
+            error = torch.where(off == 0, 0, off / size.clamp_min(1e-2 * size.max()))  # a projection of zeros gives 0
             worst = error.argmax().item()
             if not error[worst] <= (EXACT if self.is_exact else 0.3):
                 raise UnsupportedModelError(

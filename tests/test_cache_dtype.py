@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -193,6 +194,24 @@ def test_the_sinks_of_many_copies_are_their_own():
             assert cache.repeat(6).shares_sinks == (kind == "auto")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pickled_and_copied(kind):
+    """Caches, Streams and texts, whose float8 pickle itself cannot read."""
+    model, ids, more = tiny("llama"), random_ids(2, 20), random_ids(2, 5)
+    with patch(model, S, W, cache_dtype=kind), torch.no_grad():
+        stream = Stream(model)
+        stream.append(ids)
+        again, texts = pickle.loads(pickle.dumps((stream, copy.deepcopy(stream).take([1]))))
+        assert again.cache.rows.rings[0, 0].keys.dtype == stream.cache.rows.rings[0, 0].keys.dtype
+        again.put(texts, [0])
+        copied = copy.deepcopy(stream.cache)
+        expected = [model(token, past_key_values=stream.cache).logits for token in more.split(1, dim=1)]
+        for cache, rows in ((copied, [0, 1]), (again.cache, [1, 1])):
+            fed_rows = more[rows]
+            for token, logits in zip(fed_rows.split(1, dim=1), expected, strict=True):
+                assert relative_error(model(token, past_key_values=cache).logits, logits[rows]) < 1e-5
+
+
 def test_files_say_what_they_hold(tmp_path):
     """The header names the dtype, tensors have it, and another cache refuses it in words, as it does the other way."""
     model, ids, path = tiny("llama"), random_ids(1, 20), tmp_path / "text"
@@ -206,10 +225,9 @@ def test_files_say_what_they_hold(tmp_path):
             assert form.get("cache_dtype") == (None if kind == "auto" else kind)
             names = [name for name in file.keys() if "scales" in name]  # noqa: SIM118
             assert len(names) == (0 if kind == "auto" else 6)
-        wanted = [None if x == "auto" else x for x in (kind, other)]
         with (
             patch(model, S, W, cache_dtype=other),
-            pytest.raises(ValueError, match=f"cache_dtype is {wanted[0]}, the model's {wanted[1]}"),
+            pytest.raises(ValueError, match=f"cache_dtype is {kind}, the model's {other}"),
         ):
             SinkCache.load(model, path)
 
@@ -234,8 +252,9 @@ def test_loud_models(name):
 
 def test_what_is_refused(monkeypatch):
     model = tiny("llama")
-    with pytest.raises(ValueError, match="cache_dtype='int4': choose 'auto', 'int8' or 'fp8'"):
-        patch(model, cache_dtype="int4")
+    for wrong in ("int4", ["int8"], torch.int8):
+        with pytest.raises(ValueError, match="cache_dtype=.*: choose 'auto', 'int8' or 'fp8'"):
+            patch(model, cache_dtype=wrong)
     for name in ("dynamic", "longrope"):
         with pytest.raises(UnsupportedModelError, match="layer 0 turns by other frequencies .*cache_dtype='int8'"):
             patch(tiny(name), S, W, cache_dtype="int8")
