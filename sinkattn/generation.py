@@ -118,7 +118,7 @@ class Generation:
             pad = self._pad_of(args, kwargs)
             ids = given if pad is None else padded_left(given, pad, kwargs, cache if holds_text else None)
             if holds_text:
-                undo = go_on(self.model, cache, ids, pad, kwargs)
+                undo = go_on(self.model, cache, ids, pad, kwargs, is_history=is_assistant)
                 changes += undo is not None
                 mask = kwargs["attention_mask"]
                 held, mask = (cache.seen, None) if mask.shape[1] == ids.shape[1] else (0, mask)

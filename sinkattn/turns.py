@@ -45,11 +45,14 @@ def padded_left(ids: Tensor, pad: int, kwargs: dict, cache: SinkCache | None) ->
     return ids.gather(1, order)
 
 
-def go_on(model, cache: SinkCache, ids: Tensor, pad: int | None, kwargs: dict) -> Callable[[], None] | None:
+def go_on(
+    model, cache: SinkCache, ids: Tensor, pad: int | None, kwargs: dict, is_history: bool = False
+) -> Callable[[], None] | None:
     """Tell `generate` what of ids, (batch, width), is new to a cache that holds a text.
 
     It slices off as many columns as the cache says to have seen, if the mask has as many as ids; columns of rows
-    with less that is new than others are then padding. pad: the id that is padding, or None.
+    with less that is new than others are then padding. pad: the id that is padding, or None. is_history: whether ids
+    are known to be the text, so that it may be one short piece over and over.
 
     Returns what undoes the taking back of tokens, if any were.
     """
@@ -71,7 +74,7 @@ def go_on(model, cache: SinkCache, ids: Tensor, pad: int | None, kwargs: dict) -
         )
     if mask.shape[1] == width:
         rows = cache.compare(ids, real)
-        telling = [row for row, is_one in zip(rows, cache.rows.are_one_piece(), strict=True) if not is_one]
+        telling = [x for x, is_one in zip(rows, cache.rows.are_one_piece(), strict=True) if is_history or not is_one]
         if telling and all(row.can_follow for row in rows):
             new = [row.count - row.length + row.back for row in rows]
             if max(new) == width and min(new) < width:

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import real
-from helpers import Stops
+from helpers import Stops, random_ids
 from sinkattn import SinkCache, patch
 from tiny import tiny
 
@@ -118,6 +118,17 @@ def test_interrupted_behind_candidates():
         with pytest.raises(KeyError):
             model.generate(ids, past_key_values=cache, streamer=Stops(1), prompt_lookup_num_tokens=4, **GREEDY)
         assert cache.is_torn
+
+
+@pytest.mark.parametrize("period", [1, 3, 8])
+def test_a_short_piece_over_and_over(period):
+    """What might be new to a cache that holds it is not to a draft, which is given all of the text every time."""
+    model, draft, ids = tiny("llama"), tiny("llama"), random_ids(1, period).repeat(1, 24 // period)
+    with patch(model, S, W), patch(draft, 2, 6):
+        alone = model.generate(ids, max_new_tokens=3 * (S + W), do_sample=False)
+        assert torch.equal(
+            model.generate(ids, max_new_tokens=3 * (S + W), do_sample=False, assistant_model=draft), alone
+        )
 
 
 def test_what_cannot_be_assisted():
