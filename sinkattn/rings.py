@@ -1,5 +1,6 @@
 """The rings of a model's attention layers: pinned sinks, recent tokens, and the plan by which they are laid out."""
 
+import copy
 import functools
 import pickle
 import uuid
@@ -155,6 +156,12 @@ class SinkLayer(CacheLayerMixin):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update({name: Bytes.back(x) for name, x in state.items()})
+
+    def __deepcopy__(self, memo: dict) -> "SinkLayer":
+        """By the tensors themselves, which `memo` may have others for."""
+        memo[id(self)] = new = type(self).__new__(type(self))
+        vars(new).update({name: copy.deepcopy(x, memo) for name, x in vars(self).items()})
+        return new
 
     def buffers(self) -> dict[str, Tensor]:
         """What it keeps of the rows, (batch, ...) each, by the names of its attributes."""

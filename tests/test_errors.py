@@ -239,7 +239,7 @@ def test_another_dtype(model):
     with torch.no_grad():
         model(random_ids(1, 3), past_key_values=cache)
         model.to(torch.bfloat16)
-        with pytest.raises(ValueError, match="holds torch.float32.*bfloat16"):
+        with pytest.raises(ValueError, match="keys in torch.float32.*bfloat16"):
             model(random_ids(1, 3), past_key_values=cache)
 
 
