@@ -72,7 +72,7 @@ def test_as_near_to_float64_as_unpatched(device, name, dtype, fused):
         assert noise < 0.2, "so little is known that the test is none"
         if dtype == torch.float32:  # no single token is far off
             error = (found.double() - expected).abs().amax(-1) / expected.std(-1)
-            assert error.max() < 5e-3, f"{what}: {error.max():.1e} of the spread, {SEED=}"
+            assert error.max() < 2e-2, f"{what}: {error.max():.1e} of the spread, {SEED=}"
 
 
 def broken_by_itself(model, dtype, fused: str) -> None:
