@@ -70,9 +70,11 @@ def test_as_near_to_float64_as_unpatched(device, name, dtype, fused):
         print(f"{device} {name} {dtype} {fused} {what}: {times:.3f} times, noise {noise:.3f}")
         assert math.log(times) <= math.log(ALLOWED) + 3 * noise, f"{what}: {times:.3f} times, {noise=:.3f}, {SEED=}"
         assert noise < 0.2, "so little is known that the test is none"
-        if dtype == torch.float32:  # no single token is far off
-            error = (found.double() - expected).abs().amax(-1) / expected.std(-1)
-            assert error.max() < 2e-2, f"{what}: {error.max():.1e} of the spread, {SEED=}"
+        if dtype == torch.float32:  # no single token is far off, if it is not in the unpatched model
+            error, of_own = ((x.double() - expected).abs().amax(-1) / expected.std(-1) for x in (found, own))
+            assert (error < (ALLOWED * of_own).clamp_min(5e-3)).all(), (
+                f"{what}: {error.max():.1e} of the spread, {SEED=}"
+            )
 
 
 def broken_by_itself(model, dtype, fused: str) -> None:
