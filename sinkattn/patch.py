@@ -61,18 +61,8 @@ class Handle:
     token does not replay a CUDA graph; None if it does).
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        sink_size: int,
-        window_size: int,
-        prefill: str,
-        slack: int,
-        cache_dtype: str,
-        backend: str,
-        fuse: str,
-        cuda_graph: bool,
-    ):
+    def __init__(self, model: PreTrainedModel, fuse: str, cuda_graph: bool, **asked: Any):
+        """asked: the keywords of `patch` that are fields of a `Plan`."""
         self.model = model
         self._configs: list[tuple[Any, PreTrainedConfig]] = [
             (module, cast(PreTrainedConfig, module.config))
@@ -85,7 +75,7 @@ class Handle:
         self._watching, self.runner = changes.watch(), cast(Runner, None)  # `_find_out` makes it
         try:
             with verify.plainly(model):
-                self._find_out(sink_size, window_size, prefill, slack, cache_dtype, backend, fuse, cuda_graph)
+                self._find_out(fuse, cuda_graph, asked)
         except BaseException:
             self._restore()
             raise
@@ -94,35 +84,14 @@ class Handle:
         self.runner.look()
         self._tell()
 
-    def _find_out(
-        self,
-        sink_size: int,
-        window_size: int,
-        prefill: str,
-        slack: int,
-        cache_dtype: str,
-        backend: str,
-        fuse: str,
-        cuda_graph: bool,
-    ) -> None:
+    def _find_out(self, fuse: str, cuda_graph: bool, asked: dict[str, Any]) -> None:
         """Probe the model, choose how it is run, and see that this gives what the model itself gives."""
         model: Any = self.model
         with untouched(model):
-            check = Verification(model, sink_size, window_size)
-            context, route, layers = self._reach(sink_size + window_size)
-            plan = Plan(
-                sink_size,
-                window_size,
-                prefill,
-                backend,
-                model.config,
-                True,
-                layers,
-                route,
-                slack,
-                cache_dtype,
-                SpareRows(),
-            )
+            check = Verification(model, asked["sink_size"], asked["window_size"])
+            context, route, layers = self._reach(asked["sink_size"] + asked["window_size"])
+            probed = dict(config=model.config, continues=True, layers=layers, route=route, spare=SpareRows())
+            plan = Plan(**asked, **probed)
             _check_plan(plan, input_device(model))
             check.learn(context, plan)
             self.runner = Runner(model, check.small(), cuda_graph)
@@ -147,7 +116,7 @@ class Handle:
         model._sinkattn = self
         with untouched(model):
             continues = check.check_pieces(self.runner, found)
-            self.runner.plan = replace(check.small(backend), continues=continues)
+            self.runner.plan = replace(check.small(plan.backend), continues=continues)
             check.check_dtype(self.runner, found)
         self.runner.plan = replace(plan, continues=continues)
         self._attending = list(observer.attending.values())
@@ -429,4 +398,5 @@ def patch(
             stacklevel=2,
         )
     interface.register()
-    return Handle(model, int(sink_size), int(window_size), prefill, int(slack), cache_dtype, backend, fuse, cuda_graph)
+    sizes = dict(sink_size=int(sink_size), window_size=int(window_size), slack=int(slack))
+    return Handle(model, fuse, cuda_graph, **sizes, prefill=prefill, cache_dtype=cache_dtype, backend=backend)
