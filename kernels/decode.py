@@ -10,7 +10,7 @@ takes in the sinks, which meet a query turned by another angle. The last program
 
 Phases have the names of csrc/cuda/sm80/decode.cu:
 
-* fetch: `_load_ring`, `_load_new`, `load_block`
+* fetch: `_load_ring`, `_load_home`
 * turn: `load_turned`
 * append: at home; there, whoever has the tile of the new slot
 * attend, with scores, mask, soften and values: `tiles.attend`; there, sinks are slots like others
@@ -59,11 +59,14 @@ def _load_ring(k_cache, v_cache, k_scales, v_scales, k_slot, v_slot, k_scale_slo
 
 
 @triton.jit
-def _load_new(q, k, v, rotation, angles, at_home, members, dim, v_dim,
-              HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, HALF: tl.constexpr, START: tl.constexpr,
-              PAIRED: tl.constexpr, STORED: tl.constexpr):  # fmt: skip
-    """What only the home needs, and only it reads: the q (BLOCK_G, BLOCK_D) for the sinks, the new k (1, BLOCK_D) and
-    v (1, BLOCK_V) as numbers of STORED, the dtype of the cache, and their scales (1, 1), None where it needs none."""
+def _load_home(q, k, v, k_cache, v_cache, k_scales, v_scales, k_slot, v_slot, k_scale_slot, v_scale_slot,
+               rotation, angles, at_home, members, sinks, dim, v_dim,
+               HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, DTYPE: tl.constexpr, HALF: tl.constexpr,
+               START: tl.constexpr, PAIRED: tl.constexpr, SINK_BLOCK: tl.constexpr):  # fmt: skip
+    """What only the home needs, and only it reads: the q (BLOCK_G, BLOCK_D) for the sinks; the new k (1, BLOCK_D) and
+    v (1, BLOCK_V) as numbers of the cache's dtype, and their scales (1, 1), None where it needs none; the first of the
+    sinks, (SINK_BLOCK, BLOCK_D) and (SINK_BLOCK, BLOCK_V), and their scales."""
+    STORED: tl.constexpr = k_cache.dtype.element_ty
     members = members & at_home
     q_sink = load_turned(q, members, rotation, angles + 2 * HALF, dim, HEAD_DIM, HALF, START, PAIRED)
     k_new = load_turned(k, at_home, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED)
@@ -72,7 +75,12 @@ def _load_new(q, k, v, rotation, angles, at_home, members, dim, v_dim,
     if STORED.primitive_bitwidth == 8:
         k_new, k_scale = quantised(k_new, STORED)
         v_new, v_scale = quantised(v_new.to(tl.float32), STORED)
-    return q_sink, k_new.to(STORED), v_new.to(STORED), k_scale, v_scale
+    slot = tl.arange(0, SINK_BLOCK)
+    k_sinks, v_sinks, k_sink_scale, v_sink_scale = load_block(
+        k_cache, v_cache, k_scales, v_scales, slot, slot < sinks, k_slot, v_slot, k_scale_slot, v_scale_slot,
+        dim, v_dim, HEAD_DIM, V_DIM, DTYPE)  # fmt: skip
+    return (q_sink, k_new.to(STORED), v_new.to(STORED), k_scale, v_scale, k_sinks, v_sinks, k_sink_scale,
+            v_sink_scale)  # fmt: skip
 
 
 @triton.jit
@@ -162,7 +170,6 @@ def _decode_kernel(
         k_scales += row * k_scale_row + head.to(tl.int64) * k_scale_head
         v_scales += row * v_scale_row + head.to(tl.int64) * v_scale_head
     DTYPE: tl.constexpr = q.dtype.element_ty
-    STORED: tl.constexpr = k_cache.dtype.element_ty
     first = split * span
     stop = tl.minimum(first + span, held)
     sinks = tl.where(is_home, tl.minimum(t, sink_size), 0).to(tl.int32)
@@ -178,13 +185,10 @@ def _decode_kernel(
         k_block, v_block, k_scale, v_scale, visible, age = _load_ring(
             k_cache, v_cache, k_scales, v_scales, k_cache_slot, v_cache_slot, k_scale_slot, v_scale_slot,
             first, stop, sink_size, ring_size, new_slot, seen, dim, v_dim, HEAD_DIM, V_DIM, DTYPE, BLOCK)  # fmt: skip
-        q_sink, k_new, v_new, k_new_scale, v_new_scale = _load_new(
-            q, k, v, rotation, angles, at_home, members, dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED,
-            STORED)  # fmt: skip
-        slot = tl.arange(0, SINK_BLOCK)
-        k_sinks, v_sinks, k_sink_scale, v_sink_scale = load_block(
-            k_cache, v_cache, k_scales, v_scales, slot, slot < sinks, k_cache_slot, v_cache_slot, k_scale_slot,
-            v_scale_slot, dim, v_dim, HEAD_DIM, V_DIM, DTYPE)  # fmt: skip
+        q_sink, k_new, v_new, k_new_scale, v_new_scale, k_sinks, v_sinks, k_sink_scale, v_sink_scale = _load_home(
+            q, k, v, k_cache, v_cache, k_scales, v_scales, k_cache_slot, v_cache_slot, k_scale_slot, v_scale_slot,
+            rotation, angles, at_home, members, sinks, dim, v_dim, HEAD_DIM, V_DIM, DTYPE, HALF, START, PAIRED,
+            SINK_BLOCK)  # fmt: skip
     q_text = load_turned(q, members, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED)
     q_ring = q_text.to(k.dtype.element_ty) if DOT else q_text
     top, total, acc = open_softmax(learned_logits, heads, member < tl.where(is_home, GROUP, 0), BLOCK_V)
@@ -215,13 +219,10 @@ def _decode_kernel(
 
     if is_home:
         if not ONE_BLOCK:
-            q_sink, k_new, v_new, k_new_scale, v_new_scale = _load_new(
-                q, k, v, rotation, angles, at_home, members, dim, v_dim, HEAD_DIM, V_DIM, HALF, START, PAIRED,
-                STORED)  # fmt: skip
-            slot = tl.arange(0, SINK_BLOCK)
-            k_sinks, v_sinks, k_sink_scale, v_sink_scale = load_block(
-                k_cache, v_cache, k_scales, v_scales, slot, slot < sinks, k_cache_slot, v_cache_slot, k_scale_slot,
-                v_scale_slot, dim, v_dim, HEAD_DIM, V_DIM, DTYPE)  # fmt: skip
+            q_sink, k_new, v_new, k_new_scale, v_new_scale, k_sinks, v_sinks, k_sink_scale, v_sink_scale = _load_home(
+                q, k, v, k_cache, v_cache, k_scales, v_scales, k_cache_slot, v_cache_slot, k_scale_slot, v_scale_slot,
+                rotation, angles, at_home, members, sinks, dim, v_dim, HEAD_DIM, V_DIM, DTYPE, HALF, START, PAIRED,
+                SINK_BLOCK)  # fmt: skip
         # Append.
         place = tl.where(t < sink_size, t, sink_size + new_slot)
         tl.store(k_cache + place * k_cache_slot + dim, k_new, mask=dim < HEAD_DIM)
