@@ -5,7 +5,8 @@
 A model of Llama-3-8B's shape with random weights (`--layers` of its 32), patched with 4 sinks and a window of C - 4:
 first on one GPU by the first process, then over all processes with ``tp_plan="auto"``. The logits of a text of twice
 the window's length, in one piece and then token by token, are compared in float32 and in bfloat16; the decode step is
-timed in bfloat16 over a full cache, as Python runs it ("eager") and as a CUDA graph. Times are medians over steps.
+timed in bfloat16 over a full cache, called as it is ("eager", where the patched model may replay a CUDA graph of its
+own) and as a graph that is captured here. Times are medians over steps.
 
 Writes tensor_parallel.csv (gpus, batch, capacity, mode, ms a step) and tensor_parallel.json (errors, device, versions).
 """
