@@ -303,52 +303,68 @@ def test_decode(heads, tokens, decode):
     """One token a row or a few, at random lengths, in one block or several that meet in memory."""
     for _ in range(3):
         num_heads, kv_heads = heads if tokens == 1 or heads[0] // heads[1] < 9 else (heads[0] // 2, heads[1])
-        dtype, (dim, v_dim) = (
-            random.choice([torch.float16, torch.bfloat16]),
-            random.choice([(64, 64), (128, 128), (192, 128)]),
-        )
         sinks, window = random.choice([0, 1, 4, 37]), random.choice([1, 7, 33, 120])
         ring, rows = window + tokens - 1 + random.choice([0, 3, 16]), random.choice([1, 2])
-        edge, half, start = sinks + ring, random.choice([0, 8, dim // 2]), 0
-        lengths = torch.tensor(random.choices([0, 1, sinks, edge - 1, edge, edge + 1, 3 * edge + 7], k=rows))
+        edge = sinks + ring
+        lengths = random.choices([0, 1, sinks, edge - 1, edge, edge + 1, 3 * edge + 7], k=rows)
         counts = torch.randint(0, tokens + 1, (rows,)) if random.random() < 0.5 else None
-        lengths = lengths if counts is None else lengths
+        check_decode(decode, num_heads, kv_heads, tokens, sinks, window, ring, torch.tensor(lengths), counts)
 
-        def new(*shape, dtype=dtype):
-            return torch.randn(shape).to(dtype)
 
-        q, k, v = (
-            new(rows, num_heads, tokens, dim),
-            new(rows, kv_heads, tokens, dim),
-            new(rows, kv_heads, tokens, v_dim),
-        )
-        caches = [new(rows, kv_heads, sinks + ring, size) for size in (dim, v_dim)]
-        for row, length in enumerate(lengths.tolist()):
-            for cache in caches:
-                cache[row, :, length:] = torch.nan
-        angles = 6 * torch.rand(rows, tokens, 2, 1, max(half, 1))
-        rotation = torch.cat((angles.cos(), angles.sin()), dim=3)
-        learned = torch.randn(num_heads) if random.random() < 0.3 else None
-        slopes = torch.rand(num_heads) if random.random() < 0.3 else None
-        scale, softcap, interleaved = dim**-0.5, random.choice([0.0, 0.0, 5.0]), random.random() < 0.3
-        exact = [cache.double().nan_to_num(0.0) for cache in caches]
-        sizes = dict(sink_size=sinks, window_size=window, scale=scale, softcap=softcap, interleaved=interleaved)
-        turned = rotation if half else None
-        given = (x.double() for x in (q, k, v))
-        expected = reference.attention(*given, *exact, lengths, counts, turned, learned, slopes, None, None, **sizes)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_decode_all_round_the_ring(tokens, decode):
+    """Wherever the newest token lies in a ring with spare slots: tiles that are all seen are told from those that are
+    not quite."""
+    sinks, window, ring = 1, 33, 33 + tokens - 1 + 3
+    lengths = torch.arange(2 * ring, 3 * ring) + sinks
+    for _ in range(2):
+        check_decode(decode, 2, 1, tokens, sinks, window, ring, lengths, None, is_plain=True)
 
-        splits, out = random.choice([1, 3]), torch.full((rows, tokens, num_heads, v_dim), torch.nan, dtype=dtype)
-        partials = torch.full((1 << 20,), torch.nan)
-        arrivals = torch.zeros(rows * tokens * kv_heads, dtype=torch.int32)
-        numbers = [
-            rows, num_heads, kv_heads, tokens, dim, v_dim, sinks, ring, window, start, half, interleaved,
-            dtype == torch.bfloat16, splits, random.random() < 0.5, random.randrange(1 << 30),
-        ]  # fmt: skip
-        tensors = q, k, v, *caches, out, lengths, counts, rotation, learned, slopes, partials, arrivals
-        pointers = [ctypes.c_void_p(_number(x)) for x in tensors]
-        assert decode.run_decode(_all(numbers), _all((scale, softcap), ctypes.c_double), *pointers) == 0
-        assert not arrivals.any()
-        error = (out.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
-        assert error < 16 * torch.finfo(dtype).eps
-        for cache, wide in zip(caches, exact, strict=True):
-            assert (cache.double().nan_to_num(0.0) - wide).abs().max() < 8 * torch.finfo(dtype).eps
+
+def check_decode(decode, num_heads, kv_heads, tokens, sinks, window, ring, lengths, counts, is_plain=False) -> None:
+    """Against the definition in float64. Dims, dtype, rotation and what else a call has are random. is_plain: neither a
+    softcap nor slopes, for which every tile is masked."""
+    dtype, (dim, v_dim) = (
+        random.choice([torch.float16, torch.bfloat16]),
+        random.choice([(64, 64), (128, 128), (192, 128)]),
+    )
+    rows, half, start = len(lengths), random.choice([0, 8, dim // 2]), 0
+
+    def new(*shape, dtype=dtype):
+        return torch.randn(shape).to(dtype)
+
+    q, k, v = (
+        new(rows, num_heads, tokens, dim),
+        new(rows, kv_heads, tokens, dim),
+        new(rows, kv_heads, tokens, v_dim),
+    )
+    caches = [new(rows, kv_heads, sinks + ring, size) for size in (dim, v_dim)]
+    for row, length in enumerate(lengths.tolist()):
+        for cache in caches:
+            cache[row, :, length:] = torch.nan
+    angles = 6 * torch.rand(rows, tokens, 2, 1, max(half, 1))
+    rotation = torch.cat((angles.cos(), angles.sin()), dim=3)
+    learned = torch.randn(num_heads) if random.random() < 0.3 else None
+    slopes = torch.rand(num_heads) if random.random() < 0.3 and not is_plain else None
+    scale, softcap, interleaved = dim**-0.5, 0.0 if is_plain else random.choice([0.0, 0.0, 5.0]), random.random() < 0.3
+    exact = [cache.double().nan_to_num(0.0) for cache in caches]
+    sizes = dict(sink_size=sinks, window_size=window, scale=scale, softcap=softcap, interleaved=interleaved)
+    turned = rotation if half else None
+    given = (x.double() for x in (q, k, v))
+    expected = reference.attention(*given, *exact, lengths, counts, turned, learned, slopes, None, None, **sizes)
+
+    splits, out = random.choice([1, 3]), torch.full((rows, tokens, num_heads, v_dim), torch.nan, dtype=dtype)
+    partials = torch.full((1 << 20,), torch.nan)
+    arrivals = torch.zeros(rows * tokens * kv_heads, dtype=torch.int32)
+    numbers = [
+        rows, num_heads, kv_heads, tokens, dim, v_dim, sinks, ring, window, start, half, interleaved,
+        dtype == torch.bfloat16, splits, random.random() < 0.5, random.randrange(1 << 30),
+    ]  # fmt: skip
+    tensors = q, k, v, *caches, out, lengths, counts, rotation, learned, slopes, partials, arrivals
+    pointers = [ctypes.c_void_p(_number(x)) for x in tensors]
+    assert decode.run_decode(_all(numbers), _all((scale, softcap), ctypes.c_double), *pointers) == 0
+    assert not arrivals.any()
+    error = (out.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
+    assert error < 16 * torch.finfo(dtype).eps
+    for cache, wide in zip(caches, exact, strict=True):
+        assert (cache.double().nan_to_num(0.0) - wide).abs().max() < 8 * torch.finfo(dtype).eps
