@@ -46,3 +46,30 @@ def model(request):
     model = tiny("llama")
     with patch(model, request.module.S, request.module.W):
         yield model
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """How many captured steps ran."""
+    from sinkattn.captured import CapturedSteps
+
+    ran, replay = [], CapturedSteps.replay
+
+    def counted(self, *args):
+        output = replay(self, *args)
+        ran.append(output is not None)
+        return output
+
+    monkeypatch.setattr(CapturedSteps, "replay", counted)
+    return ran
+
+
+@pytest.fixture
+def repeated(monkeypatch, captures):
+    """Steps on a CPU take the way of captured ones. Gives `captures`."""
+    from helpers import Repeated
+
+    monkeypatch.setattr("sinkattn.captured.Captured", Repeated)
+    monkeypatch.setattr("sinkattn.captured.why_eager", lambda model: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return captures

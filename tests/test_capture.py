@@ -9,7 +9,6 @@ import torch
 from helpers import GPU, endless, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, patch
-from sinkattn.captured import CapturedSteps
 from tiny import tiny
 
 S, W = 4, 10
@@ -22,20 +21,6 @@ def test_why_a_step_runs_eagerly():
         assert handle.why_eager is not None and "cuda_graph" in repr(patch(tiny("llama"), S, W, cuda_graph=False))
     with pytest.raises(ValueError, match="fuse='all'"):
         patch(tiny("llama"), S, W, fuse="all")
-
-
-@pytest.fixture
-def captures(monkeypatch):
-    """How many captured steps ran."""
-    ran, replay = [], CapturedSteps.replay
-
-    def counted(self, *args):
-        output = replay(self, *args)
-        ran.append(output is not None)
-        return output
-
-    monkeypatch.setattr(CapturedSteps, "replay", counted)
-    return ran
 
 
 def test_a_setting_of_the_config(repeated):
@@ -53,27 +38,6 @@ def test_a_setting_of_the_config(repeated):
             assert text._logits.abs().max() <= cap
     assert versions[0] == versions[1] < versions[2] == versions[3]
     assert repeated.count(True) >= 8
-
-
-class Repeated:
-    """Stands for `graph.Captured` on a CPU: a replay runs the step anew, of inputs at fixed places."""
-
-    def __init__(self, run, device, **inputs):
-        self.run, self.inputs = run, {name: x.clone() for name, x in inputs.items()}
-
-    def __call__(self, **inputs):
-        for name, x in inputs.items():
-            self.inputs[name].copy_(x)
-        return self.run(**self.inputs)
-
-
-@pytest.fixture
-def repeated(monkeypatch, captures):
-    """Steps on a CPU take the way of captured ones. Gives `captures`."""
-    monkeypatch.setattr("sinkattn.captured.Captured", Repeated)
-    monkeypatch.setattr("sinkattn.captured.why_eager", lambda model: None)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return captures
 
 
 def test_steps_of_few_tokens(repeated):
