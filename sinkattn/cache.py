@@ -87,7 +87,7 @@ class SinkCache(Cache):
         self.seen = 0
         self.has_places = False  # whether places are not positions any more
         self.all_known = True  # whether all was fed as ids
-        self._goes_on = False  # whether the step under way is but a piece of an input
+        self._goes_on = False  # whether the step under way is but a piece of an input, or may turn out to be none
         self.ended: Tensor | None = None  # (batch,) bool, rows that `generate` feeds nothing any more
         self.unfed: Unfed | None = None  # what it chose last
         self.is_searched = False  # whether the rows are the beams of a search
@@ -232,6 +232,22 @@ class SinkCache(Cache):
             yield
             self.is_torn = False
         finally:
+            self._goes_on = False
+
+    @contextlib.contextmanager
+    def ahead(self, feeds: Callable[[], bool]) -> Iterator[None]:
+        """A step that is launched before anybody knows whether it feeds a row, which `feeds` waits for: if it feeds
+        none, it has not been. Torn until that is settled.
+        """
+        seen, unfed, self._goes_on = self.seen, self.unfed, True
+        try:
+            yield
+            feeds()  # if ever, Ctrl-C comes while the host waits
+        finally:
+            if self.seen > seen:
+                if not feeds():
+                    self.seen, self.unfed = seen, unfed
+                self.is_torn = False
             self._goes_on = False
 
     def count(self, tokens: int, are_known: bool) -> None:

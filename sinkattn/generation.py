@@ -1,5 +1,6 @@
 """What transformers' `generate` asks of a patched model: its cache, its inputs, when rows end, and candidates."""
 
+import functools
 import inspect
 import itertools
 import threading
@@ -9,13 +10,19 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import Cache, GenerationMixin, StoppingCriteriaList
+from transformers.generation import GenerationMode
 
 from .cache import SinkCache
 from .captured import is_plain
 from .introspect import CACHE, named
+from .loop import Stops, is_usual, serves, text_of
 from .runner import Runner
 from .turns import go_on, padded_left
-from .unfed import Unfed
+
+ELSEWHERE = (  # what transformers does not hand to a loop of ours, or runs another one for
+    "custom_generate", "assistant_model", "tokenizer", "assistant_tokenizer", "synced_gpus",
+)  # fmt: skip
+_ARGUMENTS = inspect.signature(GenerationMixin.generate).parameters.keys()
 
 
 @dataclass
@@ -41,23 +48,6 @@ class _Running(threading.local):
 
 
 _running = _Running()
-
-
-class _Stops(StoppingCriteriaList):
-    """What may end a text, asked once a token: the cache hears which rows have ended, and what was not fed yet."""
-
-    def __init__(self, criteria: StoppingCriteriaList, cache: SinkCache, width: int):
-        super().__init__(criteria)
-        self.cache, self.done, self.width = cache, None, width
-        self.pads = any(hasattr(x, "eos_token_id") for x in criteria)  # as `generate` tells
-
-    def __call__(self, input_ids: Tensor, scores, **kwargs) -> Tensor:
-        self.cache.ended = self.done  # before this choice
-        self.cache.unfed = Unfed(input_ids[:, -1:], self.cache.ended, input_ids.shape[1] - self.width)
-        done = super().__call__(input_ids, scores, **kwargs)
-        if self.pads and len(input_ids) > 1:
-            self.done = done if self.done is None else self.done | done
-        return done
 
 
 class Generation:
@@ -131,7 +121,7 @@ class Generation:
         before = cache.changes if isinstance(cache, SinkCache) else 0
         _running.call = call
         try:
-            output = self._generate(inputs, *args, **kwargs)
+            output = self._generate(inputs, *args, **kwargs | self._own_loop(args, kwargs))
         except BaseException:
             call.is_search &= call.cache is not None and call.cache.changes != before
             if call.is_assisted and call.cache is not None and call.cache.changes != before:
@@ -150,6 +140,39 @@ class Generation:
             if sequences is not None:
                 sequences[:, : given.shape[1]] = given.repeat_interleave(len(sequences) // len(given), dim=0)
         return output
+
+    def _own_loop(self, args: tuple, kwargs: dict) -> dict:
+        """`custom_generate`, where transformers would run its loop for sampling, and alone; else nothing."""
+        is_usual_generate = getattr(self._generate, "__func__", None) is GenerationMixin.generate
+        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if len(args) > 1 or is_distributed or not (is_usual_generate and is_usual(self.model)):
+            return {}
+        if any(kwargs.get(name) not in (None, False) for name in ELSEWHERE):
+            return {}
+        config = kwargs.get("generation_config") or (args[0] if args else None)
+        asked = {name: x for name, x in kwargs.items() if name not in _ARGUMENTS}
+        config, _ = self.model._prepare_generation_config(config, **asked)
+        if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            return {}
+        return {"custom_generate": functools.partial(self._sample, kwargs.get("streamer"))}
+
+    def _sample(
+        self, streamer, model, input_ids: Tensor, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    ):
+        """`GenerationMixin._sample`, by a loop of our own where that serves."""
+        cache, pictures = named(CACHE, model_kwargs).get(CACHE), self.runner.pictures
+        later = {name: x for name, x in model_kwargs.items() if pictures is None or name not in pictures.names}
+        is_prepared = getattr(model.prepare_inputs_for_generation, "call", None) == self.prepare_inputs
+        if is_prepared and is_plain(later) and serves(model, cache, input_ids, stopping_criteria, generation_config):
+            return text_of(
+                model, self.runner, cache, input_ids, logits_processor, stopping_criteria, generation_config, streamer,
+                model_kwargs,
+            )  # fmt: skip
+        asked = dict(
+            logits_processor=logits_processor, stopping_criteria=stopping_criteria, generation_config=generation_config,
+            streamer=streamer,
+        )  # fmt: skip
+        return type(model)._sample(model, input_ids, **asked, **model_kwargs)
 
     def _refuse(self, args: tuple, kwargs: dict) -> None:
         """Raise ValueError for what cannot be right over a SinkCache, or would leave the model changed."""
@@ -235,7 +258,7 @@ class Generation:
         """`GenerationMixin._get_stopping_criteria`: the cache hears what they say."""
         criteria, call = self._stopping_criteria(*args, **kwargs), _running.call
         is_heard = call is not None and call.cache is not None and not call.is_search
-        return _Stops(criteria, call.cache, call.width) if is_heard else criteria
+        return Stops(criteria, call.cache, call.width) if is_heard else criteria
 
     def candidate_generator(self, *args, **kwargs):
         """`GenerationMixin._get_candidate_generator`: no more candidates at a time than can be taken back.

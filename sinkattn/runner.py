@@ -193,17 +193,25 @@ class Runner:
 
     @torch.no_grad()
     def logits(self, cache: SinkCache, ids: Tensor, mask: Tensor | None, keep: int = 1, are_checked: bool = False):
-        """`forward` and nothing else, for `Stream`: the logits of the last `keep` tokens, (batch, keep, vocabulary),
-        which the next step may overwrite. are_checked: whether the ids are known to be right: it may be a replay then.
+        """`forward` and nothing else: the logits of the last `keep` tokens, (batch, keep, vocabulary), which the next
+        step may overwrite. are_checked: whether the ids are known to be right: it may be a replay then.
+        """
+        output = self.replayed(cache, ids, mask) if are_checked else None
+        if output is None:
+            kept = {"logits_to_keep": keep} if "logits_to_keep" in self._parameters else {}
+            output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, **kept).logits
+        return output[:, -keep:].to(ids.device)  # of a model that is split by hand
+
+    @torch.no_grad()
+    def replayed(self, cache: SinkCache, ids: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The logits of a captured step, (batch, tokens, vocabulary), until the next one; None where the step has to
+        run, which nothing of has then. ids: known to be right.
         """
         is_wrapped = getattr(self.model.forward, "call", None) != self.forward  # by somebody else, since the patch
-        if are_checked and cache.plan is self.plan and not is_wrapped:
-            output = self._replayed({}, cache, ids, mask)
-            if output is not None:
-                return output.logits[:, -keep:]
-        kept = {"logits_to_keep": keep} if "logits_to_keep" in self._parameters else {}
-        output = self.model(input_ids=ids, attention_mask=mask, past_key_values=cache, **kept)
-        return output.logits[:, -keep:].to(ids.device)  # of a model that is split by hand
+        if cache.plan is not self.plan or is_wrapped:
+            return None
+        output = self._replayed({}, cache, ids, mask)
+        return None if output is None else output.logits
 
     def _few_tokens(self, cache: SinkCache, ids: Tensor, mask: Tensor):
         """What is captured: a step over the cache, on the device."""
