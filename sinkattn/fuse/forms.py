@@ -15,7 +15,7 @@ from ..cache import SinkCache
 from ..changes import Sight, traits
 from ..observe import AttentionRecord, ModuleRecord, same
 from ..step import Step
-from .parts import ACTIVATIONS, FusedLinear, Norm, Place, activation_of, is_plain, product, takes_one
+from .parts import ACTIVATIONS, FusedLinear, Norm, Place, Share, activation_of, product, takes_one
 
 PROJECTIONS = (  # names of what makes q, k and v, as three or as one
     ("q_proj", "k_proj", "v_proj"),
@@ -152,6 +152,8 @@ class Attention(Form):
             return False
         hidden, output = records[module].last
         projected, outer = [records[part] for part in self.projection.parts], records[self.output.parts[0]]
+        if not (self.projection.explains(records) and self.output.explains(records)):
+            return False
         if not all(same(x.last[0], hidden) for x in projected) or not same(outer.last[1], output):
             return False
         tokens = hidden.shape[1]
@@ -251,9 +253,10 @@ class Layer(Form):
         if not all(norms):
             return f"{' and '.join(LAYER_NORMS)} are not both RMSNorms"
         for mlp in module.children():
-            names = next((names for names in GATED if all(is_plain(getattr(mlp, n, None)) for n in names)), None)
+            has = lambda names: all(Share.of(getattr(mlp, name, None)) for name in names)  # noqa: B023, E731
+            names = next((names for names in GATED if has(names)), None)
             activation = activation_of(mlp)
-            if names is None or activation is None or not is_plain(getattr(mlp, "down_proj", None)):
+            if names is None or activation is None or not has(["down_proj"]):
                 continue
             layer = cls(module, record, attention, norms, mlp, names, activation)
             if layer._explains(records):
@@ -264,6 +267,8 @@ class Layer(Form):
         """Whether the numbers went through the layer as this form says."""
         parts = [self.norms[0].place.part, self.attention.module, self.norms[1].place.part, *self.gate_up.parts]
         if not all(part in records for part in (*parts, *self.down.parts)):
+            return False
+        if not (self.gate_up.explains(records) and self.down.explains(records)):
             return False
         hidden, output = records[self.module].last
         (before, normal), (taken, attended), (middle, normed), *gated = (records[part].last for part in parts)

@@ -9,9 +9,10 @@ import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from .. import ops
@@ -49,15 +50,55 @@ def is_plain(module: nn.Module | None) -> bool:
     )
 
 
+@dataclass
+class Share:
+    """What this process computes of a linear layer: all of it, some of its outputs, or, with a group, what some of its
+    inputs add to the sum over that group. weight, bias: parameters, or what is here of those that are split.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    group: "distributed.ProcessGroup | None" = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, module: nn.Module | None) -> "Share | None":
+        """None if a module is no linear layer, or more than that."""
+        if is_plain(module):
+            return cls(module.weight, module.bias)
+        if not _is_split(module):
+            return None
+        (placement,), mesh = module.weight.placements, module.weight.device_mesh
+        here = [x if x is None or type(x) is nn.Parameter else x.to_local() for x in (module.weight, module.bias)]
+        return cls(*here, mesh.get_group() if placement.is_shard(1) else None) if placement.is_shard() else None
+
+
+def _is_split(module: nn.Module | None) -> bool:
+    """Whether a module is a linear layer whose weight transformers has split over processes, and nothing else."""
+    if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks or module.training:
+        return False
+    mesh = getattr(module.weight, "device_mesh", None)
+    return getattr(mesh, "ndim", 0) == 1 and hasattr(module.weight, "to_local") and _runs_split(module)
+
+
+def _runs_split(module: nn.Module) -> bool:
+    """Whether transformers has put another forward on a module, as one of a model that is split over processes."""
+    return getattr(vars(module).get("forward"), "__module__", None) == "transformers.distributed.tensor_parallel"
+
+
+def _own_forward(module: nn.Module) -> Callable:
+    return MethodType(type(module).forward, module) if _runs_split(module) else module.forward
+
+
 class FusedLinear:
     """Linear layers with one input as one product: ``y = x [W1; W2; ...]^T + [b1; b2; ...]``.
 
     places: of the layers. weight (rows, in_features), bias (rows,) or None: while they are joined, else None, and the
-    layers are called one by one.
+    layers are called one by one. group: over which a layer's outputs are summed, None if they are whole.
     """
 
     def __init__(self, places: list[Place]):
-        self.places, self.weight, self.bias = places, None, None
+        self.places, self.weight, self.bias, self.group = places, None, None, None
         self._where: tuple = ()  # where the parameters were when they were joined
         self._moved: list[weakref.ref] = []  # parameters that lie side by side
 
@@ -65,16 +106,31 @@ class FusedLinear:
     def parts(self) -> list[nn.Module]:
         return [place.part for place in self.places]
 
+    def explains(self, records) -> bool:
+        """Whether what went through split layers is what they are taken for; of plain ones nothing else can be."""
+        for part in self.parts:
+            share = Share.of(part)
+            if is_plain(part) or share is None:
+                continue
+            x, y = records[part].last
+            if (x.shape[-1], y.shape[-1]) != share.weight.shape[::-1]:
+                return False
+            weight, bias = share.weight.float(), None if share.bias is None else share.bias.float()
+            room = 1e-2 if share.weight.dtype in (torch.float16, torch.bfloat16) else 1e-4
+            if share.group is None and not torch.allclose(F.linear(x.float(), weight, bias), y.float(), room, room):
+                return False
+        return True
+
     def join(self, shared: set[int]) -> None:
         """Lay the weights side by side, if they are not. shared: ids of parameters of several modules, which stay."""
-        parts = self.parts
-        if not all(is_plain(part) for part in parts):
+        shares = [Share.of(part) for part in self.parts]
+        if any(share is None or (share.group is not None and len(shares) > 1) for share in shares):
             self.weight = self.bias = None
             return
-        tensors = [(part.weight, part.bias) for part in parts]
+        tensors = [(share.weight, share.bias) for share in shares]
         if self.weight is not None and self._where == _where(tensors):
             return
-        self.weight = self.bias = None
+        self.weight, self.bias, self.group = None, None, shares[0].group
         kinds = {(w.dtype, w.device, b is None) for w, b in tensors}
         if len(kinds) > 1 or (len(tensors) > 1 and any(id(x) in shared for pair in tensors for x in pair)):
             return
@@ -84,7 +140,7 @@ class FusedLinear:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _side_by_side(self, parameters: list[nn.Parameter]) -> Tensor:
+    def _side_by_side(self, parameters: list[Tensor]) -> Tensor:
         """The parameters' content in one tensor, (rows, ...). They become parts of it, each a storage of its own."""
         if len(parameters) == 1:
             return parameters[0].data
@@ -113,7 +169,7 @@ class FusedLinear:
 
     def __getstate__(self) -> dict:
         """Of a copy: its parameters lie where they like, until the next look."""
-        return {"places": self.places, "weight": None, "bias": None, "_where": (), "_moved": []}
+        return {"places": self.places, "weight": None, "bias": None, "group": None, "_where": (), "_moved": []}
 
     def __call__(self, x: Tensor) -> Tensor:
         """x (..., in_features) to (..., sum of out_features)."""
@@ -153,13 +209,20 @@ class Norm:
         eps_name = next((name for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
         if type(weight) is not nn.Parameter or weight.dim() != 1 or weight.device.type == "meta" or eps_name is None:
             return None
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or ("forward" in vars(module) and not _runs_split(module))
+        ):
             return None
         if not isinstance(getattr(module, eps_name), float) or not takes_one(module):
             return None
-        if len(inspect.signature(module.forward).parameters) > 1:  # some take a gate too
+        if len(inspect.signature(_own_forward(module)).parameters) > 1:  # some take a gate too
             return None
         exact = copy.deepcopy(module).double()
+        vars(exact).pop(
+            "forward", None
+        )  # that of a split model alters gradients alone, or the numbers of the text tell
         eps = getattr(module, eps_name)
         x = torch.linspace(-2, 3, 2 * len(weight), dtype=torch.float64, device=weight.device).view(2, -1)
         x = torch.cat((x, x[:1] * eps**0.5))  # a row so small that eps counts
@@ -192,13 +255,21 @@ def takes_one(module) -> bool:
     """Whether something is a module that needs one input and no more."""
     if not isinstance(module, nn.Module):
         return False
-    parameters = inspect.signature(module.forward).parameters.values()
+    parameters = inspect.signature(_own_forward(module)).parameters.values()
     return sum(x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD for x in parameters) == 1
 
 
-def product(x: Tensor, linear: "FusedLinear | nn.Linear", norm: Norm | None = None, residual=None, activation=""):
+def product(x: Tensor, linear: FusedLinear, norm: Norm | None = None, residual=None, activation="") -> Tensor:
     """`ops.linear`, by torch where it does not take the call. x: (rows, in_features)."""
-    weight, bias = linear.weight, linear.bias
+    if linear.group is None:
+        return _product(x, linear.weight, linear.bias, norm, residual, activation)
+    y = _product(x, linear.weight, None, norm, None, activation)
+    distributed.all_reduce(y, group=linear.group)
+    y = y if linear.bias is None else y + linear.bias
+    return y if residual is None else residual + y
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, residual, activation: str) -> Tensor:
     if ops.takes_linear(x, weight):
         x, residual = x.contiguous(), None if residual is None else residual.contiguous()
         if norm is not None and x.dtype == torch.float16 and len(x) > ops.FEW_ROWS:

@@ -143,7 +143,7 @@ def _kind(x: Tensor) -> tuple:
 def _sizes_of(layer: Layer) -> Sizes | None:
     """Of a layer that the kernel may serve."""
     attention = layer.attention
-    if any(product.weight is None for product in layer.products) or attention.is_grouped:
+    if any(product.weight is None or product.group for product in layer.products) or attention.is_grouped:
         return None
     norms, of_heads = layer.norms, attention.norms or []
     if len({(norm.eps, norm.shift) for norm in norms}) > 1 or len({(norm.eps, norm.shift) for norm in of_heads}) > 1:
