@@ -5,8 +5,8 @@
 A model of Llama-3-8B's shape with random weights (`--layers` of its 32), patched with 4 sinks and a window of C - 4:
 first on one GPU by the first process, then over all processes with ``tp_plan="auto"``. The logits of a text of twice
 the window's length, in one piece and then token by token, are compared in float32 and in bfloat16; the decode step is
-timed in bfloat16 over a full cache, called as it is ("eager", where the patched model may replay a CUDA graph of its
-own) and as a graph that is captured here. Times are medians over steps.
+timed in bfloat16 over a full cache, launched by Python ("eager") and as `patch` leaves it, as a CUDA graph with its
+all-reduces inside ("captured"). Times are medians over steps.
 
 Writes tensor_parallel.csv (gpus, batch, capacity, mode, ms a step) and tensor_parallel.json (errors, device, versions).
 """
@@ -55,27 +55,15 @@ def logits_of(model, capacity: int, device) -> torch.Tensor:
 
 
 @torch.no_grad()
-def step_ms(model, batch: int, capacity: int, device, as_graph: bool, steps: int = 30) -> float:
+def step_ms(model, batch: int, capacity: int, device, steps: int = 30) -> float:
     """Milliseconds of one decode step of `batch` rows over a full cache: the median of `steps`."""
     cache, token = sinkattn.SinkCache(model), torch.full((batch, 1), 5, device=device)
     for row in torch.full((batch, capacity), 7, device=device).split(256, dim=1):
         model(row, past_key_values=cache, logits_to_keep=1)
-    step = lambda: model(token, past_key_values=cache).logits  # noqa: E731
-    if as_graph:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step()
-        step = graph.replay
     times = []
     for _ in range(steps + 5):
         start = now(device)
-        step()
+        model(token, past_key_values=cache)
         times.append((now(device) - start) * 1e3)
     return median(times[5:])
 
@@ -87,10 +75,11 @@ def measure(load, capacity: int, batches: list[int], device) -> tuple[dict, list
         model = load(dtype).eval()
         with sinkattn.patch(model, SINKS, capacity - SINKS):
             logits[dtype] = logits_of(model, capacity, device)
-            for batch in batches if dtype == torch.bfloat16 else []:
-                for as_graph in (False, True) if device.type == "cuda" else (False,):
-                    ms = step_ms(model, batch, capacity, device, as_graph)
-                    rows.append((batch, capacity, "graph" if as_graph else "eager", ms))
+        for mode in ("eager", "captured") if dtype == torch.bfloat16 and device.type == "cuda" else ():
+            with sinkattn.patch(model, SINKS, capacity - SINKS, cuda_graph=mode == "captured") as handle:
+                rows += [(batch, capacity, mode, step_ms(model, batch, capacity, device)) for batch in batches]
+                if mode == "captured" and handle.why_eager:
+                    raise SystemExit(f"the step is not captured: {handle.why_eager}")
         del model
         free(device)
     return logits, rows

@@ -209,20 +209,16 @@ class Norm:
         eps_name = next((name for name in ("variance_epsilon", "eps") if hasattr(module, name)), None)
         if type(weight) is not nn.Parameter or weight.dim() != 1 or weight.device.type == "meta" or eps_name is None:
             return None
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or ("forward" in vars(module) and not _runs_split(module))
-        ):
+        if module._forward_hooks or module._forward_pre_hooks:
+            return None
+        if "forward" in vars(module) and not _runs_split(module):
             return None
         if not isinstance(getattr(module, eps_name), float) or not takes_one(module):
             return None
         if len(inspect.signature(_own_forward(module)).parameters) > 1:  # some take a gate too
             return None
         exact = copy.deepcopy(module).double()
-        vars(exact).pop(
-            "forward", None
-        )  # that of a split model alters gradients alone, or the numbers of the text tell
+        vars(exact).pop("forward", None)  # of a split model: it alters gradients alone, or the text's numbers tell
         eps = getattr(module, eps_name)
         x = torch.linspace(-2, 3, 2 * len(weight), dtype=torch.float64, device=weight.device).view(2, -1)
         x = torch.cat((x, x[:1] * eps**0.5))  # a row so small that eps counts
