@@ -64,14 +64,14 @@ def _load_home(q, k, v, k_cache, v_cache, k_scales, v_scales, k_slot, v_slot, k_
                HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, DTYPE: tl.constexpr, HALF: tl.constexpr,
                START: tl.constexpr, PAIRED: tl.constexpr, SINK_BLOCK: tl.constexpr):  # fmt: skip
     """What only the home needs, and only it reads: the q (BLOCK_G, BLOCK_D) for the sinks; the new k (1, BLOCK_D) and
-    v (1, BLOCK_V) as numbers of the cache's dtype, and their scales (1, 1), None where it needs none; the first of the
+    v (1, BLOCK_V) as numbers of the cache's dtype, and their scales (1, 1), 0 where it needs none; the first of the
     sinks, (SINK_BLOCK, BLOCK_D) and (SINK_BLOCK, BLOCK_V), and their scales."""
     STORED: tl.constexpr = k_cache.dtype.element_ty
     members = members & at_home
     q_sink = load_turned(q, members, rotation, angles + 2 * HALF, dim, HEAD_DIM, HALF, START, PAIRED)
     k_new = load_turned(k, at_home, rotation, angles, dim, HEAD_DIM, HALF, START, PAIRED)
     v_new = tl.load(v + v_dim, mask=at_home & (v_dim < V_DIM), other=0.0)
-    k_scale, v_scale = None, None
+    k_scale, v_scale = 0, 0
     if STORED.primitive_bitwidth == 8:
         k_new, k_scale = quantised(k_new, STORED)
         v_new, v_scale = quantised(v_new.to(tl.float32), STORED)
@@ -170,6 +170,7 @@ def _decode_kernel(
         k_scales += row * k_scale_row + head.to(tl.int64) * k_scale_head
         v_scales += row * v_scale_row + head.to(tl.int64) * v_scale_head
     DTYPE: tl.constexpr = q.dtype.element_ty
+    SCALED: tl.constexpr = k_scales is not None
     first = split * span
     stop = tl.minimum(first + span, held)
     sinks = tl.where(is_home, tl.minimum(t, sink_size), 0).to(tl.int32)
@@ -205,8 +206,8 @@ def _decode_kernel(
     # Attend.
     if ONE_BLOCK:
         top, total, acc = attend(
-            q_ring, k_block, v_block, k_scale, v_scale, visible, slopes, age + 1, scale, top, total, acc, SOFTCAP, DOT
-        )
+            q_ring, k_block, v_block, k_scale, v_scale, visible, slopes, age + 1, scale, top, total, acc, SOFTCAP, DOT,
+            SCALED)  # fmt: skip
     else:
         for start in tl.range(first, stop, BLOCK, num_stages=STAGES):
             k_block, v_block, k_scale, v_scale, visible, age = _load_ring(
@@ -215,7 +216,7 @@ def _decode_kernel(
                 BLOCK)  # fmt: skip
             top, total, acc = attend(
                 q_ring, k_block, v_block, k_scale, v_scale, visible, slopes, age + 1, scale, top, total, acc, SOFTCAP,
-                DOT)  # fmt: skip
+                DOT, SCALED)  # fmt: skip
 
     if is_home:
         if not ONE_BLOCK:
@@ -246,7 +247,7 @@ def _decode_kernel(
         for start in tl.range(0, sinks, SINK_BLOCK, num_stages=1):
             top, total, acc = attend(
                 q_sink, k_sinks, v_sinks, k_sink_scale, v_sink_scale, slot < sinks - start, slopes,
-                seen_from - start - slot, scale, top, total, acc, SOFTCAP, DOT)  # fmt: skip
+                seen_from - start - slot, scale, top, total, acc, SOFTCAP, DOT, SCALED)  # fmt: skip
             after = start + SINK_BLOCK + slot
             k_sinks, v_sinks, k_sink_scale, v_sink_scale = load_block(
                 k_cache, v_cache, k_scales, v_scales, after, after < sinks, k_cache_slot, v_cache_slot, k_scale_slot,

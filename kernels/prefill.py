@@ -123,6 +123,7 @@ def _attend_kernel(
         k_new_scales += (row * (NUM_HEADS // GROUP) + kv_head) * tokens
         v_new_scales += (row * (NUM_HEADS // GROUP) + kv_head) * tokens
     DTYPE: tl.constexpr = q.dtype.element_ty
+    SCALED: tl.constexpr = k_scales is not None
     top, total, acc = open_softmax(learned_logits, head + tl.zeros_like(index), index < tokens, BLOCK_V)
     slopes = None if alibi_slopes is None else load_slopes(alibi_slopes, head + tl.zeros_like(index), index < tokens)
 
@@ -157,7 +158,7 @@ def _attend_kernel(
             distance = seen_from[:, None] - slot[None, :]
             top, total, acc = attend(
                 q_sink, k_block, v_block, k_scale, v_scale, visible, slopes, distance, scale, top, total, acc, SOFTCAP,
-                True)  # fmt: skip
+                True, SCALED)  # fmt: skip
 
     # The ring, back from the newest token.
     written = tl.maximum(length - sink_size, 0)  # tokens that ever went into it
@@ -172,8 +173,8 @@ def _attend_kernel(
         distance = age[None, :] + query[:, None] + 1
         visible = (age < seen)[None, :] & (distance < reach)
         top, total, acc = attend(
-            q_text, k_block, v_block, k_scale, v_scale, visible, slopes, distance, scale, top, total, acc, SOFTCAP, True
-        )
+            q_text, k_block, v_block, k_scale, v_scale, visible, slopes, distance, scale, top, total, acc, SOFTCAP,
+            True, SCALED)  # fmt: skip
 
     # The chunk: keys [low, high), of which all queries of the block see [all_low, all_high), in whole blocks.
     low = tl.maximum(tl.maximum(sink_size - length, 0).to(tl.int32), first - reach + 1)
@@ -187,8 +188,8 @@ def _attend_kernel(
             dim, v_dim, HEAD_DIM, V_DIM, DTYPE)  # fmt: skip
         behind = query[:, None] - key[None, :]
         top, total, acc = attend(
-            q_text, k_block, v_block, k_scale, v_scale, None, slopes, behind, scale, top, total, acc, SOFTCAP, True
-        )
+            q_text, k_block, v_block, k_scale, v_scale, None, slopes, behind, scale, top, total, acc, SOFTCAP,
+            True, SCALED)  # fmt: skip
     left = tl.cdiv(tl.maximum(tl.minimum(all_low, high) - low, 0), BLOCK_N)
     right = tl.cdiv(tl.maximum(high - all_high, 0), BLOCK_N)
     for edge in tl.range(0, left + right, num_stages=STAGES):
@@ -199,8 +200,8 @@ def _attend_kernel(
         behind = query[:, None] - key[None, :]
         visible = (behind >= 0) & (behind < reach)
         top, total, acc = attend(
-            q_text, k_block, v_block, k_scale, v_scale, visible, slopes, behind, scale, top, total, acc, SOFTCAP, True
-        )
+            q_text, k_block, v_block, k_scale, v_scale, visible, slopes, behind, scale, top, total, acc, SOFTCAP,
+            True, SCALED)  # fmt: skip
 
     acc = tl.where(q_inside, acc / total[:, None], 0.0)
     tl.store(out_rows, acc.to(out.dtype.element_ty), mask=out_inside)

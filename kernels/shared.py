@@ -63,7 +63,7 @@ def _shared_kernel(
         v_block = load_rows(v_shared + kv_head * v_head, slot, slot < stop, v_slot, v_dim, V_DIM)
         distance = seen_from[:, None] - slot[None, :]
         top, total, acc = attend(
-            q_sink, k_block, v_block, None, None, slot < stop, slopes, distance, scale, top, total, acc, SOFTCAP, True
+            q_sink, k_block, v_block, 0, 0, slot < stop, slopes, distance, scale, top, total, acc, SOFTCAP, True, False
         )
 
     place = (tl.program_id(1).to(tl.int64) * (queries // GROUP) + row) * (NUM_KV_HEADS * GROUP) + head

@@ -74,10 +74,10 @@ def load_turned(
 def load_block(k, v, k_scales, v_scales, index, inside, k_stride, v_stride, k_scale_stride, v_scale_stride,
                dim, v_dim, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Keys (N, BLOCK_D) and values (N, BLOCK_V) as `load_rows` has them, in DTYPE, which has all that 8 bits may hold,
-    and the scales of both, (N,), or None where k_scales and v_scales are."""
+    and the scales of both, (N,), or 0 where k_scales and v_scales are None, which Triton 3.6 cannot return."""
     k_block = load_rows(k, index, inside, k_stride, dim, HEAD_DIM).to(DTYPE)
     v_block = load_rows(v, index, inside, v_stride, v_dim, V_DIM).to(DTYPE)
-    k_scale, v_scale = None, None
+    k_scale, v_scale = 0, 0
     if k_scales is not None:
         index = index.to(tl.int64)
         k_scale = tl.load(k_scales + index * k_scale_stride, mask=inside, other=None if inside is None else 0.0)
@@ -135,12 +135,12 @@ def load_slopes(alibi_slopes, head, inside):
 @triton.jit
 def attend(
     q, k, v, k_scales, v_scales, visible, slopes, distance, scale, top, total, acc,
-    SOFTCAP: tl.constexpr, DOT: tl.constexpr,
+    SOFTCAP: tl.constexpr, DOT: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Take a block of keys through the online softmax; returns new ``top`` (M,), ``total`` (M,), ``acc`` (M, BLOCK_V).
 
-    q: (M, BLOCK_D), k: (N, BLOCK_D), v: (N, BLOCK_V). k_scales, v_scales: (N,) float32, what they are to be multiplied
-    by, which scores and weights are; None for nothing. visible: (N,), or (M, N) with DOT, or None: all are.
+    q: (M, BLOCK_D), k: (N, BLOCK_D), v: (N, BLOCK_V). k_scales, v_scales: (N,) float32, if SCALED, what they are to be
+    multiplied by, which scores and weights are. visible: (N,), or (M, N) with DOT, or None: all are.
     slopes: ALiBi's, (M, 1), in base 2, for a distance of the shapes of visible; None for none.
 
     With DOT the scores, (M, N), come from the tensor cores, and q is rounded to k's dtype. Without it M is 1, and the
@@ -152,7 +152,7 @@ def attend(
         scores = tl.dot(q.to(k.dtype), tl.trans(k), input_precision="ieee")
     else:
         scores = tl.sum(q * k.to(tl.float32), axis=1, keep_dims=True)
-    if k_scales is not None:
+    if SCALED:
         scores *= tl.expand_dims(k_scales, 1 - KEYS)
     # Mask.
     if SOFTCAP > 0 or slopes is not None:
@@ -173,9 +173,9 @@ def attend(
     total = total * fade + tl.sum(weights, axis=KEYS)
     acc = acc * fade[:, None]
     # Values.
-    if v_scales is not None and not (DOT and v.dtype == tl.float16):
+    if SCALED and not (DOT and v.dtype == tl.float16):
         weights *= tl.expand_dims(v_scales, 1 - KEYS)
-    if v_scales is not None and DOT and v.dtype == tl.float16:  # small scales would leave its range
+    if SCALED and DOT and v.dtype == tl.float16:  # small scales would leave its range
         largest = tl.max(v_scales, axis=0)
         weights *= (v_scales / tl.where(largest > 0, largest, 1.0))[None, :]
         acc += largest * tl.dot(weights.to(v.dtype), v, input_precision="ieee")
