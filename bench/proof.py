@@ -2,9 +2,9 @@
 
 It prepares the corpus, trains six small models side by side, and runs the tools of this folder on them and on the
 shipped model. Parts run as processes of their own as soon as what they need has ended, so that a part that fails or
-takes too long costs no other its results. Those that watch a clock run before the trainings begin, or beside them on a
-GPU of their own: with several GPUs the rest spreads over the others. Everything is written as it goes: results and
-models in folders, what every part printed in logs/, and commands, seconds and exits in proof.json.
+takes too long costs no other its results. The rest spreads over the GPUs, on the first one behind those that watch a
+clock. Everything is written as it goes: results and models in folders, what every part printed in logs/, and commands,
+seconds and exits in proof.json.
 
 `--tiny` runs the same on a CPU, in minutes, at sizes that show nothing but that all of it works.
 """
@@ -49,8 +49,11 @@ def plan(out: Path, tiny: bool, steps: int, gpus: int, left: Callable[[], float]
     size = (lambda full, small: str(small)) if tiny else (lambda full, small: str(full))
     corpus, models = out / "corpus", out / "models"
     files = ["--max-files", size(14_000, 60)]
-    beside = itertools.cycle(range(1, gpus) if gpus > 1 else [0])  # GPUs for what no clock watches
-    ready = ("corpus",) if gpus > 1 else ("corpus", "perplexity", "long run")
+    spread = itertools.cycle((*range(1, gpus), 0))  # GPUs for what no clock watches
+
+    def training(command: Callable[[], list[str] | None]) -> Part:
+        gpu = next(spread)
+        return Part(("corpus",) if gpu else ("corpus", "perplexity", "long run"), command, gpu)
 
     def train(name: str, count: int, *options: str) -> Callable[[], list[str] | None]:
         def command() -> list[str] | None:
@@ -81,7 +84,7 @@ def plan(out: Path, tiny: bool, steps: int, gpus: int, left: Callable[[], float]
 
     def recall(folder: str, *options: str) -> Part:
         command = on("recall", "recall.py", "--output-dir", f"{out / folder}", *options)
-        return Part(("train recall",), command, next(beside))
+        return Part(("train recall",), command, next(spread))
 
     loss = ["perplexity.py", "--tokens", size(8192, 700), "--texts", size(3, 1), "--dtype", "float32", "--batch", "64",
             "--every", size(1, 64)]  # fmt: skip
@@ -92,19 +95,19 @@ def plan(out: Path, tiny: bool, steps: int, gpus: int, left: Callable[[], float]
         "perplexity": Part((), lambda: [*loss, "--output-dir", f"{out / 'perplexity'}"]),
         "long run": Part(("perplexity",), lambda: long),
     }
-    parts["train recall"] = Part(ready, train("recall", 3 * steps // 2, "--mix", "recall"), next(beside))
+    parts["train recall"] = training(train("recall", 3 * steps // 2, "--mix", "recall"))
     for name in VARIANTS:
-        parts[f"train {name}"] = Part(ready, train(name, steps, "--sinks", name), next(beside))
-    parts["both ways"] = Part(ready, both_ways, next(beside))
+        parts[f"train {name}"] = training(train(name, steps, "--sinks", name))
+    parts["both ways"] = training(both_ways)
     trained = tuple(f"train {name}" for name in VARIANTS)
     tokens = ["--tokens", size(16_384, 1100)]
     short = ["--tokens", size(8192, 1100), "--experiment", "sinks", "dense", "window"]
     parts |= {
-        "ablation": Part(trained, ablation, next(beside)),
+        "ablation": Part(trained, ablation, next(spread)),
         "perplexity vanilla": Part(
             ("train vanilla",),
             on("vanilla", *loss, "--chunk", "512", "--output-dir", f"{out / 'perplexity_vanilla'}"),
-            next(beside),
+            next(spread),
         ),
         "recall": recall("recall", *tokens, "--texts", size(3, 1)),
         "recall by distance": recall("recall_distance", *short, "--back", size("5,10,20,30,40,50,60,70", "5,20")),
