@@ -14,6 +14,7 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList,
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput
 
 from .cache import SinkCache
+from .choice import likeliest
 from .introspect import CACHE, input_device
 from .runner import Runner
 from .unfed import Unfed
@@ -103,13 +104,13 @@ def _choice(
 ) -> tuple[Tensor, Tensor | None]:
     """The next ids, (batch,), and if they are drawn, whether every row has a distribution, () bool."""
     if not processors and not do_sample:
-        return logits.argmax(-1), None  # the largest is the largest in any dtype
+        return likeliest(logits), None  # the largest is the largest in any dtype
     scores = processors(ids, logits.to(torch.float32, copy=True))
     if not do_sample:
-        return scores.argmax(-1), None
+        return likeliest(scores), None
     probabilities = scores.softmax(-1)
     noise = torch.empty_like(probabilities).exponential_()  # `torch.multinomial`, which waits to see that it can
-    return (probabilities / noise).argmax(-1), ~probabilities[:, 0].isnan().any()
+    return likeliest(probabilities / noise), ~probabilities[:, 0].isnan().any()
 
 
 class _Told:

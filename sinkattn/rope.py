@@ -75,21 +75,26 @@ class Rope:
 
     def table_of_places(self, places: Tensor) -> Tensor:
         """`table` of tokens with three positions each, (..., 3) int64. Returns (..., 2, r / 2)."""
-        return self._cos_sin(places[..., self.axes.to(places.device)] * self._tables(places.device)[0][0])
+        return self._cos_sin(places[..., self.axes.to(places.device)], self._tables(places.device)[0][0])
 
-    def table(self, positions: Tensor, lengths: Tensor) -> Tensor:
+    def table(self, positions: Tensor, lengths: Tensor | None = None) -> Tensor:
         """``[cos | sin](position * frequency)`` in float32.
 
-        positions: (..., P) int64; lengths: broadcastable to positions, tokens the row holds. Returns
-            (..., P, 2, r / 2).
+        positions: (..., P) int64; lengths: broadcastable to positions, tokens the row holds, which counts if the rope
+            `varies`. Returns (..., P, 2, r / 2).
         """
         frequencies = self._tables(positions.device)[0]
         frequencies = frequencies[self.sets(lengths)] if self.varies else frequencies[0]
-        return self._cos_sin(positions[..., None] * frequencies)
+        return self._cos_sin(positions[..., None], frequencies)
 
-    def _cos_sin(self, angles: Tensor) -> Tensor:
-        """(..., r / 2) float64 to ``[cos | sin]``, (..., 2, r / 2) float32: cos(x) = sin(x + pi / 2) in one kernel."""
-        return torch.sin(angles[..., None, :] + self._tables(angles.device)[2]).float()
+    def _cos_sin(self, positions: Tensor, frequencies: Tensor) -> Tensor:
+        """(..., r / 2 or 1) int64 and (..., r / 2) float64 to ``[cos | sin]``, (..., 2, r / 2) float32.
+
+        Two kernels, of every step: cos(x) is sin(x + pi / 2).
+        """
+        quarter = self._tables(positions.device)[2]
+        angles = torch.addcmul(quarter, positions[..., None, :], frequencies[..., None, :])
+        return torch.sin(angles, out=torch.empty_like(angles, dtype=torch.float32))
 
 
 @dataclass(frozen=True)

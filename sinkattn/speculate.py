@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .cache import SinkCache
-from .choice import Choice
+from .choice import Choice, likeliest
 from .graph import Repeated
 from .introspect import embedded_ids, input_device
 
@@ -97,9 +97,9 @@ class Draft:
     def _drawn(self) -> tuple[Tensor, Tensor | None]:
         scores = self.choice.scores(self.scores, self.target.rows.held)
         if self.noise is None:
-            return scores.argmax(-1), None
+            return likeliest(scores), None
         chances = scores.softmax(-1)
-        return (chances / self.noise).argmax(-1), chances
+        return likeliest(chances / self.noise), chances
 
     def judged(self, taken: Tensor, fed: Tensor) -> None:
         self.cache.rows.take_back(torch.where(fed, (self.k - 1 - taken).clamp(min=0), 0), self.k)
@@ -225,7 +225,7 @@ class Rounds:
         k, fed, lengths = self.k, self.fed, self.cache.rows.lengths
         column = torch.arange(k + 1, device=lengths.device)
         scores = self.choice.scores(self.scores.flatten(0, 1), self._held).view_as(self.scores)
-        said = scores.argmax(-1) if self.noise is None else scores.softmax(-1)  # ids, or chances of all
+        said = likeliest(scores) if self.noise is None else scores.softmax(-1)  # ids, or chances of all
         is_end = self.choice.ends_text(self.ids)
         until_end = (is_end.cumsum(1) == 0).sum(1) + 1  # tokens up to the first end, k + 1 for none
         agreeing = (self._agrees(said) & ~self.closes[:, None]).cumprod(1).sum(1)
@@ -272,7 +272,7 @@ class Rounds:
         else:
             rest = (of_model - _at(self.chances, at)).clamp(min=0)
         is_refused = (here < self.k) & (rest.sum(1, keepdim=True) > 0)
-        return (torch.where(is_refused, rest, of_model) / self.noise).argmax(-1)
+        return likeliest(torch.where(is_refused, rest, of_model) / self.noise)
 
 
 def _at(x: Tensor, column: Tensor) -> Tensor:

@@ -196,9 +196,7 @@ class Step:
             if self._places is not None:
                 both = torch.stack((self._places, self._sink_places), dim=2).to(device)
                 return self._rotations.setdefault((rope, device), rope.table_of_places(both))
-            self._rotations[rope, device] = rope.table(
-                torch.stack((text, self._sink_positions(text)), dim=-1), text[..., None] + 1
-            )
+            self._rotations[rope, device] = rope.table(torch.stack((text, self._sink_positions(text)), dim=-1))
         return self._rotations[rope, device]
 
     def _sink_positions(self, text: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
 from .arguments import whole
-from .choice import Choice
+from .choice import Choice, likeliest
 from .graph import Repeated
 from .speculate import Draft, Lookup, Rounds
 from .stream_texts import StreamTexts, side_stream
@@ -266,7 +266,7 @@ class Stream(StreamTexts):
         scores = settings.scores(self._logits, self._cache.rows.held)
         if settings.do_sample:
             scores = scores.softmax(-1) / self._noise  # exponentially distributed: the largest is a draw
-        ids = scores.argmax(-1)
+        ids = likeliest(scores)
         if not watched:  # every row takes its token
             return ids, None, None
         fed = ~self._ended

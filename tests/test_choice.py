@@ -4,7 +4,9 @@ import pytest
 import torch
 import transformers
 
+from helpers import DEVICES
 from sinkattn import Stream, patch
+from sinkattn.choice import likeliest
 from tiny import tiny
 
 S, W, ROWS = 4, 30, 200
@@ -64,3 +66,19 @@ def test_what_a_stream_cannot_choose_by(model):
         with pytest.raises(ValueError, match=message):
             stream.generate(5, generation_config=transformers.GenerationConfig(**told))
     assert len(list(stream.generate(5, top_k=None, eos_token_id=[]))) == 5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("vocabulary", [97, 4096, 50257, 128256, 151936])
+def test_the_likeliest_is_the_first_of_the_largest(vocabulary, device):
+    """Few values, so that many are the largest; NaN is above all, and minus infinity may be all there is."""
+    for dtype in (torch.float32, torch.bfloat16):
+        scores = torch.randint(-3, 4, (5, vocabulary)).to(device, dtype)
+        scores[1] = -torch.inf
+        scores[2, vocabulary // 3 :: 7] = torch.nan
+        scores[3] = torch.randn(vocabulary).to(scores)
+        first = scores == scores.amax(-1, keepdim=True)
+        first[2] = scores[2].isnan()
+        expected = first.int().cpu().numpy().argmax(-1)
+        assert likeliest(scores).tolist() == expected.tolist()
+        assert likeliest(scores.view(5, 1, -1))[:, 0].tolist() == expected.tolist()

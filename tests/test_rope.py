@@ -4,6 +4,7 @@ import mpmath
 import pytest
 import torch
 
+from helpers import DEVICES
 from sinkattn import SinkCache, patch
 from sinkattn.rope import Rope
 from tiny import FAMILIES, ROPES, tiny
@@ -58,12 +59,13 @@ def test_own_windows():
             assert [(x.sink_size, x.window_size, x.sink_reach) for x in rings] == [own, usual, own, usual]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("position", [0, 1, 4095, 4_000_000, 2**31 + 1, 2**40 + 3])
-def test_angles_are_exact(position):
+def test_angles_are_exact(position, device):
     """Against 50-digit arithmetic: float32 results of float64 angles, to the last bit or next to it."""
     frequencies = (1.0 / 10000 ** (torch.arange(0, 64, 2) / 64)).double()[None]
     rope = Rope(0, False, frequencies, torch.zeros(15, dtype=torch.int64))
-    cos, sin = rope.table(torch.tensor([position]), torch.tensor([position + 1]))[0].double()
+    cos, sin = rope.table(torch.tensor([position], device=device))[0].double()
     with mpmath.workdps(50):
         for i, frequency in enumerate(frequencies[0].tolist()):
             angle = mpmath.mpf(position) * mpmath.mpf(frequency)
