@@ -466,8 +466,10 @@ def test_proof_plans_what_exists(tmp_path):
     assert 2 < float(command[command.index("--minutes") + 1]) < 5
     assert "long run" in parts["train zero"].needs and {part.gpu for part in parts.values()} == {0}
     four = proof.plan(tmp_path, False, 10, 4, lambda: 300.0)
-    assert {four[name].gpu for name in four if name.startswith("train")} == {1, 2, 3} and four["long run"].gpu == 0
-    assert four["train zero"].needs == ("corpus",)  # the clocks run on another GPU
+    trained = [four[name] for name in four if name.startswith("train")]
+    assert {part.gpu for part in trained} == {0, 1, 2, 3} and four["long run"].gpu == 0
+    for part in trained:  # none beside those that watch a clock
+        assert part.needs == (("corpus",) if part.gpu else ("corpus", "perplexity", "long run"))
     assert parts["ablation"].command()[-2:] == ["--model", "demo"]
 
 
