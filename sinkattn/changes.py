@@ -178,7 +178,7 @@ class Lookout:
         """Whether something was put into a model since the last look."""
         return self._made != made()
 
-    @torch.compiler.disable  # whose own look at what was looked at fails if a module goes meanwhile
+    @torch.compiler.disable  # dynamo would trace it, and fails where a module of another model goes meanwhile
     def look(self, fused) -> None:
         """See what has changed. fused: the model's `Fused`, which looks as well, or None.
 

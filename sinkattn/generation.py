@@ -1,4 +1,4 @@
-"""What transformers' `generate` asks of a patched model: its cache, its inputs, when rows end, and candidates."""
+"""What transformers' `generate` asks of a patched model: its cache, its inputs, which loop, and candidates."""
 
 import functools
 import inspect
@@ -48,6 +48,11 @@ class _Running(threading.local):
 
 
 _running = _Running()
+
+
+def _config_of(args: tuple, kwargs: dict) -> transformers.GenerationConfig | None:
+    """What `generate` is given as its configuration: by name, or behind its inputs."""
+    return kwargs.get("generation_config") or (args[0] if args else None)
 
 
 class Generation:
@@ -149,7 +154,7 @@ class Generation:
             return {}
         if any(kwargs.get(name) not in (None, False) for name in ELSEWHERE):
             return {}
-        config = kwargs.get("generation_config") or (args[0] if args else None)
+        config = _config_of(args, kwargs)
         asked = {name: x for name, x in kwargs.items() if name not in _ARGUMENTS}
         config, _ = self.model._prepare_generation_config(config, **asked)
         if config.get_generation_mode() not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -176,7 +181,7 @@ class Generation:
 
     def _refuse(self, args: tuple, kwargs: dict) -> None:
         """Raise ValueError for what cannot be right over a SinkCache, or would leave the model changed."""
-        config, mask = kwargs.get("generation_config") or (args[0] if args else None), kwargs.get("attention_mask")
+        config, mask = _config_of(args, kwargs), kwargs.get("attention_mask")
         told = lambda name: next((x for x in (kwargs.get(name), getattr(config, name, None)) if x is not None), None)  # noqa: E731
         if told("assistant_early_exit"):
             raise ValueError("assistant_early_exit runs a part of the model, whose other layers a SinkCache waits for")
@@ -187,7 +192,7 @@ class Generation:
 
     def _pad_of(self, args: tuple, kwargs: dict) -> int | None:
         """The id that `generate` takes for padding wherever it stands, None if there is none."""
-        config = kwargs.get("generation_config") or (args[0] if args else None)
+        config = _config_of(args, kwargs)
         pad, ends = (self._token(name, config, kwargs) for name in ("pad_token_id", "eos_token_id"))
         return pad[0] if kwargs.get("attention_mask") is None and pad and pad[0] not in ends else None
 

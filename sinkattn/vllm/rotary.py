@@ -37,7 +37,7 @@ class Rotation:
 
     def table(self, positions: Tensor) -> Tensor:
         """``factor * [cos | sin]`` of (..., P) int64 positions, (..., P, 2, r / 2) float32."""
-        return self.rope.table(positions, positions) * self.factor
+        return self.rope.table(positions) * self.factor
 
 
 def rotation_of(module, frequencies: Tensor) -> Rotation:
