@@ -3,6 +3,7 @@
 In float64 nothing but the 8 bits rounds, so that two ways to the same text store the same bits.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -36,8 +37,12 @@ EXACT = 1e-9  # of logits in float64, relative to their spread
 ALLOWED = {"int8": 0.3, "fp8": 1.5}
 
 
+class TooNear(Exception):
+    """A number lies so near the middle of two steps that the last bits of float32 angles decide where it goes."""
+
+
 def rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """Rows as a cache in 8 bits has them, by numpy and a list of all numbers that there are."""
+    """Rows as a cache in 8 bits has them, by numpy and a list of all numbers that there are. Raises TooNear."""
     x32 = x.numpy().astype(np.float32)
     if kind == "int8":
         numbers = np.arange(-127, 128, dtype=np.float32)
@@ -49,13 +54,19 @@ def rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
     over = x32 / scale
     above = np.searchsorted(numbers, over).clip(1, len(numbers) - 1)
     low, high = numbers[above - 1], numbers[above]
-    assert not (over - low == high - over).any()  # a tie, which random numbers do not make
+    # Two numbers of a pair by cosine and sine, each off by half of float32's eps, and three times as much for what that
+    # does to layers further on.
+    if (np.abs(over - (low + high) / 2) <= 4 * numbers.max() * np.finfo(np.float32).eps).any():
+        raise TooNear
     return torch.from_numpy(np.where(over - low < high - over, low, high).astype(np.float64) * scale)
 
 
 @torch.no_grad()
 def oracle_logits(model, ids, kind):
-    """(1, n, vocabulary) of an unpatched Llama in one pass: its code but for attention, at positions that are all 0."""
+    """(1, n, vocabulary) of an unpatched Llama in one pass: its code but for attention, at positions that are all 0.
+
+    Raises TooNear.
+    """
     frequencies = model.model.rotary_emb.inv_freq.double()
 
     def turn(x, positions):
@@ -90,8 +101,11 @@ def double(name="llama"):
 @every_kind
 def test_as_the_oracle_however_it_is_cut(kind):
     """It attends to what is stored, the newest token's key and value too; past the wrap."""
-    model, ids = double(), random_ids(1, 3 * C + 7)
-    expected = oracle_logits(model, ids, kind)
+    model, expected = double(), None
+    while expected is None:
+        ids = random_ids(1, 3 * C + 7)
+        with contextlib.suppress(TooNear):
+            expected = oracle_logits(model, ids, kind)
     assert relative_error(expected, streaming_logits(model, ids, S, W)) > 1e-3  # there is something to see
     with patch(model, S, W, cache_dtype=kind):
         for size in (1, 7, C, ids.shape[1]):
