@@ -47,9 +47,12 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["amx"] = [*INSTRUCTION_SETS["avx512_bf16"], "-mamx-tile", "-mamx-bf16"]
 NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xfatbin=-compress-all", "--threads=2"]
 AMPERE = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]"]  # and later
+LARGE = AMPERE[1:]  # Hopper and later
 HOPPER = ["-gencode=arch=compute_90a,code=sm_90a"]
 CUDA_SOURCES = {  # file, the slowest to compile first: the GPUs it is for
     "sm80/decode": AMPERE,
+    "sm80/decode_int8": LARGE,
+    "sm80/decode_e4m3": LARGE,
     "sm90/prefill": HOPPER,
     "sm90/linear_wide": HOPPER,
     "sm80/linear": AMPERE,

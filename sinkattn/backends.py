@@ -194,6 +194,12 @@ def has_float8(index: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
+def is_new(index: int) -> bool:
+    """Whether a GPU is one that the decode of csrc/cuda takes caches in 8 bits on."""
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+@torch.compiler.assume_constant_result
 def is_large(index: int) -> bool:
     """Whether a GPU has the clusters and the shared memory that every decode of csrc/cuda may want."""
     properties = torch.cuda.get_device_properties(index)
@@ -201,13 +207,13 @@ def is_large(index: int) -> bool:
 
 
 def begins_aligned(x: Tensor) -> bool:
-    """Whether 16-bit numbers begin at a multiple of 16 bytes. Compilation knows no offsets: it takes it so."""
-    return torch.compiler.is_compiling() or x.storage_offset() % 8 == 0
+    """Whether numbers begin at a multiple of 16 bytes. Compilation knows no offsets: it takes it so."""
+    return torch.compiler.is_compiling() or x.storage_offset() * x.itemsize % 16 == 0
 
 
 def _is_aligned(x: Tensor) -> bool:
-    """Whether rows of 16-bit numbers begin at multiples of 16 bytes."""
-    return begins_aligned(x) and all(stride % 8 == 0 for stride in x.stride()[:3])
+    """Whether rows of numbers begin at multiples of 16 bytes."""
+    return begins_aligned(x) and all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:3])
 
 
 # What each backend is: why it cannot serve a kind of device, why it does not take a call, and what runs the call.
@@ -255,9 +261,16 @@ def _refused_by_kernels(op: str, t: Tensors) -> str | None:
     )
 
 
+def _without_float8(t: Tensors) -> str | None:
+    """Why a GPU does not take the caches: it cannot convert them."""
+    if t.k_cache.dtype == torch.float8_e4m3fn and t.q.is_cuda and not has_float8(t.q.device.index):
+        return "float8_e4m3fn caches on GPUs of compute capability 8.9 and later; int8 serves on all"
+    return None
+
+
 def _refused_by_cuda(op: str, t: Tensors) -> str | None:
-    if t.k_cache.dtype != t.q.dtype:
-        return f"caches of q's dtype, not {t.k_cache.dtype}; backend='triton' takes those"
+    if reason := _without_float8(t):
+        return reason
     if (reason := _refused_by_kernels(op, t)) or op == "prefill":  # Triton runs the prefills that csrc/cuda does not
         return reason
     head_dims, group = (t.q.shape[3], t.v.shape[3]), t.q.shape[1] // t.v.shape[1]
@@ -268,6 +281,8 @@ def _refused_by_cuda(op: str, t: Tensors) -> str | None:
         reason = f"(head_dim, v_head_dim) one of {', '.join(map(str, CUDA_HEAD_DIMS))}, not {head_dims}"
     elif group > CUDA_MAX_GROUP:
         reason = f"up to {CUDA_MAX_GROUP} query heads per key head, not {group}"
+    elif t.k_cache.dtype != t.q.dtype and not is_new(t.q.device.index):
+        reason = f"{t.k_cache.dtype} caches on GPUs of compute capability 9.0 and later"
     elif apart:
         reason = f"caches whose rows are aligned to 16 bytes, not strides {apart[0]}"
     return reason and f"{reason}; backend='triton' takes more"
@@ -276,9 +291,7 @@ def _refused_by_cuda(op: str, t: Tensors) -> str | None:
 def _refused_by_triton(op: str, t: Tensors) -> str | None:
     if t.q.device.type == "cpu" and t.q.dtype == torch.bfloat16:
         return "float32 and float16 on the CPU: Triton's interpreter multiplies bfloat16 wrongly"
-    if t.k_cache.dtype == torch.float8_e4m3fn and t.q.is_cuda and not has_float8(t.q.device.index):
-        return "float8_e4m3fn caches on GPUs of compute capability 8.9 and later; int8 serves on all"
-    return _refused_by_kernels(op, t)
+    return _without_float8(t) or _refused_by_kernels(op, t)
 
 
 def _is_few(t: Tensors, s: Sizes) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import changes, interface, ops, verify
-from .backends import has_float8
+from .backends import has_float8, is_new
 from .fuse import Fused
 from .generation import Generation
 from .interface import IMPLEMENTATION, current
@@ -287,13 +287,14 @@ def _check_plan(plan: Plan, device: torch.device) -> None:
     """Raise UnsupportedModelError for a layer that the backend asked for by name, or a cache in 8 bits, does not serve,
     and for a GPU or a backend that has no such cache."""
     stored = CACHE_DTYPES[plan.cache_dtype]
-    if stored is not None and plan.backend == "cuda":
-        raise UnsupportedModelError(
-            f"cache_dtype={plan.cache_dtype!r}: backend 'cuda' does not serve that yet, 'auto' and 'triton' do"
-        )
     if stored == torch.float8_e4m3fn and device.type == "cuda" and not has_float8(device.index or 0):
         raise UnsupportedModelError(
             "cache_dtype='fp8' needs a GPU of compute capability 8.9 or later; 'int8' serves on all"
+        )
+    if stored is not None and device.type == "cuda" and plan.backend == "cuda" and not is_new(device.index or 0):
+        raise UnsupportedModelError(
+            f"cache_dtype={plan.cache_dtype!r}: backend 'cuda' needs a GPU of compute capability 9.0 or later for it, "
+            "'auto' and 'triton' do not"
         )
     for (layer_idx, _), probed in plan.layers.items() if stored is not None else ():
         if probed.rope is not None and probed.rope.varies:

@@ -91,8 +91,8 @@ class Case:
 
         def eight_bits(dim):
             most = reference.LARGEST[self.stored]
-            large = (most / 3 * torch.randn(batch + 1, self.kv_heads, slots + 3, dim + 8)).clamp(-most, most)
-            part = large.to(self.stored)[1:, :, 2:-1, 8:]
+            large = (most / 3 * torch.randn(batch + 1, self.kv_heads, slots + 3, dim + 16)).clamp(-most, most)
+            part = large.to(self.stored)[1:, :, 2:-1, 16:]
             part.view(torch.int8).masked_fill_(empty, 127)  # 127 is NaN in float8
             scales = (torch.rand(batch, self.kv_heads, slots, 2) + 0.5)[..., 0] * 3 / most
             return part, scales.masked_fill_(empty[..., 0], torch.nan)

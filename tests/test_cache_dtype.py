@@ -274,12 +274,13 @@ def test_what_is_refused(monkeypatch):
             patch(tiny(name), S, W, cache_dtype="int8")
     with patch(model, S, W, cache_dtype="fp8") as handle:
         assert "cache_dtype='fp8'" in repr(handle)
-        with pytest.raises(UnsupportedModelError, match="backend 'cuda' does not serve that yet"):
-            _check_plan(dataclasses.replace(handle.plan, backend="cuda"), torch.device("cuda", 0))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 6))
         with pytest.raises(UnsupportedModelError, match="compute capability 8.9 or later; 'int8' serves"):
             _check_plan(handle.plan, torch.device("cuda", 0))
-        _check_plan(dataclasses.replace(handle.plan, cache_dtype="int8"), torch.device("cuda", 0))
+        of_int8 = dataclasses.replace(handle.plan, cache_dtype="int8")
+        _check_plan(of_int8, torch.device("cuda", 0))
+        with pytest.raises(UnsupportedModelError, match="'cuda' needs a GPU of compute capability 9.0 or later for it"):
+            _check_plan(dataclasses.replace(of_int8, backend="cuda"), torch.device("cuda", 0))
 
 
 @pytest.mark.real

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cases import same_bits
 from sinkattn import reference
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +26,8 @@ EMULATED = ROOT / "tests" / "emulated"
 SHARED = re.compile(r"extern __shared__ (__align__\(128\) )?uint4 shared\[\];")
 OURS = "uint4* const shared = static_cast<uint4*>(emulated::dynamic_shared());"
 ACTIVATIONS = {1: F.silu, 2: lambda x: F.gelu(x, approximate="tanh"), 3: F.gelu}  # as Activation of csrc counts them
+DIMS = [(64, 64), (128, 128), (192, 128)]  # head_dim and v_head_dim of decode
+KINDS = [None, torch.int8, torch.float8_e4m3fn]  # of its caches, as Stored of csrc/cuda counts them
 ERRORS = {torch.float16: 0.005, torch.bfloat16: 0.04}  # root mean square over the spread: some ten roundings
 
 pytestmark = [pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"), pytest.mark.xdist_group("emulated")]
@@ -297,9 +300,13 @@ def test_linear(rows, linear):
         assert (found.double() - y).abs().max() < 16 * torch.finfo(dtype).eps * y.abs().max()
 
 
+every_kind = pytest.mark.parametrize("stored", KINDS, ids=["16 bits", "int8", "float8"])
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 5, 16])
 @pytest.mark.parametrize("heads", [(3, 1), (8, 2), (7, 1), (20, 2)])
-def test_decode(heads, tokens, decode):
+@every_kind
+def test_decode(stored, heads, tokens, decode):
     """One token a row or a few, at random lengths, in one block or several that meet in memory."""
     for _ in range(3):
         num_heads, kv_heads = heads if tokens == 1 or heads[0] // heads[1] < 9 else (heads[0] // 2, heads[1])
@@ -308,27 +315,82 @@ def test_decode(heads, tokens, decode):
         edge = sinks + ring
         lengths = random.choices([0, 1, sinks, edge - 1, edge, edge + 1, 3 * edge + 7], k=rows)
         counts = torch.randint(0, tokens + 1, (rows,)) if random.random() < 0.5 else None
-        check_decode(decode, num_heads, kv_heads, tokens, sinks, window, ring, torch.tensor(lengths), counts)
+        lengths = torch.tensor(lengths)
+        check_decode(decode, num_heads, kv_heads, tokens, sinks, window, ring, lengths, counts, stored=stored)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
-def test_decode_all_round_the_ring(tokens, decode):
+@every_kind
+def test_decode_all_round_the_ring(stored, tokens, decode):
     """Wherever the newest token lies in a ring with spare slots: tiles that are all seen are told from those that are
     not quite."""
     sinks, window, ring = 1, 33, 33 + tokens - 1 + 3
     lengths = torch.arange(2 * ring, 3 * ring) + sinks
     for _ in range(2):
-        check_decode(decode, 2, 1, tokens, sinks, window, ring, lengths, None, is_plain=True)
+        check_decode(decode, 2, 1, tokens, sinks, window, ring, lengths, None, is_plain=True, stored=stored)
 
 
-def check_decode(decode, num_heads, kv_heads, tokens, sinks, window, ring, lengths, counts, is_plain=False) -> None:
+@pytest.mark.parametrize("dims", [(80, 80), (96, 96), (192, 192), (256, 256)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 2])
+@every_kind
+def test_decode_of_other_dims(stored, tokens, dims, decode):
+    lengths = torch.tensor([2, 200])
+    check_decode(decode, 4, 2, tokens, 4, 60, 64, lengths, None, stored=stored, dims=dims)
+
+
+@pytest.mark.parametrize("stored", KINDS[1:], ids=["int8", "float8"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_all_numbers_of_8_bits(dtype, stored, decode):
+    """Each of the 256, in a key and in a value: one key alone is seen, so that a score says what it was by its weight
+    beside a learned logit, and the output what the value was."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.int8).view(stored)
+    numbers = numbers[numbers.float().isfinite()]
+    rows, slots, dim = len(numbers), 2, 64
+    q, k, v = torch.zeros(rows, 2, 1, dim), torch.zeros(rows, 1, 1, dim), torch.zeros(rows, 1, 1, dim)
+    q[..., 5], k[..., 0] = 1 / 64, 1.0
+    caches = [torch.zeros(rows, 1, slots, dim, dtype=torch.int8).view(stored) for _ in range(2)]
+    caches[0][:, 0, 0, 5], caches[1][:, 0, 0, 33] = numbers, numbers
+    scales, lengths = [torch.ones(rows, 1, slots) for _ in range(2)], torch.ones(rows, dtype=torch.int64)
+    q, k, v, out = (x.to(dtype) for x in (q, k, v, torch.zeros(rows, 1, 2, dim)))
+    sizes = [rows, 2, 1, 1, dim, dim, 0, slots, slots, 0, 0, 0, dtype == torch.bfloat16, 1, 0, 1, KINDS.index(stored)]
+    tensors = q, k, v, *caches, out, lengths, None, None, None, None, *scales, None, None
+    pointers = [ctypes.c_void_p(_number(x)) for x in tensors]
+    assert decode.run_decode(_all(sizes), _all((1.0, 0.0), ctypes.c_double), *pointers) == 0
+    weight = torch.sigmoid(numbers.double() / 64)  # beside that of the new key, whose score and value are zero
+    expected = (weight * numbers.double())[:, None].expand(rows, 2)
+    torch.testing.assert_close(out[:, 0, :, 33].double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("stored", KINDS[1:], ids=["int8", "float8"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("what", ["key", "value"])
+def test_decode_of_what_is_not_finite(what, bad, stored, decode):
+    """Makes NaN of its head's outputs, and of no other's; a row of zeros has a scale of 0."""
+    q, k, v = (torch.randn(1, heads, 1, 64).half() for heads in (4, 2, 2))
+    (k if what == "key" else v)[0, 1, 0, 7] = bad
+    v[0, 0] = 0
+    caches = [torch.ones(1, 2, 20, 64, dtype=torch.int8).view(stored) for _ in range(2)]
+    scales, out = [torch.ones(1, 2, 20) for _ in range(2)], torch.zeros(1, 1, 4, 64).half()
+    sizes = [1, 4, 2, 1, 64, 64, 4, 16, 16, 0, 0, 0, False, 1, 0, 1, KINDS.index(stored)]
+    tensors = q, k, v, *caches, out, torch.tensor([50]), None, None, None, None, *scales, None, None
+    pointers = [ctypes.c_void_p(_number(x)) for x in tensors]
+    assert decode.run_decode(_all(sizes), _all((0.125, 0.0), ctypes.c_double), *pointers) == 0
+    assert out[0, 0, :2].isfinite().all() and out[0, 0, 2:].isnan().all()
+    slot = int(reference.slot_of(torch.tensor(50), 4, 16))
+    for new, cache, scale in zip((k, v), caches, scales, strict=True):
+        number, expected = reference.quantised(new[0, :, 0], stored)
+        assert same_bits(cache[0, :, slot], number) and same_bits(scale[0, :, slot].isnan(), expected.isnan())
+    assert scales[1][0, 0, slot] == 0
+
+
+def check_decode(
+    decode, num_heads, kv_heads, tokens, sinks, window, ring, lengths, counts, is_plain=False, stored=None, dims=None
+) -> None:
     """Against the definition in float64. Dims, dtype, rotation and what else a call has are random. is_plain: neither a
-    softcap nor slopes, for which every tile is masked."""
-    dtype, (dim, v_dim) = (
-        random.choice([torch.float16, torch.bfloat16]),
-        random.choice([(64, 64), (128, 128), (192, 128)]),
-    )
-    rows, half, start = len(lengths), random.choice([0, 8, dim // 2]), 0
+    softcap nor slopes, for which every tile is masked. stored: what caches in 8 bits hold; keys then turn exactly, so
+    that the same bits are stored. Slots that nobody sees hold NaN."""
+    dtype, (dim, v_dim) = random.choice([torch.float16, torch.bfloat16]), dims or random.choice(DIMS)
+    rows, half, start, slots = len(lengths), random.choice([0, 8, dim // 2]), 0, sinks + ring
 
     def new(*shape, dtype=dtype):
         return torch.randn(shape).to(dtype)
@@ -338,33 +400,49 @@ def check_decode(decode, num_heads, kv_heads, tokens, sinks, window, ring, lengt
         new(rows, kv_heads, tokens, dim),
         new(rows, kv_heads, tokens, v_dim),
     )
-    caches = [new(rows, kv_heads, sinks + ring, size) for size in (dim, v_dim)]
-    for row, length in enumerate(lengths.tolist()):
-        for cache in caches:
-            cache[row, :, length:] = torch.nan
     angles = 6 * torch.rand(rows, tokens, 2, 1, max(half, 1))
     rotation = torch.cat((angles.cos(), angles.sin()), dim=3)
+    held = reference.held_positions(lengths, sinks, ring)
+    dead = (held < 0) | ((held >= sinks) & (held <= (lengths - window)[:, None]))
+    dead = dead[:, None].expand(rows, kv_heads, slots)
+    caches, scales = [new(rows, kv_heads, slots, size) for size in (dim, v_dim)], [None, None]
+    if stored is None:
+        for cache in caches:
+            cache[dead] = torch.nan
+        exact = [cache.double().nan_to_num(0.0) for cache in caches]
+    else:
+        caches, scales = map(list, zip(*(reference.quantised(cache, stored) for cache in caches), strict=True))
+        scales[1] *= 10.0 ** torch.randint(-6, 4, scales[1].shape)  # far apart, beyond float16
+        for cache, scale in zip(caches, scales, strict=True):
+            cache.view(torch.int8)[dead], scale[dead] = 127, torch.nan
+        k, rotation = ((32 * k.float()).round().clamp(-127, 127) / 32).to(dtype), (4 * rotation).round() / 4
+        v *= (10.0 ** torch.randint(-3, 2, v.shape[:3]))[..., None].to(dtype)
+        exact = [cache.clone() for cache in caches]
     learned = torch.randn(num_heads) if random.random() < 0.3 else None
     slopes = torch.rand(num_heads) if random.random() < 0.3 and not is_plain else None
     scale, softcap, interleaved = dim**-0.5, 0.0 if is_plain else random.choice([0.0, 0.0, 5.0]), random.random() < 0.3
-    exact = [cache.double().nan_to_num(0.0) for cache in caches]
     sizes = dict(sink_size=sinks, window_size=window, scale=scale, softcap=softcap, interleaved=interleaved)
     turned = rotation if half else None
+    exact_scales = [x if x is None else x.clone() for x in scales]
     given = (x.double() for x in (q, k, v))
-    expected = reference.attention(*given, *exact, lengths, counts, turned, learned, slopes, None, None, **sizes)
+    expected = reference.attention(*given, *exact, lengths, counts, turned, learned, slopes, *exact_scales, **sizes)
 
     splits, out = random.choice([1, 3]), torch.full((rows, tokens, num_heads, v_dim), torch.nan, dtype=dtype)
     partials = torch.full((1 << 20,), torch.nan)
     arrivals = torch.zeros(rows * tokens * kv_heads, dtype=torch.int32)
     numbers = [
         rows, num_heads, kv_heads, tokens, dim, v_dim, sinks, ring, window, start, half, interleaved,
-        dtype == torch.bfloat16, splits, random.random() < 0.5, random.randrange(1 << 30),
+        dtype == torch.bfloat16, splits, random.random() < 0.5, random.randrange(1 << 30), KINDS.index(stored),
     ]  # fmt: skip
-    tensors = q, k, v, *caches, out, lengths, counts, rotation, learned, slopes, partials, arrivals
+    tensors = q, k, v, *caches, out, lengths, counts, rotation, learned, slopes, *scales, partials, arrivals
     pointers = [ctypes.c_void_p(_number(x)) for x in tensors]
     assert decode.run_decode(_all(numbers), _all((scale, softcap), ctypes.c_double), *pointers) == 0
     assert not arrivals.any()
-    error = (out.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
-    assert error < 16 * torch.finfo(dtype).eps
-    for cache, wide in zip(caches, exact, strict=True):
-        assert (cache.double().nan_to_num(0.0) - wide).abs().max() < 8 * torch.finfo(dtype).eps
+    largest = expected.abs().amax(-1)  # of each query's output, which by scales may be far from that of another
+    error = (out.double() - expected).abs().amax(-1)
+    assert (error <= 16 * torch.finfo(dtype).eps * largest + (2.0**-24 if dtype == torch.float16 else 0)).all()
+    for i in range(2):
+        if stored is None:
+            assert (caches[i].double().nan_to_num(0.0) - exact[i]).abs().max() < 8 * torch.finfo(dtype).eps
+        else:
+            assert same_bits(caches[i], exact[i]) and same_bits(scales[i], exact_scales[i])

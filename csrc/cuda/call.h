@@ -9,7 +9,10 @@
 
 namespace sinkattn::cuda {
 
-// Strides are in elements. The last dim of every tensor is contiguous.
+// What a cache holds: numbers of q's dtype, or of 8 bits, which have scales.
+enum class Stored { same, int8, e4m3 };
+
+// Strides are in elements. The last dim of every tensor is contiguous, but of scales.
 struct Call {
   const void *q, *k, *v;     // (batch, heads, tokens, dim), not rotated
   void *k_cache, *v_cache;   // (batch, num_kv_heads, S + R, dim); rows of 16 bytes and more, aligned to 16
@@ -28,6 +31,10 @@ struct Call {
   bool interleaved, is_bfloat16;
   float query_scale;  // brings scores into base 2 or, under a softcap, into the unit that `capped` takes
   float softcap;      // 0 for none
+
+  Stored stored;
+  float *k_scales, *v_scales;  // (batch, num_kv_heads, S + R); of a cache in 8 bits
+  int64_t k_scale_row, k_scale_head, k_scale_slot, v_scale_row, v_scale_head, v_scale_slot;
 };
 
 struct Device {

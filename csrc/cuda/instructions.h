@@ -19,6 +19,15 @@ __device__ float exp2_fast(float x) {
 
 __device__ unsigned shared_address(const void* x) { return __cvta_generic_to_shared(x); }
 
+// Two numbers of e4m3, in the low half, as float16. From sm_89 on.
+__device__ uint32_t halves_of_e4m3(uint32_t x) {
+  uint32_t y = 0;
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(uint16_t(x)));
+#endif
+  return y;
+}
+
 // c (16, 8) += a (16, 16) b (16, 8), a lane's fragments each.
 template <typename T>
 __device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {

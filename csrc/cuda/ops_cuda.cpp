@@ -41,10 +41,12 @@ const Device& properties_of(int index) {
   return device;
 }
 
+// To 16 bytes, of numbers of 16 or 8 bits.
 bool is_aligned(const Tensor& x) {
   auto sizes = x.sizes(), strides = x.strides();
+  const int64_t numbers = in_8_bits(x) ? 16 : 8;
   bool aligned = reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
-  for (int dim = 0; dim < 3; ++dim) aligned = aligned && (strides[dim] % 8 == 0 || sizes[dim] < 2);
+  for (int dim = 0; dim < 3; ++dim) aligned = aligned && (strides[dim] % numbers == 0 || sizes[dim] < 2);
   return aligned;
 }
 
@@ -58,7 +60,6 @@ Tensor unpack(const Tensors& x, const Sizes& sizes, Call& c, std::vector<Tensor>
   STD_TORCH_CHECK(q.is_cuda(), "sinkattn: all tensors must be on one device");
   STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "sinkattn: the CUDA C++ ops take float16 and bfloat16");
-  STD_TORCH_CHECK(k_cache.scalar_type() == dtype, "sinkattn: the CUDA C++ ops take caches of the dtype of q");
   const int64_t batch = q.size(0), num_heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
   const int64_t num_kv_heads = v.size(1), v_dim = v.size(3), slots = k_cache.size(2), limit = 1 << 29;
   STD_TORCH_CHECK(tokens < limit && slots < limit, "sinkattn: the CUDA C++ ops take less than 2^29 tokens and slots");
@@ -74,6 +75,12 @@ Tensor unpack(const Tensors& x, const Sizes& sizes, Call& c, std::vector<Tensor>
   c.v_row = v.stride(0), c.v_head = v.stride(1);
   c.k_cache_row = k_cache.stride(0), c.k_cache_head = k_cache.stride(1), c.k_cache_slot = k_cache.stride(2);
   c.v_cache_row = v_cache.stride(0), c.v_cache_head = v_cache.stride(1), c.v_cache_slot = v_cache.stride(2);
+  if (in_8_bits(k_cache)) {
+    c.stored = k_cache.scalar_type() == ScalarType::Char ? Stored::int8 : Stored::e4m3;
+    c.k_scales = static_cast<float*>(k_scales->data_ptr()), c.v_scales = static_cast<float*>(v_scales->data_ptr());
+    c.k_scale_row = k_scales->stride(0), c.k_scale_head = k_scales->stride(1), c.k_scale_slot = k_scales->stride(2);
+    c.v_scale_row = v_scales->stride(0), c.v_scale_head = v_scales->stride(1), c.v_scale_slot = v_scales->stride(2);
+  }
   c.lengths = data_of<int64_t>(lengths, ScalarType::Long, copies);
   if (counts) c.counts = data_of<int64_t>(*counts, ScalarType::Long, copies);
   if (learned_logits) c.learned_logits = data_of<float>(*learned_logits, ScalarType::Float, copies);
@@ -122,7 +129,8 @@ void run_decode(const Tensors& x, Params& p, const std::optional<Tensor>& arriva
       splits >= 0 ? Sharing{int(std::min<int64_t>(splits, 1 << 30)), cluster} : sharing_of(p, device);
   STD_TORCH_CHECK(serves(p, sharing, device), "sinkattn: the CUDA C++ decode does not take head_dim ", p.head_dim,
                   ", v_head_dim ", p.v_dim, ", groups of ", p.group, ", ", p.batch, " rows of ", p.tokens,
-                  " tokens, a ring of ", p.ring_size, " for a window of ", p.window_size, " and ", sharing.splits,
+                  " tokens, a ring of ", p.ring_size, p.stored == Stored::same ? "" : " in 8 bits",
+                  " for a window of ", p.window_size, " and ", sharing.splits,
                   sharing.cluster ? " splits in a cluster" : " splits", " on this GPU");
   if (p.batch == 0 || p.tokens == 0) return;
   p.overlap = overlap;

@@ -1,15 +1,18 @@
-// csrc/cuda/sm80/decode.cu, emulated, for ctypes: without clusters.
+// csrc/cuda/sm80/decode.cu and the files for caches in 8 bits, emulated, for ctypes: without clusters.
 #include "cuda/sm80/decode.cu"
+#include "cuda/sm80/decode_e4m3.cu"
+#include "cuda/sm80/decode_int8.cu"
 
 using namespace sinkattn;
 using namespace sinkattn::cuda;
 
 // sizes: batch, heads, key heads, tokens, head dim, v dim, S, R, W, first rotated dim, rotated dims / 2, interleaved,
-// bfloat16, splits, early (whether the cache is read early), seed. All tensors are contiguous, q, k and v (batch, heads,
-// tokens, dim); counters and joined as in csrc/cuda/decode.h.
+// bfloat16, splits, early (whether the cache is read early), seed, what the cache holds (as Stored counts). All tensors are
+// contiguous, q, k and v (batch, heads, tokens, dim); counters and partials as in csrc/cuda/decode.h.
 extern "C" int run_decode(const int64_t* sizes, const double* scale, const void* q, const void* k, const void* v, void* k_cache,
                           void* v_cache, void* out, const int64_t* lengths, const int64_t* counts, const float* rotation,
-                          const float* learned_logits, const float* alibi_slopes, float* partials, int* arrivals) {
+                          const float* learned_logits, const float* alibi_slopes, float* k_scales, float* v_scales,
+                          float* partials, int* arrivals) {
   Params p = {};
   p.batch = int(sizes[0]), p.num_kv_heads = int(sizes[2]), p.group = int(sizes[1] / sizes[2]), p.tokens = int(sizes[3]);
   p.head_dim = int(sizes[4]), p.v_dim = int(sizes[5]), p.sink_size = int(sizes[6]), p.ring_size = int(sizes[7]);
@@ -24,10 +27,13 @@ extern "C" int run_decode(const int64_t* sizes, const double* scale, const void*
   const int64_t slots = p.sink_size + p.ring_size;
   p.k_cache_slot = p.head_dim, p.k_cache_head = slots * p.head_dim, p.k_cache_row = sizes[2] * p.k_cache_head;
   p.v_cache_slot = p.v_dim, p.v_cache_head = slots * p.v_dim, p.v_cache_row = sizes[2] * p.v_cache_head;
+  p.stored = Stored(sizes[16]), p.k_scales = k_scales, p.v_scales = v_scales;
+  p.k_scale_slot = p.v_scale_slot = 1, p.k_scale_head = p.v_scale_head = slots;
+  p.k_scale_row = p.v_scale_row = sizes[2] * slots;
   const double LOG2E = 1.4426950408889634;
   p.softcap = float(scale[1]), p.query_scale = float(LOG2E * (scale[1] > 0 ? 2 * scale[0] / scale[1] : scale[0]));
   Device device;
-  device.multiprocessors = 16, device.shared_bytes = emulated::SHARED_BYTES, device.compute_major = 8;
+  device.multiprocessors = 16, device.shared_bytes = emulated::SHARED_BYTES, device.compute_major = 9;
   const Sharing sharing = {int(sizes[13]), false};
   return serves(p, sharing, device) ? int(decode(p, sharing, device, nullptr)) : -1;
 }

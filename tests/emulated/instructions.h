@@ -12,8 +12,22 @@ __device__ float exp2_fast(float x) { return exp2f(x); }
 __device__ unsigned shared_address(const void* x) { return unsigned(static_cast<const char*>(x) - emulated::shared); }
 inline void* at(unsigned address) { return emulated::shared + int32_t(address); }
 
-inline float widened(__half x) { return __half2float(x); }
-inline float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ uint32_t halves_of_e4m3(uint32_t x) {
+  uint32_t both = 0;
+  for (int i = 0; i < 2; ++i) {
+    const unsigned bits = x >> 8 * i & 255, exponent = bits >> 3 & 15, mantissa = bits & 7;
+    float y = exponent > 0 ? ldexpf(8 + mantissa, int(exponent) - 10) : ldexpf(mantissa, -9);
+    if ((bits & 127) == 127) y = NAN;
+    const __half half = __float2half_rn(bits & 128 ? -y : y);
+    uint16_t as_bits;
+    memcpy(&as_bits, &half, 2);
+    both |= uint32_t(as_bits) << 16 * i;
+  }
+  return both;
+}
+
+inline float value_of(__half x) { return __half2float(x); }
+inline float value_of(__nv_bfloat16 x) { return __bfloat162float(x); }
 
 template <typename T>
 __device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
@@ -22,7 +36,7 @@ __device__ void multiply(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, u
     const uint16_t bits = uint16_t(both >> k % 2 * 16);
     T x;
     memcpy(&x, &bits, 2);
-    return widened(x);
+    return value_of(x);
   };
   const int g = emulated::lane() / 4, q = emulated::lane() % 4;
   for (int i = 0; i < 4; ++i) {
@@ -40,6 +54,7 @@ __device__ uint64_t read_once() { return 0; }
 __device__ void copy_once(unsigned shared, const void* global, uint64_t) { memcpy(at(shared), global, 16); }
 __device__ void copy(unsigned shared, const void* global) { memcpy(at(shared), global, 16); }
 __device__ void copy_async(void* shared, const void* global) { memcpy(shared, global, 16); }
+__device__ void copy_word(void* shared, const void* global) { memcpy(shared, global, 4); }
 __device__ void end_of_copies() {}
 __device__ void wait_for_copies(int) {}
 template <int PENDING>

@@ -125,3 +125,34 @@ def test_what_serves_which_gpu(monkeypatch, capability, shared, decode, prefill)
     assert chosen("prefill", "auto") == f"sinkattn::{prefill}"
     assert chosen("prefill", "auto", few) == f"sinkattn::{decode}".replace("decode", "prefill")  # by the same kernel
     assert chosen("prefill", "triton") == "sinkattn::prefill_triton"
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=["int8", "float8"])
+@pytest.mark.parametrize("capability", [(9, 0), (10, 0), (8, 9), (8, 0)], ids=str)
+def test_what_serves_8_bits(monkeypatch, capability, stored):
+    """CUDA C++ from 9.0 on, Triton all of them but float8 before 8.9."""
+    properties = types.SimpleNamespace(major=capability[0], shared_memory_per_block_optin=232_448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(backends, "HAS_CUDA_LIBRARY", True)
+    with FakeTensorMode():
+        x = torch.empty(1, 8, 1, 128, dtype=torch.bfloat16, device="cuda:0")
+        cache, scales = (torch.empty(1, 8, 68, *dim, dtype=dtype, device="cuda:0")
+                         for dim, dtype in (((128,), stored), ((), torch.float32)))  # fmt: skip
+    tensors = backends.Tensors(x, x, x, cache, cache, None, k_scales=scales, v_scales=scales)
+
+    def chosen(backend):
+        return backends.chosen("decode", backend, tensors, backends.Sizes(4, 60, 1.0))
+
+    has_float8 = stored == torch.int8 or capability >= (8, 9)
+    if capability >= (9, 0):
+        assert chosen("auto").name() == chosen("cuda").name() == "sinkattn::decode_cuda"
+    else:
+        with pytest.raises(ValueError, match="9.0 and later" if has_float8 else "8.9 and later; int8 serves on all"):
+            chosen("cuda")
+        if has_float8:
+            assert chosen("auto").name() == chosen("triton").name() == "sinkattn::decode_triton"
+        else:
+            assert chosen("auto") is reference.decode
+            with pytest.raises(ValueError, match="8.9 and later; int8 serves on all"):
+                chosen("triton")

@@ -14,89 +14,41 @@
 //   a cluster in memory, where the last to arrive combines what all found.
 // * Of a few tokens a row, as many share a block as have 16 query heads: a tile is read once for all of them. The block
 //   lays them and those before them over the tiles: nobody waits for what another one appends.
+// * Tiles in 8 bits become 16 in registers, exactly. Scores are multiplied by the scales of their keys, weights by those of
+//   the values: two numbers a key, for all heads of a group.
 // * The next kernel may launch at once. Where `overlap` says that the cache is settled, its first tiles are asked for
 //   before the kernel ahead is done.
 //
-// The kernel is in decode_kernel.h, its phases in the other headers; this is how a key head is shared, and the launch.
+// The kernel is in decode_kernel.h, its phases in the other headers, its launch in decode_launch.h; this is how a key head
+// is shared, and the launch for caches in 16 bits. decode_int8.cu and decode_e4m3.cu have those of the others.
 #include <algorithm>
 #include <atomic>
-#include <type_traits>
 
-#include "decode_kernel.h"
+#include "decode_launch.h"
 
 namespace sinkattn::cuda {
+
+cudaError_t launch_16_bits(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
+  const auto launch = p.is_bfloat16 ? launch_as<__nv_bfloat16, __nv_bfloat16> : launch_as<__half, __half>;
+  return launch(p, sharing, device, stream, clusters);
+}
+
 namespace {
 
-// Dynamic shared memory in bytes: tiles, queries of both angles, new keys and values, then what blocks hand over.
-template <int HEAD_DIM, int V_DIM, bool LARGE>
-int shared_bytes(int splits, int group, int tokens) {
-  using S = Shape<HEAD_DIM, V_DIM, LARGE>;
-  const int handed = LARGE && splits > 1 ? splits * group * (V_DIM + 2) * int(sizeof(float)) : 0;
-  return (S::BLOCK + 2 * S::QUERIES) * 16 + tokens * (HEAD_DIM + V_DIM) * 2 + handed;
-}
-
-// `clusters` asked for: launches nothing and says how many clusters run at a time.
-template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, bool FEW>
-cudaError_t launch(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
-  const auto kernel = decode_kernel<T, HEAD_DIM, V_DIM, WIDE, LARGE, FEW>;
-  const int width = width_of(p), bytes = shared_bytes<HEAD_DIM, V_DIM, LARGE>(sharing.splits, width * p.group, p.tokens);
-  const dim3 blocks(sharing.splits, p.num_kv_heads, p.batch * blocks_of(p));
-  Grid grid(blocks, Shape<HEAD_DIM, V_DIM, LARGE>::THREADS, bytes, stream);
-  if (device.compute_major >= 9 && !clusters) grid.overlap();
-  if (sharing.cluster && sharing.splits > 1) grid.cluster(sharing.splits);
-  if (const cudaError_t error = grid.allow_shared(kernel)) return error;
-  if (clusters) return cudaOccupancyMaxActiveClusters(clusters, kernel, &grid.config);
-  const int tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
-  return cudaLaunchKernelEx(&grid.config, kernel, p, tiles / sharing.splits, width);
-}
-
-// f(shape) for the head dims of the call; returns what it returns, or `otherwise` for dims that are not served.
-template <int HEAD_DIM, int V_DIM>
-struct Dims {
-  static constexpr int head_dim = HEAD_DIM, v_dim = V_DIM;
-};
-template <typename F, typename R>
-R with_dims(const Params& p, R otherwise, F f) {
-  const int dims = p.head_dim * 1024 + p.v_dim;
-  switch (dims) {
-    case 64 * 1025: return f(Dims<64, 64>());
-    case 80 * 1025: return f(Dims<80, 80>());
-    case 96 * 1025: return f(Dims<96, 96>());
-    case 128 * 1025: return f(Dims<128, 128>());
-    case 192 * 1024 + 128: return f(Dims<192, 128>());
-    case 192 * 1025: return f(Dims<192, 192>());
-    case 256 * 1025: return f(Dims<256, 256>());
-    default: return otherwise;
-  }
-}
-
-template <typename T>
-cudaError_t launch_as(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
-  return with_dims(p, cudaErrorInvalidValue, [&](auto dims) {
-    constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
-    const auto of = [&](auto large) {
-      constexpr bool LARGE = decltype(large)::value;
-      if (p.tokens > 1) return launch<T, K, V, true, LARGE, true>;
-      return p.group > 8 ? launch<T, K, V, true, LARGE, false> : launch<T, K, V, false, LARGE, false>;
-    };
-    const auto chosen = sharing.cluster ? of(std::true_type()) : of(std::false_type());
-    return chosen(p, sharing, device, stream, clusters);
-  });
-}
-
-cudaError_t launch_any(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
-  return (p.is_bfloat16 ? launch_as<__nv_bfloat16> : launch_as<__half>)(p, sharing, device, stream, clusters);
+cudaError_t launch_stored(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
+  constexpr decltype(&launch_16_bits) launches[] = {launch_16_bits, launch_int8, launch_e4m3};  // in the order of Stored
+  return launches[int(p.stored)](p, sharing, device, stream, clusters);
 }
 
 // Clusters of so many blocks that run at a time, found once for a GPU (or for every 8th, if there are more).
 int clusters_at_a_time(const Params& p, int size, const Device& device) {
-  static std::atomic<int> found[8][2][2][2][MAX_HEAD_DIM / 16 + 1][MAX_GROUP + 1][MAX_CLUSTER + 1] = {};
+  static std::atomic<int> found[8][3][2][2][2][MAX_HEAD_DIM / 16 + 1][MAX_GROUP + 1][MAX_CLUSTER + 1] = {};
   const int members = width_of(p) * p.group;
   std::atomic<int>& clusters =
-      found[device.index % 8][p.is_bfloat16][p.tokens > 1][p.v_dim == p.head_dim][p.head_dim / 16][members][size];
+      found[device.index % 8][int(p.stored)][p.is_bfloat16][p.tokens > 1][p.v_dim == p.head_dim][p.head_dim / 16][members][size];
   if (clusters == 0) {
     int count = 0;
-    clusters = launch_any(p, {size, true}, device, nullptr, &count) == cudaSuccess && count > 0 ? count : -1;
+    clusters = launch_stored(p, {size, true}, device, nullptr, &count) == cudaSuccess && count > 0 ? count : -1;
   }
   return clusters;
 }
@@ -109,10 +61,14 @@ bool serves(const Params& p, Sharing sharing, const Device& device) {
   if (p.ring_size < p.window_size + p.tokens - 1) return false;
   if (sharing.splits < 1 || sharing.splits > (sharing.cluster ? MAX_CLUSTER : MAX_SPLITS)) return false;
   if (sharing.cluster && sharing.splits > 1 && device.compute_major < 9) return false;
+  if (p.stored != Stored::same && device.compute_major < 9) return false;
   return with_dims(p, false, [&](auto dims) {
     constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
-    const auto of_shape = sharing.cluster ? shared_bytes<K, V, true> : shared_bytes<K, V, false>;
-    return of_shape(sharing.splits, width_of(p) * p.group, p.tokens) + 1024 + 128 <= device.shared_bytes;  // and what is not dynamic
+    using Half = uint16_t;
+    const auto of_8_bits = sharing.cluster ? shared_bytes<int8_t, K, V, true> : shared_bytes<int8_t, K, V, false>;
+    const auto of_16_bits = sharing.cluster ? shared_bytes<Half, K, V, true> : shared_bytes<Half, K, V, false>;
+    const int bytes = (p.stored == Stored::same ? of_16_bits : of_8_bits)(sharing.splits, width_of(p) * p.group, p.tokens);
+    return bytes + 1024 + 128 <= device.shared_bytes;  // and what is not dynamic
   });
 }
 
@@ -127,14 +83,15 @@ Sharing sharing_of(const Params& p, const Device& device) {
   // Clusters may leave multiprocessors without work, small blocks do not; but to meet in memory takes as long as a
   // multiprocessor needs for some 128 KB, and the last one has to read what all found.
   const int splits = int(std::min<int64_t>(2 * device.multiprocessors / pairs, MAX_SPLITS));
-  const int64_t of_one = size > 0 ? tiles / size : 2 * tiles, tile_bytes = KEYS * (p.head_dim + p.v_dim) * 2;
+  const int64_t of_one = size > 0 ? tiles / size : 2 * tiles, number_bytes = p.stored == Stored::same ? 2 : 1;
+  const int64_t tile_bytes = KEYS * (p.head_dim + p.v_dim) * number_bytes;
   const int64_t found_bytes = int64_t(splits) * width_of(p) * p.group * (p.v_dim + 2) * 4;
   if ((of_one - 2 * tiles / splits) * tile_bytes > 128 * 1024 + 6 * found_bytes) return {splits, false};
   return size > 0 ? Sharing{size, true} : Sharing{1, false};
 }
 
 cudaError_t decode(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream) {
-  return launch_any(p, sharing, device, stream, nullptr);
+  return launch_stored(p, sharing, device, stream, nullptr);
 }
 
 }  // namespace sinkattn::cuda

@@ -69,10 +69,11 @@ __device__ __forceinline__ void mask(float (&x)[ROWS][2][2], bool (&hidden)[2][2
   }
 }
 
-// One step of the online softmax: scores to weights. A lane sums the weights of its own keys.
-template <typename T, int ROWS, int N>
-__device__ __forceinline__ void soften(const float (&x)[ROWS][2][2], uint32_t (&weights)[4], float (&top)[ROWS],
-                                       float (&total)[ROWS], float (&acc)[N][4]) {
+// One step of the online softmax: scores to weights, of T. A lane sums the weights of its own keys. In 8 bits it leaves
+// the sum as it is and multiplies the weights by what the values have to be multiplied by (factors).
+template <typename T, bool EIGHT_BITS, int ROWS, int N>
+__device__ __forceinline__ void soften(const float (&x)[ROWS][2][2], const float (&factors)[2][2], uint32_t (&weights)[4],
+                                       float (&top)[ROWS], float (&total)[ROWS], float (&acc)[N][4]) {
   constexpr bool WIDE = ROWS == 2;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
@@ -91,14 +92,11 @@ __device__ __forceinline__ void soften(const float (&x)[ROWS][2][2], uint32_t (&
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      const float w0 = exp2_fast(x[r][j][0] - top[r]), w1 = exp2_fast(x[r][j][1] - top[r]);
+      float w0 = exp2_fast(x[r][j][0] - top[r]), w1 = exp2_fast(x[r][j][1] - top[r]);
+      if (EIGHT_BITS) total[r] += w0 + w1, w0 *= factors[j][0], w1 *= factors[j][1];
       const T h0 = from_float<T>(w0), h1 = from_float<T>(w1);
-      if (WIDE) {
-        total[r] += to_float(h0) + to_float(h1);
-      } else {
-        total[r] += w0 + w1;
-        weights[j * 2 + 1] = pack(from_float<T>(w0 - to_float(h0)), from_float<T>(w1 - to_float(h1)));
-      }
+      if (!EIGHT_BITS) total[r] += WIDE ? to_float(h0) + to_float(h1) : w0 + w1;
+      if (!WIDE) weights[j * 2 + 1] = pack(from_float<T>(w0 - to_float(h0)), from_float<T>(w1 - to_float(h1)));
       weights[j * 2 + r] = pack(h0, h1);
     }
   }
@@ -108,10 +106,16 @@ __device__ __forceinline__ void soften(const float (&x)[ROWS][2][2], uint32_t (&
 template <typename B>
 struct Attention {
   using T = typename B::T;
+  using C = typename B::C;
   using S = typename B::S;
+  using KeyRows = typename B::KeyRows;
+  using ValueRows = typename B::ValueRows;
+  using Eight = typename KeyRows::Eight;
+  static constexpr bool EIGHT_BITS = B::EIGHT_BITS;
+  using W = std::conditional_t<EIGHT_BITS, __half, T>;  // of weights and values in products
   static constexpr int HEAD_DIM = B::HEAD_DIM, V_DIM = B::V_DIM;
   static constexpr int ROWS = B::WIDE ? 2 : 1;  // softmax rows of a lane: members g and g + 8
-  static constexpr bool WIDE = B::WIDE, FEW = B::FEW, KEEP = HEAD_DIM <= 128;
+  static constexpr bool WIDE = B::WIDE, FEW = B::FEW, KEEP = HEAD_DIM <= (S::BLOCKS > 2 ? 64 : 128);
 
   const B& b;
   const Params& p;
@@ -125,8 +129,11 @@ struct Attention {
   const uint4* query_pieces;
   uint4 kept[KEEP ? S::K_STEPS : 1][2];
   float top[ROWS], total[ROWS], slope[ROWS], acc[S::V_STEPS * 8][4];
-  // Where the lane's pieces are: of key number g, steps 0 and 1; of values number 2 c and 2 c + 1.
-  int key_at[2], value_at[2];
+  // In 8 bits acc is in this unit: about the largest scale of a value so far, so that float16 has weights by scales.
+  float unit = 1e-30f, inverse = 1e30f;
+  // Where the lane's eights are, in the steps of a line: of key number g; of values number 2 c and 2 c + 1.
+  static constexpr int K_LINE = KeyRows::LINE / 4, V_LINE = ValueRows::LINE / 8;
+  int key_at[K_LINE], value_at[V_LINE][2];
 
   __device__ __forceinline__ Attention(const B& b, int64_t t, int nth)
       : b(b), p(b.p), t(t), nth(nth), last(b.p, t), seen{last}, any(last), new_slot(last.new_slot),
@@ -137,7 +144,7 @@ struct Attention {
       for (int r = 0; r < ROWS; ++r) seen[r] = Seen(p, t - max(b.own - 1 - (b.g + 8 * r) / p.group, 0));
       if (any.reach > 0) any.reach = int(min(int64_t(p.window_size) + spread, t - p.sink_size + 1));
     }
-    query_pieces = reinterpret_cast<uint4*>(b.queries) + b.lane * 2;
+    query_pieces = reinterpret_cast<uint4*>(b.queries) + b.lane;
     if constexpr (KEEP) {
 #pragma unroll
       for (int i = 0; i < 2 * S::K_STEPS; ++i) kept[i / 2][i % 2] = query_piece(0, i / 2, i % 2);
@@ -151,19 +158,21 @@ struct Attention {
     }
 #pragma unroll
     for (int i = 0; i < S::V_STEPS * 8; ++i) acc[i][0] = acc[i][1] = acc[i][2] = acc[i][3] = 0;
-    key_at[0] = Rows<HEAD_DIM>::place(row_of(b.g), b.c), key_at[1] = Rows<HEAD_DIM>::place(row_of(b.g), 4 + b.c);
-    value_at[0] = Rows<V_DIM>::place(row_of(2 * b.c), b.g), value_at[1] = Rows<V_DIM>::place(row_of(2 * b.c + 1), b.g);
+#pragma unroll
+    for (int s = 0; s < K_LINE; ++s) key_at[s] = KeyRows::eight(row_of(b.g), 4 * s + b.c);
+#pragma unroll
+    for (int i = 0; i < 2 * V_LINE; ++i) value_at[i / 2][i % 2] = ValueRows::eight(row_of(2 * b.c + i % 2), i / 2 * 8 + b.g);
   }
 
   // Zero for heads that are not there, or past the last dim.
   __device__ __forceinline__ uint4 query_piece(int angle, int step, int half) const {
     const bool inside = b.g + (WIDE ? 8 * half : 0) < b.members && (HEAD_DIM % 32 == 0 || step * 32 + b.c * 8 < HEAD_DIM);
-    return inside ? query_pieces[angle * S::QUERIES + step * 64 + half] : make_uint4(0, 0, 0, 0);
+    return inside ? query_pieces[angle * S::QUERIES + step * 64 + half * 32] : make_uint4(0, 0, 0, 0);
   }
 
   // New tokens take the place of what their slots held, the block's own in the cache as well. What others append there
   // at this moment is hidden, or laid over like this.
-  __device__ __forceinline__ void append(int first, uint4* key_rows, uint4* value_rows) const {
+  __device__ __forceinline__ void append(int first, uint4* key_rows, uint4* value_rows, float* scale_rows) const {
     const int before = FEW ? nth : 0;
     if (!((new_slot >= first && new_slot - before < first + KEYS) || wraps)) return;
     __syncwarp();
@@ -171,17 +180,30 @@ struct Attention {
       int slot = new_slot - back;
       if (FEW && slot < p.sink_size && t - back >= p.sink_size) slot += p.ring_size;
       if (FEW && unsigned(slot - first) >= KEYS) continue;
-      const uint4* new_key = reinterpret_cast<uint4*>(b.new_keys + (b.last_token - back) * HEAD_DIM);
-      const uint4* new_value = reinterpret_cast<uint4*>(b.new_values + (b.last_token - back) * V_DIM);
-      for (int i = b.lane; i < HEAD_DIM / 8; i += 32) {
-        key_rows[Rows<HEAD_DIM>::place(slot - first, i)] = new_key[i];
-        if (back < b.own) *reinterpret_cast<uint4*>(b.keys + slot * p.k_cache_slot + i * 8) = new_key[i];
+      const auto *of_key = b.new_keys + (b.last_token - back) * HEAD_DIM, *of_value = b.new_values + (b.last_token - back) * V_DIM;
+      const uint4 *new_key = reinterpret_cast<const uint4*>(of_key), *new_value = reinterpret_cast<const uint4*>(of_value);
+      constexpr int NUMBERS = KeyRows::NUMBERS;
+      for (int i = b.lane; i < KeyRows::PIECES; i += 32) {
+        key_rows[KeyRows::place(slot - first, i)] = new_key[i];
+        if (back < b.own) *reinterpret_cast<uint4*>(b.keys + slot * p.k_cache_slot + i * NUMBERS) = new_key[i];
       }
-      for (int i = b.lane; i < V_DIM / 8; i += 32) {
-        value_rows[Rows<V_DIM>::place(slot - first, i)] = new_value[i];
-        if (back < b.own) *reinterpret_cast<uint4*>(b.values + slot * p.v_cache_slot + i * 8) = new_value[i];
+      for (int i = b.lane; i < ValueRows::PIECES; i += 32) {
+        value_rows[ValueRows::place(slot - first, i)] = new_value[i];
+        if (back < b.own) *reinterpret_cast<uint4*>(b.values + slot * p.v_cache_slot + i * NUMBERS) = new_value[i];
+      }
+      if constexpr (EIGHT_BITS) {
+        if (row_of(b.lane % KEYS) != slot - first) continue;
+        scale_rows[b.lane] = b.lane < KEYS ? of_key[HEAD_DIM / 4] : of_value[V_DIM / 4];
+        if (back < b.own) *b.scale_in_cache(slot) = scale_rows[b.lane];
       }
     }
+  }
+
+  // Eight numbers of a key, as products take them.
+  __device__ static uint4 numbers_of(const uint4& x) { return x; }
+  __device__ static uint4 numbers_of(const uint2& x) {
+    const uint2 low = widened<T, C>(x.x), high = widened<T, C>(x.y);
+    return make_uint4(low.x, low.y, high.x, high.y);
   }
 
   // Products of the queries of an angle, 0 of text and 1 of sinks, with the tile's keys: product j is of keys number
@@ -196,8 +218,9 @@ struct Attention {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const bool inside = HEAD_DIM % 32 == 0 || s * 32 + b.c * 8 < HEAD_DIM;
-        const int place = key_at[s % 2] + s / 2 * Rows<HEAD_DIM>::COLUMN + j * 64;
-        const uint4 key = inside ? key_rows[place] : make_uint4(0, 0, 0, 0);
+        const int place = key_at[s % K_LINE] + (s / K_LINE * KEYS + j * 8) * KeyRows::LINE;
+        const Eight found = inside ? reinterpret_cast<const Eight*>(key_rows)[place] : Eight{};
+        const uint4 key = numbers_of(found);
         multiply<T>(score[j], a.x, d.x, a.y, d.y, key.x, key.y);
         multiply<T>(more[j], a.z, d.z, a.w, d.w, key.z, key.w);
       }
@@ -235,48 +258,93 @@ struct Attention {
            (!FEW || oldest - (first + KEYS - 1 - from) >= spread);
   }
 
+  // In 8 bits: scores by the scales of the tile's keys, and what its weights are to be multiplied by.
+  __device__ __forceinline__ void scale(float (&x)[ROWS][2][2], const float* scale_rows) const {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float2 by = *reinterpret_cast<const float2*>(scale_rows + j * 8 + b.c * 2);
+#pragma unroll
+      for (int r = 0; r < ROWS; ++r) x[r][j][0] *= by.x, x[r][j][1] *= by.y;
+    }
+  }
+  __device__ __forceinline__ void find_factors(float (&factors)[2][2], const float* scale_rows, const bool (&hidden)[2][2]) {
+    float largest = 0;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      const float2 by = *reinterpret_cast<const float2*>(scale_rows + KEYS + j * 8 + b.c * 2);
+      factors[j][0] = hidden[j][0] ? 0 : by.x, factors[j][1] = hidden[j][1] ? 0 : by.y;
+      largest = fmaxf(largest, fmaxf(factors[j][0], factors[j][1]));
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+    if (largest > 16 * unit) {  // the same in all lanes; weights reach 2^8, so 2^12 at most
+      const float fade = __fdividef(unit, largest);
+#pragma unroll
+      for (int i = 0; i < S::V_STEPS * 32; ++i) acc[i / 4][i % 4] *= fade;
+      unit = largest, inverse = __fdividef(1, largest);
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) factors[i / 2][i % 2] *= inverse;
+  }
+  // Sums as they are.
+  __device__ __forceinline__ void finish() {
+    if constexpr (EIGHT_BITS) {
+#pragma unroll
+      for (int i = 0; i < S::V_STEPS * 32; ++i) acc[i / 4][i % 4] *= unit;
+    }
+  }
+
+  // Numbers 2 n and 2 n + 1 of eights of two values, each with its like.
+  __device__ static uint2 pairs_of(const uint4& x, const uint4& y, int n) {
+    const uint32_t a = reinterpret_cast<const uint32_t*>(&x)[n], b = reinterpret_cast<const uint32_t*>(&y)[n];
+    return make_uint2(__byte_perm(a, b, 0x5410), __byte_perm(a, b, 0x7632));
+  }
+  __device__ static uint2 pairs_of(const uint2& x, const uint2& y, int n) {
+    const uint32_t a = n < 2 ? x.x : x.y, b = n < 2 ? y.x : y.y;
+    return widened<W, C>(__byte_perm(a, b, n % 2 ? 0x7362 : 0x5140));
+  }
+
   // Adds the tile's values. What is not visible may hold NaN, which a weight of zero would not undo.
   __device__ __forceinline__ void add_values(const uint32_t (&weights)[4], const uint4* value_rows, bool all,
                                              const bool (&hidden)[2][2]) {
 #pragma unroll
     for (int j = 0; j < S::V_STEPS; ++j) {
-      uint4 rows[4];
+      Eight rows[4];
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const bool inside = V_DIM % 64 == 0 || j * 64 + b.g * 8 < V_DIM;
-        const int place = value_at[r % 2] + j * Rows<V_DIM>::COLUMN + r / 2 * 64;
-        rows[r] = inside ? value_rows[place] : make_uint4(0, 0, 0, 0);
+        const int place = value_at[j % V_LINE][r % 2] + (j / V_LINE * KEYS + r / 2 * 8) * ValueRows::LINE;
+        rows[r] = inside ? reinterpret_cast<const Eight*>(value_rows)[place] : Eight{};
       }
       if (!all) {
 #pragma unroll
         for (int r = 0; r < 4; ++r)
-          if (hidden[r / 2][r % 2]) rows[r] = make_uint4(0, 0, 0, 0);
+          if (hidden[r / 2][r % 2]) rows[r] = Eight{};
       }
-      const uint32_t (*words)[4] = reinterpret_cast<uint32_t (*)[4]>(rows);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const unsigned selector = odd ? 0x7632 : 0x5410;
-          const uint32_t b0 = __byte_perm(words[0][i], words[1][i], selector);
-          const uint32_t b1 = __byte_perm(words[2][i], words[3][i], selector);
-          multiply<T>(acc[j * 8 + i * 2 + odd], weights[0], weights[1], weights[2], weights[3], b0, b1);
-        }
+        const uint2 low = pairs_of(rows[0], rows[1], i), high = pairs_of(rows[2], rows[3], i);
+        multiply<W>(acc[j * 8 + i * 2], weights[0], weights[1], weights[2], weights[3], low.x, high.x);
+        multiply<W>(acc[j * 8 + i * 2 + 1], weights[0], weights[1], weights[2], weights[3], low.y, high.y);
       }
     }
   }
 
   // A tile that has come, its first slot `first`.
-  __device__ __forceinline__ void take(int first, uint4* key_rows, uint4* value_rows) {
-    append(first, key_rows, value_rows);
+  __device__ __forceinline__ void take(int first, int stage) {
+    uint4 *key_rows = b.key_rows(stage), *value_rows = b.value_rows(stage);
+    float* scale_rows = b.scale_rows(stage);
+    append(first, key_rows, value_rows, scale_rows);
     __syncwarp();
-    float x[ROWS][2][2];
+    float x[ROWS][2][2], factors[2][2];
     score_keys(x, first, key_rows);
+    if constexpr (EIGHT_BITS) scale(x, scale_rows);
     const bool all = sees_all(first);
     bool hidden[2][2] = {};
     if (!all || !is_plain) mask(x, hidden, slope, p, seen, any, first, b.c);
+    if constexpr (EIGHT_BITS) find_factors(factors, scale_rows, hidden);
     uint32_t weights[4];
-    soften<T>(x, weights, top, total, acc);
+    soften<W, EIGHT_BITS>(x, factors, weights, top, total, acc);
     add_values(weights, value_rows, all, hidden);
     __syncwarp();  // all have read
   }

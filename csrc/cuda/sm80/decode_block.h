@@ -8,13 +8,18 @@ namespace {
 
 // FEW: of several tokens a row. A block takes `width` of them, whose query heads are rows of the same products (WIDE).
 // A lane of a warp, g = lane / 4 and c = lane % 4, has the rows g (and g + 8) of products: its members.
-template <typename T_, int HEAD_DIM_, int V_DIM_, bool WIDE_, bool LARGE_, bool FEW_>
+// C: what the cache holds, T or 8 bits.
+template <typename T_, typename C_, int HEAD_DIM_, int V_DIM_, bool WIDE_, bool LARGE_, bool FEW_>
 struct Block {
   static_assert(WIDE_ || !FEW_);
   using T = T_;
-  using S = Shape<HEAD_DIM_, V_DIM_, LARGE_>;
+  using C = C_;
+  using S = Shape<C, HEAD_DIM_, V_DIM_, LARGE_>;
+  using KeyRows = Rows<HEAD_DIM_, sizeof(C)>;
+  using ValueRows = Rows<V_DIM_, sizeof(C)>;
+  using New = std::conditional_t<IN_8_BITS<C>, float, T>;  // of new keys and values, turned
   static constexpr int HEAD_DIM = HEAD_DIM_, V_DIM = V_DIM_, WARPS = S::WARPS, THREADS = S::THREADS;
-  static constexpr bool WIDE = WIDE_, LARGE = LARGE_, FEW = FEW_;
+  static constexpr bool WIDE = WIDE_, LARGE = LARGE_, FEW = FEW_, EIGHT_BITS = IN_8_BITS<C>;
 
   const Params& p;
   int rank, splits, head, number, row, warp, lane, g, c;
@@ -24,11 +29,14 @@ struct Block {
   bool has_sinks;
   int64_t pair;
   // Shared memory: tiles of all warps, and those of this one; queries as fragments, text then sink; (tokens, HEAD_DIM),
-  // (tokens, V_DIM); of all blocks of the cluster (splits, group, V_DIM), (splits, group, 2).
+  // (tokens, V_DIM), in 8 bits rounded before they are used: a row begins with its numbers, behind which its scale is; of
+  // all blocks of the cluster (splits, group, V_DIM), (splits, group, 2).
   uint4 *shared, *staged;
-  T *queries, *new_keys, *new_values;
+  T* queries;
+  New *new_keys, *new_values;
   float* handed;
-  T *keys, *values;  // of the key head in the cache
+  C *keys, *values;  // of the key head in the cache
+  float* scales;     // of its keys for the first 16 lanes of a warp, of its values for the others
 
   __device__ __forceinline__ Block(const Params& p, uint4* shared, int share, int width) : p(p), shared(shared) {
     rank = blockIdx.x, splits = gridDim.x, head = blockIdx.y, number = blockIdx.z;
@@ -48,22 +56,34 @@ struct Block {
 
     staged = shared + warp * S::WARP;
     queries = reinterpret_cast<T*>(shared + S::BLOCK);
-    new_keys = queries + 2 * S::QUERIES * 8;
+    new_keys = reinterpret_cast<New*>(queries + 2 * S::QUERIES * 8);
     new_values = new_keys + tokens * HEAD_DIM;
     handed = reinterpret_cast<float*>(new_values + tokens * V_DIM);
-    keys = static_cast<T*>(p.k_cache) + int64_t(row) * p.k_cache_row + head * p.k_cache_head;
-    values = static_cast<T*>(p.v_cache) + int64_t(row) * p.v_cache_row + head * p.v_cache_head;
+    keys = static_cast<C*>(p.k_cache) + int64_t(row) * p.k_cache_row + head * p.k_cache_head;
+    values = static_cast<C*>(p.v_cache) + int64_t(row) * p.v_cache_row + head * p.v_cache_head;
+    if constexpr (EIGHT_BITS)
+      scales = lane < KEYS ? p.k_scales + int64_t(row) * p.k_scale_row + head * p.k_scale_head
+                           : p.v_scales + int64_t(row) * p.v_scale_row + head * p.v_scale_head;
   }
 
   __device__ bool is_clustered() const { return LARGE && splits > 1; }
   __device__ uint4* key_rows(int stage) const { return staged + stage * S::TILE; }
-  __device__ uint4* value_rows(int stage) const { return key_rows(stage) + Rows<HEAD_DIM>::SIZE; }
+  __device__ uint4* value_rows(int stage) const { return key_rows(stage) + KeyRows::SIZE; }
+  // In 8 bits a lane has the scale of key, or value, number lane % KEYS of a tile.
+  __device__ float* scale_rows(int stage) const { return reinterpret_cast<float*>(key_rows(stage) + S::ROWS); }
+  __device__ float* scale_in_cache(int slot) const {
+    return scales + slot * (lane < KEYS ? p.k_scale_slot : p.v_scale_slot);
+  }
 
   // Fetch: a tile, whatever the length of the row is.
   __device__ __forceinline__ void fetch(int tile, int stage) const {
     if (tile < end) {
       copy_rows<HEAD_DIM>(keys, p.k_cache_slot, tile * KEYS, slots, lane, key_rows(stage));
       copy_rows<V_DIM>(values, p.v_cache_slot, tile * KEYS, slots, lane, value_rows(stage));
+      if constexpr (EIGHT_BITS) {
+        const int slot = tile * KEYS + row_of(lane % KEYS);
+        if (slot < slots) copy_word(scale_rows(stage) + lane, scale_in_cache(slot));
+      }
     }
     end_of_copies();
   }

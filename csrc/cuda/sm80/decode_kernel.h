@@ -1,4 +1,4 @@
-// The kernel of decode: `fetch`, `turn`, `append`, `attend`, `combine`. No torch in here.
+// The kernel of decode: `fetch`, `turn`, `append`, `attend`, `combine`. No torch in here. C: what the cache holds.
 #pragma once
 
 #include "../launch.h"
@@ -9,10 +9,10 @@ namespace sinkattn::cuda {
 namespace {
 
 // share: tiles of a block at least. width: of a few tokens a row (FEW), those of a block.
-template <typename T, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, bool FEW>
-__global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
+template <typename T, typename C, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, bool FEW>
+__global__ void __launch_bounds__(Shape<C, HEAD_DIM, V_DIM, LARGE>::THREADS, Shape<C, HEAD_DIM, V_DIM, LARGE>::BLOCKS)
     decode_kernel(const __grid_constant__ Params p, int share, int width) {
-  using B = Block<T, HEAD_DIM, V_DIM, WIDE, LARGE, FEW>;
+  using B = Block<T, C, HEAD_DIM, V_DIM, WIDE, LARGE, FEW>;
   using S = typename B::S;
   extern __shared__ __align__(128) uint4 shared[];  // a row of a tile's column is a line; across two, copies are slow
   __shared__ __align__(8) float softmax[B::WARPS][MAX_GROUP][2];  // maximum and sum
@@ -47,6 +47,10 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
     return;
   }
   __syncthreads();
+  if constexpr (B::EIGHT_BITS) {  // while the first tiles are on their way
+    round_new(b);
+    __syncthreads();
+  }
 
   Attention<B> attention(b, t, nth);
   if (t < b.slots) b.end = min(b.end, int(t) / KEYS + 1);  // further tiles are empty
@@ -54,10 +58,11 @@ __global__ void __launch_bounds__(Shape<HEAD_DIM, V_DIM, LARGE>::THREADS)
 #pragma unroll 1
   for (int tile = b.begin + b.warp; tile < b.end; tile += B::WARPS) {
     wait_for_copies<S::STAGES - 1>();
-    attention.take(tile * KEYS, b.key_rows(stage), b.value_rows(stage));
+    attention.take(tile * KEYS, stage);
     b.fetch(tile + S::STAGES * B::WARPS, stage);
     stage = stage + 1 == S::STAGES ? 0 : stage + 1;
   }
+  attention.finish();
   wait_for_copies<0>();
   __syncwarp();  // for the lanes' copies are each other's place
 

@@ -2,56 +2,69 @@
 #pragma once
 
 #include "../decode.h"
-#include "../numbers.h"
+#include "../eight_bits.h"
 #include "instructions.h"
 
 namespace sinkattn::cuda {
 namespace {
 
 // A tile is 16 rows of keys and 16 of values, in pieces of 16 bytes. Its columns are 8 pieces wide, and their rows are
-// swizzled. Which row is number n in a product is free: with g = lane / 4 and c = lane % 4, a lane takes pieces 4 s + c of
-// key number g (and g + 8), and pieces 8 j + g of values number 2 c, 2 c + 1 (and 8 more), and `row_of` is such that 8
-// lanes, which read at a time, meet 32 different banks.
+// swizzled. A lane takes 8 numbers at a time, an eight, which is a piece, or half of one in 8 bits. Which row is number n in
+// a product is free: with g = lane / 4 and c = lane % 4, a lane takes eights 4 s + c of key number g (and g + 8), and eights
+// 8 j + g of values number 2 c, 2 c + 1 (and 8 more), and `row_of` is such that the lanes that read at a time, 8, or 16 of
+// them in 8 bits, meet 32 different banks.
 __device__ int row_of(int n) { return (n & 8) | ((n >> 2 ^ n) & 1) << 2 | (n & 2) | (n >> 2 & 1); }
 
-template <int DIM>
+// Of numbers of so many bytes.
+template <int DIM, int BYTES>
 struct Rows {
-  static constexpr int PIECES = DIM / 8, COLUMNS = (DIM + 63) / 64, COLUMN = KEYS * 8, SIZE = COLUMNS * COLUMN;
+  static constexpr int NUMBERS = 16 / BYTES;                                                                 // of a piece
+  static constexpr int PIECES = DIM / NUMBERS, COLUMNS = (PIECES + 7) / 8, COLUMN = KEYS * 8, SIZE = COLUMNS * COLUMN;
   __device__ static int place(int row, int piece) { return piece / 8 * COLUMN + row * 8 + (piece % 8 ^ row % 8); }
+
+  using Eight = std::conditional_t<BYTES == 1, uint2, uint4>;
+  static constexpr int EIGHTS = NUMBERS / 8, LINE = 8 * EIGHTS;  // of a piece, and of a row of a column
+  __device__ static int eight(int row, int n) { return place(row, n / EIGHTS) * EIGHTS + n % EIGHTS; }
 };
 
-// Large blocks come in clusters and have a multiprocessor each. Of small ones two share one, and while one of them
-// starts or ends the other keeps the memory busy.
-template <int HEAD_DIM, int V_DIM, bool LARGE>
+// Large blocks come in clusters and have a multiprocessor each. Of small ones two or, in 8 bits, three share one: while one
+// of them starts or ends, or makes 16 bits of 8, the others keep the memory busy. C: what the cache holds.
+template <typename C, int HEAD_DIM, int V_DIM, bool LARGE>
 struct Shape {
   static constexpr int WARPS = LARGE ? 8 : 4, THREADS = WARPS * 32;
+  static constexpr int BLOCKS = LARGE ? 1 : IN_8_BITS<C> && HEAD_DIM <= 128 ? 3 : 2;  // of a multiprocessor, by their registers
   static constexpr int K_STEPS = (HEAD_DIM + 31) / 32, V_STEPS = (V_DIM + 63) / 64;
-  static constexpr int TILE = Rows<HEAD_DIM>::SIZE + Rows<V_DIM>::SIZE;  // pieces, as all that follows
+  // Pieces, as all that follows: keys and values, then the scales of both.
+  static constexpr int ROWS = Rows<HEAD_DIM, sizeof(C)>::SIZE + Rows<V_DIM, sizeof(C)>::SIZE;
+  static constexpr int TILE = ROWS + (IN_8_BITS<C> ? 2 * KEYS / 4 : 0);
   // Tiles in flight per warp. With more, asking for them takes longer than they do.
-  static constexpr int STAGES = LARGE ? (TILE <= 256 ? 4 : TILE <= 768 ? 2 : 1) : TILE <= 256 ? 6 : 3;
+  static constexpr int STAGES = LARGE ? (ROWS <= 256 ? 4 : ROWS <= 768 ? 2 : 1) : ROWS <= 256 && !IN_8_BITS<C> ? 6 : 3;
   static constexpr int WARP = STAGES * TILE, BLOCK = WARPS * WARP;
-  static constexpr int QUERIES = K_STEPS * 64;  // of one angle: step, lane, (head g | its remainder or head g + 8)
+  static constexpr int QUERIES = K_STEPS * 64;  // of one angle: step, (head g | its remainder or head g + 8), lane
+  static_assert(WARP * 16 >= MAX_GROUP * V_DIM * 4, "what a warp finds takes the place of its tiles");
 };
 
 // KEYS rows from slot `first` on, by a warp; those past the last slot are left out.
-template <int DIM, typename T>
-__device__ __forceinline__ void copy_rows(const T* x, int64_t stride, int first, int slots, int lane, uint4* place) {
-  using R = Rows<DIM>;
+template <int DIM, typename C>
+__device__ __forceinline__ void copy_rows(const C* x, int64_t stride, int first, int slots, int lane, uint4* place) {
+  using R = Rows<DIM, sizeof(C)>;
   if (first + KEYS <= slots) {
-    x += (first + lane / R::PIECES) * stride + lane % R::PIECES * 8;
+    x += (first + lane / R::PIECES) * stride + lane % R::PIECES * R::NUMBERS;
 #pragma unroll
-    for (int i = 0; i < KEYS * R::PIECES / 32; ++i) {
+    for (int i = 0; i < (KEYS * R::PIECES + 31) / 32; ++i) {
       const int before = i * 32 / R::PIECES, r = (lane + i * 32) / R::PIECES, piece = (lane + i * 32) % R::PIECES;
+      if (KEYS * R::PIECES % 32 && r >= KEYS) break;
       if (32 % R::PIECES == 0)  // the same piece of rows further down
         copy_async(place + R::place(r, piece), x + before * stride);
       else
-        copy_async(place + R::place(r, piece), x + (r - lane / R::PIECES) * stride + (piece - lane % R::PIECES) * 8);
+        copy_async(place + R::place(r, piece),
+                   x + (r - lane / R::PIECES) * stride + (piece - lane % R::PIECES) * R::NUMBERS);
     }
   } else {
 #pragma unroll 1
     for (int i = lane; i < KEYS * R::PIECES; i += 32) {
       const int r = i / R::PIECES, piece = i % R::PIECES;
-      if (first + r < slots) copy_async(place + R::place(r, piece), x + (first + r) * stride + piece * 8);
+      if (first + r < slots) copy_async(place + R::place(r, piece), x + (first + r) * stride + piece * R::NUMBERS);
     }
   }
 }

@@ -27,13 +27,55 @@ struct Turn {
   }
 };
 
-// The queries as fragments: piece (step * 32 + lane) * 2 + half holds 8 dims of a row of the products.
+// The queries as fragments: piece (step * 2 + half) * 32 + lane holds 8 dims of a row of the products.
 template <bool WIDE, typename T>
 __device__ __forceinline__ void write_query(float x, int member, int dim, T* fragments) {
-  T* place = fragments + (dim / 32 * 32 + member % 8 * 4 + dim % 32 / 8) * 16 + dim % 8;
+  T* place = fragments + (dim / 32 * 64 + member % 8 * 4 + dim % 32 / 8) * 8 + dim % 8;
   const T rounded = from_float<T>(x);
-  place[member / 8 * 8] = rounded;
-  if (!WIDE) place[8] = from_float<T>(x - to_float(rounded));
+  place[member / 8 * 256] = rounded;
+  if (!WIDE) place[256] = from_float<T>(x - to_float(rounded));
+}
+
+// What is kept of a new key or value: T, or float32 where it is still to be rounded to 8 bits.
+template <typename B, typename X>
+__device__ typename B::New new_number(X x) {
+  if constexpr (std::is_same_v<X, typename B::New>)
+    return x;
+  else if constexpr (B::EIGHT_BITS)
+    return to_float(x);
+  else
+    return from_float<typename B::T>(x);
+}
+
+// A row of new numbers, float32 in shared memory, becomes what the cache holds, where it is: numbers, then their scale.
+template <typename C, int DIM>
+__device__ __forceinline__ void round_row(float* row, int lane) {
+  constexpr int DIMS = (DIM + 31) / 32;
+  float x[DIMS], most = 0;
+  bool is_finite = true;
+#pragma unroll
+  for (int i = 0; i < DIMS; ++i) {
+    x[i] = lane + i * 32 < DIM ? row[lane + i * 32] : 0;
+    most = fmaxf(most, fabsf(x[i])), is_finite = is_finite && fabsf(x[i]) < INFINITY;
+  }
+#pragma unroll
+  for (int apart = 16; apart > 0; apart /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, apart));
+  const float scale = scale_of<C>(most, !__any_sync(~0u, !is_finite));  // all have read
+#pragma unroll
+  for (int i = 0; i < DIMS; ++i)
+    if (lane + i * 32 < DIM) reinterpret_cast<uint8_t*>(row)[lane + i * 32] = rounded<C>(x[i], scale);
+  if (lane == 0) row[DIM / 4] = scale;
+}
+// The block's new keys and values, a row a warp.
+template <typename B>
+__device__ __forceinline__ void round_new(const B& b) {
+#pragma unroll 1
+  for (int i = b.warp; i < 2 * (b.last_token + 1); i += B::WARPS) {
+    if (i % 2 == 0)
+      round_row<typename B::C, B::HEAD_DIM>(b.new_keys + i / 2 * B::HEAD_DIM, b.lane);
+    else
+      round_row<typename B::C, B::V_DIM>(b.new_values + i / 2 * B::V_DIM, b.lane);
+  }
 }
 
 // Turns a row's one token into shared memory. What is small is asked for at once; `meanwhile`: what is asked for behind
@@ -73,8 +115,8 @@ __device__ __forceinline__ void turn_one(const B& b, F meanwhile) {
       const int dim = first_dim + i * THREADS;
       if (HEAD_DIM % THREADS && dim >= HEAD_DIM) break;
       if (first_head == 0) {
-        b.new_keys[dim] = from_float<T>(turns[i](key[i], 0));
-        if (dim < B::V_DIM) b.new_values[dim] = value[i];
+        b.new_keys[dim] = new_number<B>(turns[i](key[i], 0));
+        if (dim < B::V_DIM) b.new_values[dim] = new_number<B>(value[i]);
       }
 #pragma unroll
       for (int h = 0; h < HEADS; ++h) {
@@ -113,8 +155,8 @@ __device__ __forceinline__ void turn_few(const B& b, F meanwhile) {
     const Turn turn(p, int64_t(b.row) * b.tokens + token, dim);
     const T* x = k + token * p.k_token;
     const T both[2] = {x[dim], x[turn.other]};
-    b.new_keys[i] = from_float<T>(turn(both, 0));
-    if (dim < V_DIM) b.new_values[token * V_DIM + dim] = v[token * p.v_token + dim];
+    b.new_keys[i] = new_number<B>(turn(both, 0));
+    if (dim < V_DIM) b.new_values[token * V_DIM + dim] = new_number<B>(v[token * p.v_token + dim]);
   }
   meanwhile();
 }

@@ -7,7 +7,7 @@
 namespace sinkattn::cuda {
 namespace {
 
-// Copies into shared memory, 16 bytes each, that nobody waits for until they are needed.
+// Copies into shared memory, 16 bytes each, or 4, that nobody waits for until they are needed.
 
 // How the L2 keeps what is read once a step: not longer than it must.
 __device__ uint64_t read_once() {
@@ -44,6 +44,9 @@ __device__ void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(place), "l"(global),
                "l"(once)
                : "memory");
+}
+__device__ void copy_word(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
 template <int PENDING>
