@@ -4,13 +4,15 @@ SmolLM2-135M-Instruct (tests/real.py) reads English prose, Python's own document
 and of every `cache_dtype` side by side, a chunk at a time. By range of positions: the loss, how far it is from that of
 the cache in the model's dtype, and the root mean square error of the logits against those, relative to their spread. A
 second model in bfloat16 says what that rounding does by itself. Nothing may grow with the position: a key is rounded
-once.
+once. `--until 1000000` reads on, the text over and over, and measures the last range again.
 
     bytes    of the cache, `SinkCache.nbytes`, a token of a row that it holds
 
-`--speed` measures decode on the CPU instead, of a bfloat16 model with caches that are full: cache_dtype_decode.csv has
+`--speed` measures decode instead, of bfloat16 and caches that are full. On a CPU, cache_dtype_decode.csv has
 microseconds a call, the median and the least of interleaved rounds, in which each call has keys and values that no
-recent one has touched (300 MB in turn).
+recent one has touched (300 MB in turn). On a GPU it has those of CUDA graphs (bench/gpu.py) by every backend, and of
+FlashInfer's decode over pages of 16, which neither turns nor appends, beside the floor, the bytes of the cache over the
+read bandwidth of that run; and cache_dtype_step.csv has whole steps of `Stream` over a model of Llama-3-8B's shape.
 """
 
 import copy
@@ -18,22 +20,40 @@ import itertools
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from common import RESULTS, Device, Output, default_device, print_table, record, track, write_csv, write_json
+from common import (
+    RESULTS,
+    SINKS,
+    Device,
+    Output,
+    default_device,
+    free,
+    median,
+    now,
+    print_table,
+    record,
+    track,
+    write_csv,
+    write_json,
+)
 from torch.nn.functional import cross_entropy
 
-from sinkattn import SinkCache, ops, patch, reference
+from sinkattn import SinkCache, Stream, ops, patch, reference
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import real
 
 COLUMNS = ("window", "model", "cache", "begin", "end", "loss", "loss_off_percent", "logits_error", "bytes")
-SINKS, CHUNK = 4, 512
-KINDS = ("auto", "int8", "fp8")
+STORED = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
+KINDS = tuple(STORED)
+
+
+# --------------------------------------------------------------------------------------------------------------- loss
 
 
 def opened(dtype: torch.dtype, window: int, device: str) -> list:
@@ -45,6 +65,43 @@ def opened(dtype: torch.dtype, window: int, device: str) -> list:
         patch(model, SINKS, window, cache_dtype=kind, fuse="attention")  # which lays no weights side by side
     return models
 
+
+class Readers:
+    """A model and a cache for each dtype of weights and each `cache_dtype`, which read the same text."""
+
+    def __init__(self, dtypes: list[str], window: int, device: str):
+        self.names = [(name, kind) for name in dtypes for kind in KINDS]
+        self.models = [model for name in dtypes for model in opened(getattr(torch, name), window, device)]
+        self.caches = [SinkCache(model) for model in self.models]
+
+    def skip(self, ids: torch.Tensor) -> None:
+        for model, cache in zip(self.models, self.caches, strict=True):
+            model(ids, past_key_values=cache, logits_to_keep=1)
+
+    def read(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Of every reader and token, (readers, 2, tokens): its loss, and its logits' squared error over the spread of
+        those of the first reader."""
+        found, exact = [], None
+        for model, cache in zip(self.models, self.caches, strict=True):
+            logits = model(ids, past_key_values=cache).logits[0].float()
+            exact = logits if exact is None else exact
+            loss = cross_entropy(logits, targets[0], reduction="none")
+            error = (logits - exact).square().mean(-1) / exact.var(-1)
+            found.append(torch.stack((loss, error)).double().cpu())
+        return torch.stack(found)
+
+
+def lines_of(readers: Readers, window: int, begin: int, end: int, found: torch.Tensor) -> Iterator[tuple]:
+    """Rows of cache_dtype.csv, of what `Readers.read` has found from begin to end."""
+    loss, error = found.mean(2).unbind(1)
+    for i, (name, kind) in enumerate(readers.names):
+        cache, base = readers.caches[i], loss[readers.names.index((name, "auto"))]
+        off, held = 100 * (loss[i] / base - 1), window + SINKS + cache.plan.slack
+        yield (window, name, kind, begin, end, f"{loss[i]:.5f}", f"{off:.4f}", f"{error[i] ** 0.5:.2e}",
+               f"{cache.nbytes / held:.1f}")  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------- speed
 
 SPEED = ("rows", "heads", "kv_heads", "head_dim", "capacity", "cache", "median_us", "least_us", "of_bfloat16")
 SHAPES = ((1, 32, 8, 128), (8, 32, 8, 128), (1, 32, 32, 128), (1, 32, 8, 64))
@@ -70,12 +127,10 @@ def decode_calls(rows: int, heads: int, kv_heads: int, dim: int, capacity: int, 
         yield 1e6 * (time.perf_counter() - begun)
 
 
-def speed(output_dir: Path) -> None:
-    """Measure decode on the CPU; print the table, write cache_dtype_decode.csv and .json."""
+def speed_on_cpu(output_dir: Path) -> None:
     rows = []
     for shape, capacity in itertools.product(SHAPES, (1024, 4096)):
-        kinds = dict(zip(KINDS, (None, torch.int8, torch.float8_e4m3fn), strict=True))
-        calls = {kind: decode_calls(*shape, capacity, stored) for kind, stored in kinds.items()}
+        calls = {kind: decode_calls(*shape, capacity, stored) for kind, stored in STORED.items()}
         rounds = [{kind: next(call) for kind, call in calls.items()} for _ in range(33)][3:]
         for kind in KINDS:
             times = [found[kind] for found in rounds]
@@ -86,52 +141,158 @@ def speed(output_dir: Path) -> None:
     write_json(output_dir / "cache_dtype_decode.json", record("cpu") | {"instructions": ops.CPU_ISA})
 
 
+ON_GPU = ("rows", "heads", "kv_heads", "head_dim", "capacity", "by", "cache", "us", "floor_us", "of_bfloat16")
+GPU_SHAPES = [(rows, 32, kv_heads, 128) for kv_heads in (32, 8) for rows in (1, 64)]
+STEP = ("model", "rows", "capacity", "cache", "ms_per_token", "of_bfloat16", "cache_gb")
+
+
+def filled(rows: int, kv_heads: int, capacity: int, dim: int, stored: torch.dtype | None) -> list[tuple]:
+    """Enough (k, v, their scales or None) to exceed the L2 four times over, in turn; at least 8."""
+    from gpu import cold, new
+
+    def one() -> tuple:
+        pair = [new(rows, kv_heads, capacity, dim) for _ in range(2)]
+        if stored is None:
+            return *pair, None, None
+        caches, scales = zip(*(reference.quantised(x, stored) for x in pair), strict=True)
+        return *caches, *scales
+
+    count = max(2, cold(2 * rows * kv_heads * capacity * dim * (2 if stored is None else 1)))
+    made = [one() for _ in range(count)]
+    return [made[i % count] for i in range(max(8, count))]
+
+
+def decode_us(backend: str, rows: int, heads: int, kv_heads: int, dim: int, capacity: int, held: list[tuple]) -> float:
+    """Microseconds of one layer's step as a patched model calls it."""
+    from gpu import counters_of, graph_us, operands, sizes
+
+    q, k, v, rotation = operands(heads, kv_heads, rows, 1, dim)
+    lengths = torch.randint(capacity, 10 * capacity, (rows,), device="cuda")
+    more = sizes(capacity, dim) | {"overlap": True, "backend": backend}
+    counters = [counters_of(x[:2]) for x in held]
+    return graph_us(
+        [
+            lambda x=x, one=one: ops.decode(
+                q, k, v, *x[:2], lengths, None, rotation, None, None, *x[2:], arrivals=one, **more
+            )
+            for x, one in zip(held, counters, strict=True)
+        ]
+    )
+
+
+def flashinfer_us(rows: int, heads: int, kv_heads: int, dim: int, capacity: int, held: list[tuple]) -> float | None:
+    """The better of its two kernels, or None where neither can do it."""
+    from decode import flashinfer_us as measure
+    from gpu import new, tried
+
+    q, pairs = new(rows, heads, 1, dim), [x[:2] for x in held]
+    case = rows, heads, kv_heads, capacity, held[0][0].dtype
+    found = [tried(case, measure, "flashinfer", q, pairs, tensor_cores) for tensor_cores in (False, True)]
+    return min((us for us in found if us is not None), default=None)
+
+
+def decode_on_gpu(output_dir: Path) -> None:
+    from gpu import installed, read_bandwidth, title, write_about
+
+    rows, bandwidth = [], read_bandwidth()
+    with_flashinfer = bool(installed(("flashinfer",)))
+    for shape, capacity in track([*itertools.product(GPU_SHAPES, (1024, 4096))], "decode"):
+        base: dict[str, float] = {}  # of caches in bfloat16
+        for kind, stored in STORED.items():
+            held = filled(shape[0], shape[2], capacity, shape[3], stored)
+            floor = sum(x.nbytes for x in held[0] if x is not None) / bandwidth * 1e6
+            times = {backend: decode_us(backend, *shape, capacity, held) for backend in ("cuda", "triton")}
+            if with_flashinfer and stored != torch.int8 and (us := flashinfer_us(*shape, capacity, held)):
+                times["flashinfer"] = us
+            base = base or times
+            for by, us in times.items():
+                ratio = f"{us / base[by]:.2f}" if by in base else ""
+                rows.append((*shape, capacity, by, kind, f"{us:.2f}", f"{floor:.2f}", ratio))
+            del held
+            torch.cuda.empty_cache()
+            write_csv(output_dir / "cache_dtype_decode.csv", ON_GPU, rows)
+    print_table(ON_GPU, rows, f"us a layer and step; {title()}, reads {bandwidth / 1e12:.2f} TB/s")
+    write_about(output_dir / "cache_dtype_decode.json", read_bytes_a_second=bandwidth)
+
+
+def steps(output_dir: Path, name: str, batch: int, capacity: int, tokens: int = 40) -> None:
+    """Whole steps of a `Stream` of so many rows, behind a cache that is full."""
+    from generate import DEVICE, make
+
+    model, rows = make(name), []
+    vocabulary = min(model.config.vocab_size, 30_000)
+    ids = torch.randint(3, vocabulary, (batch, capacity), device=DEVICE)
+    for kind in track(KINDS, f"{name}, {batch} rows"):
+        free(DEVICE)
+        with patch(model, SINKS, capacity - SINKS, cache_dtype=kind):
+            stream, times = Stream(model), []
+            for piece in ids.split(512, dim=1):
+                stream.append(piece)
+            for _ in stream.generate(tokens, do_sample=False, eos_token_id=[]):
+                times.append(now(DEVICE))
+            held = stream.cache.nbytes
+        ms = 1e3 * median(b - a for a, b in itertools.pairwise(times[4:]))  # the first ones are captured
+        rows.append((name, batch, capacity, kind, ms, held))
+    rows = [(*row[:4], f"{row[4]:.3f}", f"{row[4] / rows[0][4]:.2f}", f"{row[5] / 1e9:.3f}") for row in rows]
+    print_table(STEP, rows, "whole steps")
+    write_csv(output_dir / "cache_dtype_step.csv", STEP, rows)
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
 @torch.no_grad()
 def main(
     tokens: Annotated[int, typer.Option(help="Of the text.")] = 65536,
-    window: Annotated[list[int] | None, typer.Option(help="Tokens; the sinks are 4. 1020.")] = None,
+    window: Annotated[int, typer.Option(help="Tokens; the sinks are 4.")] = 1020,
     dtype: Annotated[list[str] | None, typer.Option(help="Of the weights; float32 and bfloat16.")] = None,
-    seconds: Annotated[float, typer.Option(help="Stop behind a chunk after so many, for each window.")] = float("inf"),
+    seconds: Annotated[float, typer.Option(help="Stop behind a chunk after so many.")] = float("inf"),
     every: Annotated[int, typer.Option(help="Tokens of a range of positions.")] = 4096,
-    is_speed: Annotated[bool, typer.Option("--speed", help="Measure decode on the CPU, and read nothing.")] = False,
+    chunk: Annotated[int, typer.Option(help="Tokens that are read at once.")] = 512,
+    until: Annotated[int, typer.Option(help="Read on so far, and measure the last range again; 0: do not.")] = 0,
+    is_speed: Annotated[bool, typer.Option("--speed", help="Measure decode and steps, and read nothing.")] = False,
+    model: Annotated[str, typer.Option(help="Of bench/generate.py: its steps, on a GPU.")] = "llama-3-8b",
     device: Device = None,
     output_dir: Output = RESULTS / "real",
 ) -> None:
     """Read; print the table, write cache_dtype.csv and cache_dtype.json."""
-    if is_speed:
-        return speed(output_dir)
     device, rows = device or default_device(), []
-    ids = real.prose(tokens + 1, device)
-    dtypes = dtype or ["float32", "bfloat16"]
-    for size in window or [1020]:
-        readers = [(name, kind, model) for name in dtypes
-                   for kind, model in zip(KINDS, opened(getattr(torch, name), size, device), strict=True)]  # fmt: skip
-        caches = [SinkCache(model) for *_, model in readers]
-        found: list[list[torch.Tensor]] = [[] for _ in readers]  # of every token: its loss, its logits' squared error
-        begun = time.perf_counter()
-        for begin in track(range(0, ids.shape[1] - 1, CHUNK), f"window {size}"):
-            end = min(begin + CHUNK, ids.shape[1] - 1)
-            exact = None
-            for (_, _, model), cache, pieces in zip(readers, caches, found, strict=True):
-                logits = model(ids[:, begin:end], past_key_values=cache).logits[0].float()
-                exact = logits if exact is None else exact
-                loss = cross_entropy(logits, ids[0, begin + 1 : end + 1], reduction="none")
-                error = ((logits - exact).square().mean(-1) / exact.var(-1)).double()
-                pieces.append(torch.stack((loss.double(), error)).cpu())
+    if is_speed and torch.device(device).type == "cuda":
+        decode_on_gpu(output_dir)
+        return steps(output_dir, model, 64, 4096)
+    if is_speed:
+        return speed_on_cpu(output_dir)
+    readers, text = Readers(dtype or ["float32", "bfloat16"], window, device), real.prose(tokens + 1, device)
+    begun = time.perf_counter()
+
+    def piece(begin: int, end: int) -> torch.Tensor:  # the text, over and over
+        return text[:, torch.arange(begin, end, device=device) % text.shape[1]]
+
+    def measured(begin: int, end: int, label: str) -> torch.Tensor:
+        found = []
+        for first in track(range(begin, end, chunk), label):
+            last = min(first + chunk, end)
+            found.append(readers.read(piece(first, last), piece(first + 1, last + 1)))
             if time.perf_counter() - begun > seconds:
                 break
-        columns = [torch.cat(pieces, dim=1) for pieces in found]
-        ends = [*range(every, columns[0].shape[1], every), columns[0].shape[1]]
-        for begin, end in [*zip([0, *ends], ends, strict=False), (0, ends[-1])]:
-            for (name, kind, _), cache, column in zip(readers, caches, columns, strict=True):
-                loss, error = column[:, begin:end].mean(1).tolist()
-                base = columns[[x[:2] for x in readers].index((name, "auto"))][0, begin:end].mean().item()
-                held = size + SINKS + cache.plan.slack
-                rows.append((size, name, kind, begin, end, f"{loss:.5f}", f"{100 * (loss / base - 1):.4f}",
-                             f"{error**0.5:.2e}", f"{cache.nbytes / held:.1f}"))  # fmt: skip
-    print_table(COLUMNS, [row for row in rows if row[3] == 0])
+        return torch.cat(found, dim=2)
+
+    found = measured(0, min(tokens, text.shape[1] - 1), f"window {window}")
+    end = found.shape[2]
+    for first in range(0, end, every):
+        last = min(first + every, end)
+        rows += lines_of(readers, window, first, last, found[:, :, first:last])
+    whole = [*lines_of(readers, window, 0, end, found)]
+    rows += whole
+    shown = [*whole, *(row for row in rows if row[3] <= 5000 < row[4] and row not in whole)]
+    if until > end + every:
+        for first in track(range(end, until - every, chunk), f"to {until:,}"):
+            readers.skip(piece(first, min(first + chunk, until - every)))
+        far = [*lines_of(readers, window, until - every, until, measured(until - every, until, "the last"))]
+        rows, shown = rows + far, shown + far
+    print_table(COLUMNS, shown)
     write_csv(output_dir / "cache_dtype.csv", COLUMNS, rows)
-    write_json(output_dir / "cache_dtype.json", record(device) | {"tokens": ends[-1], "chunk": CHUNK, "sinks": SINKS})
+    write_json(output_dir / "cache_dtype.json", record(device) | {"tokens": end, "chunk": chunk, "sinks": SINKS})
 
 
 if __name__ == "__main__":

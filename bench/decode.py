@@ -100,7 +100,7 @@ def flashinfer_us(provider, q, pairs, tensor_cores) -> float:
     )  # fmt: skip
     wrapper.plan(
         torch.arange(batch + 1, **like) * pages, torch.arange(batch * pages, **like), torch.full((batch,), 16, **like),
-        num_heads, num_kv_heads, head_dim, 16, q_data_type=q.dtype, kv_data_type=q.dtype,
+        num_heads, num_kv_heads, head_dim, 16, q_data_type=q.dtype, kv_data_type=pairs[0][0].dtype,
         pos_encoding_mode="ROPE_LLAMA" if provider == "flashinfer_rope" else "NONE",
     )  # fmt: skip
     paged = [tuple(x.view(batch * pages, num_kv_heads, 16, head_dim) for x in pair) for pair in pairs]

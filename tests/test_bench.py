@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "examples")]
 
 import ablation  # noqa: E402
 import both_ways  # noqa: E402
+import cache_dtype  # noqa: E402
 import cpu  # noqa: E402
 import experiments  # noqa: E402
 import long_run  # noqa: E402
@@ -603,3 +604,30 @@ def test_cpu_bench_times_the_same_attention(tokens):
     sdpa = cpu.steps("sdpa", case)[0](0)[0]
     torch.manual_seed(0)
     torch.testing.assert_close(cpu.steps("eager", case)[0](0)[0], sdpa)
+
+
+def test_what_8_bits_cost(tmp_path, monkeypatch):
+    """The losses are those of the oracle's logits, however the text is cut and wherever a range lies; 8 bits have
+    errors, and little more than a quarter of float32's bytes."""
+    model, ids = tiny("llama"), random_ids(1, 51)
+    monkeypatch.setattr(cache_dtype.real, "real_model", lambda dtype, device: model)
+    monkeypatch.setattr(cache_dtype.real, "prose", lambda tokens, device: ids[:, :tokens])
+    sizes = ["--tokens", 50, "--window", 12, "--dtype", "float32", "--every", 20, "--chunk", 7, "--until", 130]
+    run(cache_dtype.main, *sizes, "--device", "cpu", "--output-dir", tmp_path)
+    text = ids.repeat(1, 3)[:, :131]
+    loss = cross_entropy(streaming_logits(model, text, 4, 12)[:, :-1].mT, text[:, 1:], reduction="none")[0]
+    rows = rows_of(tmp_path / "cache_dtype.csv")
+    spans = [(0, 20), (20, 40), (40, 50), (0, 50), (110, 130)]
+    assert [(int(row["begin"]), int(row["end"])) for row in rows[::3]] == spans
+    for row in rows:
+        expected, error = loss[int(row["begin"]) : int(row["end"])].mean().item(), float(row["logits_error"])
+        if row["cache"] == "auto":
+            assert error == float(row["loss_off_percent"]) == 0
+            assert float(row["loss"]) == pytest.approx(expected, abs=2e-4)
+        else:
+            assert 1e-4 < error < 0.3 and float(row["loss"]) == pytest.approx(expected, rel=0.1)
+            off = 100 * (float(row["loss"]) / expected - 1)
+            assert float(row["loss_off_percent"]) == pytest.approx(off, abs=0.02)
+    head_dim = model.config.hidden_size // model.config.num_attention_heads
+    assert float(rows[1]["bytes"]) / float(rows[0]["bytes"]) == pytest.approx((head_dim + 4) / (4 * head_dim), rel=1e-3)
+    assert json.loads((tmp_path / "cache_dtype.json").read_text())["tokens"] == 50
