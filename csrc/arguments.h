@@ -16,6 +16,11 @@ struct Joined {
   const float *values = nullptr, *logits = nullptr;  // (parts, batch, num_heads, v_dim), (parts, batch, num_heads)
   int parts = 0;
 };
+// Those of attend_pages.
+struct Paged {
+  const Tensor &q, &k, &v, &k_pages, &v_pages, &starts, &lengths, &block_table;
+  const std::optional<Tensor>& rotation;
+};
 struct Sizes {
   int64_t sink_size, window_size;
   double scale, softcap;
@@ -32,6 +37,16 @@ Tensor with_arguments(const Tensor& q, const Tensor& k, const Tensor& v, const T
                       int64_t sink_size, int64_t window_size, double scale, double softcap, int64_t rotary_start,
                       bool interleaved, More... more) {
   return run({q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, k_scales, v_scales},
+             {sink_size, window_size, scale, softcap, rotary_start, interleaved}, more...);
+}
+
+// The same of attend_pages.
+template <auto run, class... More>
+Tensor with_pages(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_pages, const Tensor& v_pages,
+                  const Tensor& starts, const Tensor& lengths, const Tensor& block_table,
+                  const std::optional<Tensor>& rotation, int64_t sink_size, int64_t window_size, double scale,
+                  double softcap, int64_t rotary_start, bool interleaved, More... more) {
+  return run({q, k, v, k_pages, v_pages, starts, lengths, block_table, rotation},
              {sink_size, window_size, scale, softcap, rotary_start, interleaved}, more...);
 }
 
@@ -84,6 +99,40 @@ inline void check(const Tensors& x, const Sizes& sizes) {
   STD_TORCH_CHECK(has_shape(*rotation, {batch, tokens, 2, 2, half}) && sizes.rotary_start >= 0 &&
                       sizes.rotary_start <= head_dim - 2 * half,
                   "sinkattn: rotation must be (batch, tokens, 2, 2, r / 2), r dims from rotary_start");
+  STD_TORCH_CHECK(rotation->scalar_type() == ScalarType::Float || rotation->scalar_type() == ScalarType::Double,
+                  "sinkattn: rotation must be float32");
+}
+
+inline void check(const Paged& x, const Sizes& sizes, int64_t max_tokens) {
+  const auto& [q, k, v, k_pages, v_pages, starts, lengths, block_table, rotation] = x;
+  for (const Tensor* tensor : {&q, &k, &v, &k_pages, &v_pages}) {
+    const int64_t dims = tensor == &k_pages || tensor == &v_pages ? 4 : 3;
+    STD_TORCH_CHECK(tensor->dim() == dims && (tensor->size(dims - 1) < 2 || tensor->stride(dims - 1) == 1) &&
+                        tensor->scalar_type() == q.scalar_type() && device_of(*tensor) == device_of(q),
+                    "sinkattn: q, k and v must have 3 dims, pages 4, all one dtype and device, the last dim of stride 1");
+  }
+  const int64_t tokens = q.size(0), num_heads = q.size(1), head_dim = q.size(2), num_kv_heads = v.size(1);
+  const int64_t blocks = k_pages.size(0), block_size = k_pages.size(2), v_dim = v.size(2);
+  STD_TORCH_CHECK(num_kv_heads > 0 && num_heads % num_kv_heads == 0 && has_shape(k, {tokens, num_kv_heads, head_dim}) &&
+                      has_shape(v, {tokens, num_kv_heads, v_dim}) && block_size > 0 && block_size % 16 == 0 &&
+                      has_shape(k_pages, {blocks, num_kv_heads, block_size, head_dim}) &&
+                      has_shape(v_pages, {blocks, num_kv_heads, block_size, v_dim}),
+                  "sinkattn: the shapes of q, k, v and the pages do not fit");
+  STD_TORCH_CHECK(sizes.sink_size >= 0 && sizes.window_size >= 1 && sizes.scale > 0 && max_tokens >= 0,
+                  "sinkattn: sink_size, window_size, scale and max_tokens do not fit");
+  STD_TORCH_CHECK(lengths.dim() == 1 && block_table.dim() == 2, "sinkattn: lengths or block_table do not fit");
+  const int64_t texts = lengths.size(0), columns = block_table.size(1);
+  STD_TORCH_CHECK(has_shape(starts, {texts + 1}) && has_shape(block_table, {texts, columns}) &&
+                      (columns < 2 || block_table.stride(1) == 1),
+                  "sinkattn: starts must be (texts + 1,), lengths (texts,), block_table (texts, n)");
+  for (const Tensor* tensor : {&starts, &lengths, &block_table})
+    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Int && device_of(*tensor) == device_of(q),
+                    "sinkattn: starts, lengths and block_table must be int32, on the device of q");
+  if (!rotation) return;
+  const int64_t half = rotation->dim() == 4 ? rotation->size(3) : 0;
+  STD_TORCH_CHECK(has_shape(*rotation, {tokens, 2, 2, half}) && sizes.rotary_start >= 0 &&
+                      sizes.rotary_start <= head_dim - 2 * half && device_of(*rotation) == device_of(q),
+                  "sinkattn: rotation must be (tokens, 2, 2, r / 2), r dims from rotary_start");
   STD_TORCH_CHECK(rotation->scalar_type() == ScalarType::Float || rotation->scalar_type() == ScalarType::Double,
                   "sinkattn: rotation must be float32");
 }

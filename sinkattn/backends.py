@@ -1,7 +1,7 @@
 """The backends of the ops: what each needs, which calls it takes, and what runs then.
 
-`torch.ops.sinkattn.decode` and `.prefill` choose as "auto" does. The schemas are defined here; csrc only registers what
-it implements.
+`torch.ops.sinkattn.decode`, `.prefill` and `.attend_pages` choose as "auto" does. The schemas are defined here; csrc
+only registers what it implements.
 """
 
 import ctypes
@@ -41,8 +41,28 @@ class Tensors(NamedTuple):
     v_scales: Tensor | None = None
 
 
+class Paged(NamedTuple):
+    """The tensors of a call of `ops.attend_pages`, in the order of the schema; the caches are pages."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    starts: Tensor
+    lengths: Tensor
+    block_table: Tensor
+    rotation: Tensor | None = None
+
+
+_OWN_SIZES = {
+    "prefill": ["dense_window"],
+    "attend_pages": ["max_tokens"],
+}  # of one op alone, behind those that all have
+
+
 class Sizes(NamedTuple):
-    """Its sizes, in the order of the schema. dense_window belongs to a prefill alone."""
+    """The sizes of a call, in the order of the schema."""
 
     sink_size: int
     window_size: int
@@ -51,10 +71,11 @@ class Sizes(NamedTuple):
     rotary_start: int = 0
     interleaved: bool = False
     dense_window: int = 0
+    max_tokens: int = 0
 
     def of(self, op: str) -> tuple:
         """Those that an op takes."""
-        return self[:-1] if op == "decode" else self
+        return (*self[:6], *(getattr(self, own) for own in _OWN_SIZES.get(op, ())))
 
 
 _SCHEMA = (
@@ -79,6 +100,14 @@ torch.library.define(
     "(Tensor q, Tensor k_shared, Tensor v_shared, Tensor lengths, Tensor? rotation, Tensor? alibi_slopes, "
     "int window_size, float scale, float softcap, int rotary_start, bool interleaved, int parts) -> (Tensor, Tensor)",
 )
+_PAGES = (
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor starts, Tensor lengths, "
+    "Tensor block_table, Tensor? rotation, int sink_size, int window_size, float scale, float softcap=0., "
+    "int rotary_start=0, bool interleaved=False, int max_tokens=0) -> Tensor"
+)
+OVER_PAGES = ("attend_pages", "attend_pages_triton")
+for _name in OVER_PAGES:
+    torch.library.define(f"sinkattn::{_name}", _PAGES)
 torch.library.define(
     "sinkattn::linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, float norm_shift, Tensor? residual, "
@@ -111,6 +140,15 @@ def _fake(q, k, v, *args, **kwargs):
 
 for _name in ATTENTION:
     torch.library.register_fake(f"sinkattn::{_name}", _fake)
+
+
+def _fake_pages(q, k, v, *args, **kwargs):
+    check_devices((q, k, v, *args, *kwargs.values()))
+    return q.new_empty(*q.shape[:2], v.shape[2])
+
+
+for _name in OVER_PAGES:
+    torch.library.register_fake(f"sinkattn::{_name}", _fake_pages)
 
 
 @torch.library.register_fake("sinkattn::attend_shared")
@@ -154,6 +192,7 @@ HAS_CUDA_LIBRARY = torch.version.cuda is not None and _load("_C_cuda.so")
 if not HAS_CPU_LIBRARY:
     torch.library.impl("sinkattn::decode", "CPU", reference.decode)
     torch.library.impl("sinkattn::prefill", "CPU", reference.attention)
+    torch.library.impl("sinkattn::attend_pages", "CPU", reference.attend_pages)
     torch.library.impl("sinkattn::linear", "CPU", reference.linear)
 
 
@@ -166,19 +205,22 @@ def _triton(op: str, module: str = "") -> Callable:
 
 
 def _chosen_anew(op: str) -> Callable:
-    def run(*args):  # the tensors, then the sizes, of which those at the end may be missing
-        tensors, sizes, joined = Tensors(*args[:12]), Sizes(*args[12:18]), args[18:]
-        if op == "prefill":
-            sizes, joined = Sizes(*args[12:]), ()
-        return chosen(op, "auto", tensors, sizes)(*tensors, *sizes.of(op), *joined)
+    kind, own = Paged if op == "attend_pages" else Tensors, _OWN_SIZES.get(op, ())
+    first = len(kind._fields)
+
+    def run(*args):  # the tensors, the sizes, what decode alone takes; those at the end may be missing
+        tensors, sizes, more = kind(*args[:first]), Sizes(*args[first : first + 6]), args[first + 6 :]
+        sizes = sizes._replace(**dict(zip(own, more, strict=False)))
+        return chosen(op, "auto", tensors, sizes)(*tensors, *sizes.of(op), *more[len(own) :])
 
     return run
 
 
 torch.library.impl("sinkattn::attend_shared", "cuda", _triton("attend_shared", "shared"))
 torch.library.impl("sinkattn::attend_shared", "cpu", reference.attend_shared)
-for _name in ("decode", "prefill"):
-    torch.library.impl(f"sinkattn::{_name}_triton", ("cuda", "cpu"), _triton(_name))  # on the CPU: Triton's interpreter
+for _name in ("decode", "prefill", "attend_pages"):
+    _run_triton = _triton(_name, "pages" if _name == "attend_pages" else "")
+    torch.library.impl(f"sinkattn::{_name}_triton", ("cuda", "cpu"), _run_triton)  # on the CPU: Triton's interpreter
     torch.library.impl(f"sinkattn::{_name}", "cuda", _chosen_anew(_name))
 
 
@@ -252,7 +294,7 @@ def _missing_cpu(device_type: str) -> str | None:
 
 
 def _refused_by_kernels(op: str, t: Tensors) -> str | None:
-    dtype, head_dim = t.q.dtype, max(t.q.shape[3], t.v.shape[3])
+    dtype, head_dim = t.q.dtype, max(t.q.shape[-1], t.v.shape[-1])
     if dtype in DTYPES and head_dim <= MAX_HEAD_DIM:
         return None
     return (
@@ -271,7 +313,7 @@ def _without_float8(t: Tensors) -> str | None:
 def _refused_by_cuda(op: str, t: Tensors) -> str | None:
     if reason := _without_float8(t):
         return reason
-    if (reason := _refused_by_kernels(op, t)) or op == "prefill":  # Triton runs the prefills that csrc/cuda does not
+    if (reason := _refused_by_kernels(op, t)) or op != "decode":  # of others, Triton runs what csrc/cuda does not
         return reason
     head_dims, group = (t.q.shape[3], t.v.shape[3]), t.q.shape[1] // t.v.shape[1]
     apart = [cache.stride() for cache in (t.k_cache, t.v_cache) if not _is_aligned(cache)]
@@ -321,12 +363,13 @@ def _op(name: str) -> Callable:
 
 
 def _run_cuda(op: str, t: Tensors, s: Sizes) -> Callable:
-    return _op(f"{op}_cuda" if op == "decode" or _is_in_cuda_prefill(t, s) else f"{op}_triton")
+    is_compiled = op == "decode" or (op == "prefill" and _is_in_cuda_prefill(t, s))
+    return _op(f"{op}_cuda" if is_compiled else f"{op}_triton")
 
 
 COMPILED = {_op(f"{name}_cuda") for name in ("decode", "prefill")}  # ops of csrc, for whatever they are chosen for
 if HAS_CPU_LIBRARY:
-    COMPILED |= {_op("decode"), _op("prefill")}
+    COMPILED |= {_op("decode"), _op("prefill"), _op("attend_pages")}
 
 BACKENDS = {
     "cuda": Backend(_missing_cuda, _refused_by_cuda, _run_cuda),
@@ -335,7 +378,7 @@ BACKENDS = {
     "reference": Backend(
         lambda device_type: None,
         lambda op, t: None,
-        lambda op, t, s: reference.decode if op == "decode" else reference.attention,
+        lambda op, t, s: {"prefill": reference.attention}.get(op) or getattr(reference, op),
     ),
 }
 
@@ -374,7 +417,7 @@ def chosen(op: str, backend: str, t: Tensors, s: Sizes) -> Callable:
     """
     candidates = [backend]
     if backend == "auto" and t.q.device.type == "cuda":
-        has_cuda = HAS_CUDA_LIBRARY and (op == "prefill" or is_large(t.q.device.index))
+        has_cuda = HAS_CUDA_LIBRARY and (op != "decode" or is_large(t.q.device.index))
         candidates = [*(["cuda"] if has_cuda else []), "triton", "reference"]
     elif backend == "auto":
         candidates = ["cpu", "reference"]

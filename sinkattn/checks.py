@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .backends import Sizes, Tensors, check_devices
+from .backends import Paged, Sizes, Tensors, check_devices
 
 LINEAR_MAX_ROWS, LINEAR_MAX_ROWS_ELSEWHERE = 64, 16  # on Hopper and the CPU, on other GPUs
 
@@ -74,6 +74,70 @@ def check_call(tensors: Tensors, sizes: Sizes) -> None:
     check_devices(tensors)
 
 
+def check_pages(tensors: Paged, sizes: Sizes) -> None:
+    """Raise ValueError (shapes, sizes, devices) or TypeError (dtypes) before anything is written."""
+    q, k, v, k_pages, v_pages, starts, lengths, block_table, rotation = tensors
+    sink_size, window_size, scale, _, rotary_start, *_ = sizes
+    for name, tensor, dims in (
+        ("q", q, "tokens, num_heads, head_dim"),
+        ("k", k, "tokens, num_kv_heads, head_dim"),
+        ("v", v, "tokens, num_kv_heads, v_head_dim"),
+        ("k_pages", k_pages, "blocks, num_kv_heads, block_size, head_dim"),
+        ("v_pages", v_pages, "blocks, num_kv_heads, block_size, v_head_dim"),
+    ):
+        if tensor.dim() != dims.count(",") + 1:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it needs ({dims})")
+        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} has strides {tensor.stride()}; the last must be 1, call contiguous()")
+        if tensor.dtype != q.dtype or not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}, q is {q.dtype}; all five must have one floating-point dtype")
+        check_inference(**{name: tensor})
+    (tokens, num_heads, head_dim), (_, num_kv_heads, v_dim), (blocks, _, block_size, _) = (
+        q.shape,
+        v.shape,
+        k_pages.shape,
+    )
+    if k.shape != (tokens, num_kv_heads, head_dim) or v.shape[0] != tokens:
+        raise ValueError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit: k and v need q's tokens and "
+            "one number of heads, k needs q's head_dim"
+        )
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} key-value heads evenly")
+    pages = blocks, num_kv_heads, block_size
+    if k_pages.shape != (*pages, head_dim) or v_pages.shape != (*pages, v_dim):
+        raise ValueError(
+            f"k_pages {tuple(k_pages.shape)} and v_pages {tuple(v_pages.shape)} do not fit k {tuple(k.shape)} and v "
+            f"{tuple(v.shape)}: they need the same heads and dims, and one number and size of blocks"
+        )
+    if block_size == 0 or block_size % 16:
+        raise ValueError(f"a page has {block_size} tokens; it needs a multiple of 16")
+    if sink_size < 0 or window_size < 1 or not scale > 0 or sizes.max_tokens < 0:
+        raise ValueError(
+            f"sink_size={sink_size}, window_size={window_size}, scale={scale}, max_tokens={sizes.max_tokens}: they "
+            "need 0 or more, 1 or more, a positive number, and 0 or more"
+        )
+    rows = lengths.numel()
+    columns = block_table.shape[1] if block_table.dim() == 2 else 0
+    for name, tensor, shape in (
+        ("starts", starts, (rows + 1,)), ("lengths", lengths, (rows,)), ("block_table", block_table, (rows, columns))
+    ):  # fmt: skip
+        if tensor.shape != shape or tensor.dtype != torch.int32:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}; it needs int32 {shape}")
+    if columns > 1 and block_table.stride(1) != 1:
+        raise ValueError(f"block_table has strides {block_table.stride()}; the last must be 1, call contiguous()")
+    if rotation is not None:
+        half = rotation.shape[-1] if rotation.dim() == 4 else 0
+        if rotation.shape != (tokens, 2, 2, half) or rotary_start < 0 or rotary_start + 2 * half > head_dim:
+            raise ValueError(
+                f"rotation {tuple(rotation.shape)} from dim {rotary_start} does not fit: it needs ({tokens}, text | "
+                f"sink, cos | sin, r / 2) with rotary_start + r <= head_dim = {head_dim}"
+            )
+        if rotation.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"rotation is {rotation.dtype}; it needs float32")
+    check_devices(tensors)
+
+
 def check_joined(tensors: Tensors, joined: tuple) -> None:
     if len(joined) != 2 or not all(isinstance(x, Tensor) for x in joined):
         raise TypeError("joined needs two tensors, values and their log-sum-exps, as attend_shared returns them")
@@ -90,6 +154,48 @@ def check_joined(tensors: Tensors, joined: tuple) -> None:
         raise TypeError(f"joined is {values.dtype} and {logits.dtype}; it needs {wide}")
     check_inference(joined=values, logits=logits)
     check_devices((tensors.q, values, logits))
+
+
+def check_shared(
+    q: Tensor,
+    k_shared: Tensor,
+    v_shared: Tensor,
+    lengths: Tensor,
+    rotation: Tensor | None,
+    alibi_slopes: Tensor | None,
+    window_size: int,
+    scale: float,
+    rotary_start: int,
+) -> None:
+    """Raise ValueError (shapes, sizes, devices), TypeError (dtypes) or RuntimeError (gradients)."""
+    check_inference(q=q, k_shared=k_shared, v_shared=v_shared)
+    if any(x.dim() != 4 or (x.shape[3] > 1 and x.stride(3) != 1) for x in (q, k_shared, v_shared)) or q.shape[2] != 1:
+        raise ValueError("q, k_shared and v_shared need 4 dims, the last of stride 1, and q one token a row")
+    (batch, num_heads, _, head_dim), (_, num_kv_heads, sinks, _) = q.shape, k_shared.shape
+    if (
+        k_shared.shape != (1, num_kv_heads, sinks, head_dim)
+        or v_shared.shape[:3] != (1, num_kv_heads, sinks)
+        or sinks == 0
+        or num_kv_heads == 0
+        or num_heads % num_kv_heads
+    ):
+        raise ValueError(
+            f"k_shared {tuple(k_shared.shape)} and v_shared {tuple(v_shared.shape)} do not fit q {tuple(q.shape)}: "
+            "they need (1, num_kv_heads, S, head_dim) and (1, num_kv_heads, S, v_head_dim), S >= 1"
+        )
+    if {q.dtype, k_shared.dtype, v_shared.dtype} != {q.dtype} or not q.is_floating_point():
+        raise TypeError(f"k_shared is {k_shared.dtype}, v_shared {v_shared.dtype}, q {q.dtype}: they need one dtype")
+    if rotation is not None and rotation.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"rotation is {rotation.dtype}; it needs float32")
+    half = rotation.shape[-1] if rotation is not None and rotation.dim() == 5 else 0
+    ends = rotary_start, rotary_start + 2 * half
+    if rotation is not None and (rotation.shape != (batch, 1, 2, 2, half) or ends[0] < 0 or ends[1] > head_dim):
+        raise ValueError(f"rotation {tuple(rotation.shape)} from dim {rotary_start} does not fit q {tuple(q.shape)}")
+    if lengths.shape != (batch,) or lengths.dtype != torch.int64 or window_size < 1 or not scale > 0:
+        raise ValueError(f"lengths need int64 ({batch},), window_size={window_size} 1 or more, scale={scale} above 0")
+    if alibi_slopes is not None and alibi_slopes.shape != (num_heads,):
+        raise ValueError(f"alibi_slopes has shape {tuple(alibi_slopes.shape)}; it needs ({num_heads},)")
+    check_devices((q, k_shared, v_shared, lengths, rotation, alibi_slopes))
 
 
 def check_inference(**tensors: Tensor) -> None:

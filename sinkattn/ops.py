@@ -1,12 +1,12 @@
 """The public ops: they have their arguments checked and choose a backend.
 
-| backend     | decode                     | prefill                | tensors on                     |
-|-------------|----------------------------|------------------------|--------------------------------|
-| "auto"      | the first of those below that serves GPU, dtype, head_dim and group  | CPU, CUDA     |
-| "cuda"      | csrc/cuda, compiled        | csrc/cuda, compiled *  | CUDA                           |
-| "triton"    | kernels/decode.py          | kernels/prefill.py     | CUDA, or CPU when interpreted  |
-| "cpu"       | csrc/cpu, compiled         | csrc/cpu, compiled     | CPU                            |
-| "reference" | reference.py               | reference.py           | any                            |
+| backend     | decode              | prefill               | attend_pages        | tensors on                    |
+|-------------|---------------------|-----------------------|---------------------|-------------------------------|
+| "auto"      | the first of those below that serves GPU, dtype, head_dim and group | CPU, CUDA      |
+| "cuda"      | csrc/cuda, compiled | csrc/cuda, compiled * | as "triton"         | CUDA                          |
+| "triton"    | kernels/decode.py   | kernels/prefill.py    | kernels/pages.py    | CUDA, or CPU when interpreted |
+| "cpu"       | csrc/cpu, compiled  | csrc/cpu, compiled    | csrc/cpu, compiled  | CPU                           |
+| "reference" | reference.py        | reference.py          | reference.py        | any                           |
 
 * On Hopper, what `backends._is_in_cuda_prefill` says; the rest as "triton".
 """
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .backends import CPU_ISA, DTYPES, HAS_CPU_LIBRARY, HAS_CUDA_LIBRARY, Sizes, Tensors, check_devices  # noqa: F401
-from .checks import LINEAR_MAX_ROWS, check_call, check_inference, check_joined, check_linear
+from .backends import CPU_ISA, DTYPES, HAS_CPU_LIBRARY, HAS_CUDA_LIBRARY, Paged, Sizes, Tensors  # noqa: F401
+from .checks import LINEAR_MAX_ROWS, check_call, check_joined, check_linear, check_pages, check_shared
 
 logger = logging.getLogger(__name__)
 BACKENDS = ("auto", *backends.BACKENDS)
@@ -37,8 +37,10 @@ _GPU_ONLY: dict[Callable, slice] = {  # what else ops for GPUs take, of (arrival
 _NOTHING, _ALONE = slice(0), (None, None)  # of no op for GPUs; a decode that nothing joins
 
 
-def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = (), on_gpu: tuple = ()) -> Tensor:
-    """Run a call. The ops of csrc refuse themselves what `check_call` refuses, so that calls like earlier ones go there
+def _run(
+    op: str, backend: str, tensors: Tensors | Paged, sizes: Sizes, joined: tuple = (), on_gpu: tuple = ()
+) -> Tensor:
+    """Run a call. The ops of csrc refuse themselves what `checks` refuses, so that calls like earlier ones go there
     at once: the checks in Python take longer than a launch.
 
     joined: what decode takes besides. on_gpu: what only ops for GPUs take, see `_GPU_ONLY`.
@@ -46,7 +48,8 @@ def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = 
     q, v, arguments = tensors.q, tensors.v, (*tensors, *sizes.of(op), *joined)
     kind = None
     if not torch.compiler.is_compiling():
-        kind = op, backend, q.device, q.dtype, tensors.k_cache.dtype, q.shape[1::2], v.shape[1::2]
+        shapes = q.shape[1:2] + q.shape[-1:], v.shape[1:2] + v.shape[-1:]
+        kind = op, backend, q.device, q.dtype, tensors.k_cache.dtype, *shapes
         compiled = _compiled.get(kind)
         if compiled is not None and type(q) is Tensor and not _wants_gradients((*tensors[:5], *joined)):
             try:
@@ -57,16 +60,20 @@ def _run(op: str, backend: str, tensors: Tensors, sizes: Sizes, joined: tuple = 
         raise ValueError(f"decode takes one token a row, q has {q.shape[2]}; use prefill")
     if reason := missing_backend(backend, q.device.type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
-    check_call(tensors, sizes)
+    (check_pages if op == "attend_pages" else check_call)(tensors, sizes)
     if any(x is not None for x in joined):
         check_joined(tensors, joined)
     run = backends.chosen(op, backend, tensors, sizes)
     if kind is not None:
         if kind not in _compiled:
             by = f"torch.ops.{run}" if isinstance(run, torch._ops.OpOverload) else "reference.attention"
-            shapes = tuple(q.shape[1::2]), tuple(v.shape[1::2])
             logger.info(
-                "%s, backend %r, %s on %s, (heads, dim) %s and %s: %s", *kind[:2], q.dtype, q.device, *shapes, by
+                "%s, backend %r, %s on %s, (heads, dim) %s and %s: %s",
+                *kind[:2],
+                q.dtype,
+                q.device,
+                *map(tuple, shapes),
+                by,
             )
         _compiled[kind] = run if run in backends.COMPILED else None
     return run(*arguments, *on_gpu[_GPU_ONLY.get(run, _NOTHING)])
@@ -200,34 +207,7 @@ def attend_shared(
     """
     if reason := missing_backend(backend, q.device.type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
-    check_inference(q=q, k_shared=k_shared, v_shared=v_shared)
-    if any(x.dim() != 4 or (x.shape[3] > 1 and x.stride(3) != 1) for x in (q, k_shared, v_shared)) or q.shape[2] != 1:
-        raise ValueError("q, k_shared and v_shared need 4 dims, the last of stride 1, and q one token a row")
-    (batch, num_heads, _, head_dim), (_, num_kv_heads, sinks, _) = q.shape, k_shared.shape
-    if (
-        k_shared.shape != (1, num_kv_heads, sinks, head_dim)
-        or v_shared.shape[:3] != (1, num_kv_heads, sinks)
-        or sinks == 0
-        or num_kv_heads == 0
-        or num_heads % num_kv_heads
-    ):
-        raise ValueError(
-            f"k_shared {tuple(k_shared.shape)} and v_shared {tuple(v_shared.shape)} do not fit q {tuple(q.shape)}: "
-            "they need (1, num_kv_heads, S, head_dim) and (1, num_kv_heads, S, v_head_dim), S >= 1"
-        )
-    if {q.dtype, k_shared.dtype, v_shared.dtype} != {q.dtype} or not q.is_floating_point():
-        raise TypeError(f"k_shared is {k_shared.dtype}, v_shared {v_shared.dtype}, q {q.dtype}: they need one dtype")
-    if rotation is not None and rotation.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"rotation is {rotation.dtype}; it needs float32")
-    half = rotation.shape[-1] if rotation is not None and rotation.dim() == 5 else 0
-    ends = rotary_start, rotary_start + 2 * half
-    if rotation is not None and (rotation.shape != (batch, 1, 2, 2, half) or ends[0] < 0 or ends[1] > head_dim):
-        raise ValueError(f"rotation {tuple(rotation.shape)} from dim {rotary_start} does not fit q {tuple(q.shape)}")
-    if lengths.shape != (batch,) or lengths.dtype != torch.int64 or window_size < 1 or not scale > 0:
-        raise ValueError(f"lengths need int64 ({batch},), window_size={window_size} 1 or more, scale={scale} above 0")
-    if alibi_slopes is not None and alibi_slopes.shape != (num_heads,):
-        raise ValueError(f"alibi_slopes has shape {tuple(alibi_slopes.shape)}; it needs ({num_heads},)")
-    check_devices((q, k_shared, v_shared, lengths, rotation, alibi_slopes))
+    check_shared(q, k_shared, v_shared, lengths, rotation, alibi_slopes, window_size, scale, rotary_start)
     run, parts = backends.chosen_shared(backend, q, k_shared, v_shared)
     return run(
         q, k_shared, v_shared, lengths, rotation, alibi_slopes, window_size, scale, softcap, rotary_start, interleaved,
@@ -280,6 +260,64 @@ def prefill(
     )
     sizes = Sizes(sink_size, window_size, scale, softcap, rotary_start, interleaved, dense_window)
     return _run("prefill", backend, tensors, sizes, (), (arrivals, overlap))
+
+
+def attend_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    rotation: Tensor | None = None,
+    *,
+    sink_size: int,
+    window_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    rotary_start: int = 0,
+    interleaved: bool = False,
+    max_tokens: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """Append the new tokens of many texts to pages of keys and values, and attend as `decode` and `prefill` would.
+
+    The formula is that of `decode`, for every token at its position t in its own text. Position j of a text lies in
+    slot ``j % block_size`` of the page ``block_table[text, j // block_size]``. A text holds the pages of its sinks and
+    those that its window reaches, as a server gives them out (vLLM, arXiv 2309.06180, section 4.1).
+
+    Tensors; q, k, v and pages in any strides whose last is 1:
+        q: (tokens, num_heads, head_dim); float16, bfloat16 or float32 ("reference" takes float64 too). Not rotated. The
+            tokens of all texts one behind the other: a prompt, part of one, or a single token, in any mixture.
+        k: (tokens, num_kv_heads, head_dim), v: (tokens, num_kv_heads, v_head_dim); dtype of q. Not rotated. num_heads
+            is a multiple of num_kv_heads; consecutive query heads share a key head.
+        k_pages: (blocks, num_kv_heads, block_size, head_dim), v_pages: (blocks, num_kv_heads, block_size, v_head_dim);
+            dtype of q, block_size a multiple of 16. **Mutated.** Keys are stored rotated by their position. Slots that
+            no token of the call sees may hold anything, NaN too. Both may be views of one tensor.
+        starts: (texts + 1,) int32, never falling: text i has the tokens from ``starts[i]`` to before ``starts[i + 1]``,
+            none if it waits. Tokens from ``starts[texts]`` on are padding: not stored, and their output is zero.
+        lengths: (texts,) int32, tokens that each text has before this call. Not advanced.
+        block_table: (texts, n) int32, rows contiguous. Entries of pages that no token of the call sees, and none is
+            written to, may be any number.
+        rotation: (tokens, 2, 2, r / 2) float32 contiguous, ``[text | sink][cos | sin]`` of the angles of t and of
+            min(t, C - 1); None for no rotation.
+    Scalars: as for `decode`, and
+        max_tokens: no text has more new tokens than this; 0 if that is not known. 1 is faster on a GPU.
+
+    Nothing is asked of the GPU by the host, so the call may be part of a CUDA graph.
+
+    Returns (tokens, num_heads, v_head_dim), dtype of q, contiguous.
+
+    Raises what `decode` raises; the pages are then as they were. Numbers out of bounds in starts, lengths and the table
+    are RuntimeError in "cpu", which looks at them; on a GPU they are not looked at.
+
+    Source: arXiv 2309.17453, section 3.2; the definition in code is `sinkattn.reference.attend_pages`.
+    """
+    tensors = Paged(q, k, v, k_pages, v_pages, starts, lengths, block_table, rotation)
+    sizes = Sizes(sink_size, window_size, scale, softcap, rotary_start, interleaved, 0, max_tokens)
+    return _run("attend_pages", backend, tensors, sizes)
 
 
 def takes_linear(x: Tensor, weight: Tensor) -> bool:

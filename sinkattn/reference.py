@@ -208,6 +208,51 @@ def decode(*arguments: Any) -> Tensor:
     return attention(*arguments[:18], joined=None if values is None else (values, logits))
 
 
+def attend_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    rotation: Tensor | None,
+    sink_size: int,
+    window_size: int,
+    scale: float,
+    softcap: float = 0.0,
+    rotary_start: int = 0,
+    interleaved: bool = False,
+    max_tokens: int = 0,
+) -> Tensor:
+    """`attention` of each text of a batch, over a cache filled from its pages; what that appends is written back.
+
+    `ops.attend_pages` has the same arguments; its docstring says shapes. max_tokens: not needed here.
+    """
+    out, block_size, device = q.new_zeros(*q.shape[:2], v.shape[2]), k_pages.shape[2], q.device
+    ends = starts.tolist()
+    for row, (begin, end, length) in enumerate(zip(ends, ends[1:], lengths.tolist(), strict=False)):
+        if begin == end:
+            continue
+        tokens, ring_size = slice(begin, end), window_size + end - begin  # all that is new stays in the ring
+        caches = [x.new_empty(1, x.shape[1], sink_size + ring_size, x.shape[3]) for x in (k_pages, v_pages)]
+        near = range(max(sink_size, length - window_size + 1), length)
+        old = torch.tensor([*range(min(sink_size, length)), *near], dtype=torch.int64, device=device)
+        new = torch.arange(length, length + end - begin, device=device)
+        for pages, cache in zip((k_pages, v_pages), caches, strict=True):
+            held = pages[block_table[row, old // block_size].long(), :, old % block_size]
+            cache[0, :, slot_of(old, sink_size, ring_size)] = held.transpose(0, 1)
+        given = (x[tokens].transpose(0, 1)[None] for x in (q, k, v))
+        turned = None if rotation is None else rotation[None, tokens]
+        sizes = sink_size, window_size, scale, softcap, rotary_start, interleaved
+        out[tokens] = attention(*given, *caches, lengths[row : row + 1].long(), None, turned, *[None] * 4, *sizes)[0]
+        for pages, cache in zip((k_pages, v_pages), caches, strict=True):
+            held = cache[0, :, slot_of(new, sink_size, ring_size)].transpose(0, 1)
+            pages[block_table[row, new // block_size].long(), :, new % block_size] = held
+    return out
+
+
 def attend_shared(
     q: Tensor,
     k_shared: Tensor,

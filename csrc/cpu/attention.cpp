@@ -35,6 +35,10 @@ int64_t slot_of(const Params& p, int64_t position) {
   return position < p.sink_size ? position : p.sink_size + (position - p.sink_size) % p.ring_size;
 }
 
+int64_t page_of(const Params& p, int64_t text, int64_t position) {
+  return p.block_table[text * p.table_stride + position / p.block_size];
+}
+
 // The first position after the sinks that a query at position t sees.
 int64_t window_start(const Params& p, int64_t length, int64_t t) {
   int64_t oldest = t - p.window_size;  // exclusive
@@ -137,12 +141,19 @@ class Task {
 
   Task(const Params& p, int64_t task, float* scratch)
       : p(p), group(p.group), dim(padded<Operand>(p.head_dim)), v_dim(padded<Operand>(p.v_dim)) {
-    const int64_t pair = task / p.blocks_per_pair;
-    batch_row = pair / p.num_kv_heads, kv_head = pair % p.num_kv_heads;
-    padding = padding_of(p, batch_row), length = p.lengths[batch_row];
-    stored = p.tokens == 1 ? length + 1 : length;
-    first = task % p.blocks_per_pair * p.block_tokens;
-    last = lesser(first + p.block_tokens, p.tokens);
+    if (p.spans) {
+      const Span& span = p.spans[task % p.num_spans];
+      batch_row = 0, kv_head = task / p.num_spans, text = span.text;
+      padding = first = span.first, last = span.last;  // as if what comes before were padding
+      length = span.position, stored = length + last - first;
+    } else {
+      const int64_t pair = task / p.blocks_per_pair;
+      batch_row = pair / p.num_kv_heads, kv_head = pair % p.num_kv_heads;
+      padding = padding_of(p, batch_row), length = p.lengths[batch_row];
+      stored = p.tokens == 1 ? length + 1 : length;
+      first = task % p.blocks_per_pair * p.block_tokens;
+      last = lesser(first + p.block_tokens, p.tokens);
+    }
     const int64_t rows = p.block_tokens * group, tiled = rows + Tiles::ROWS - 1;
     auto take = [&scratch](int64_t floats) { return (scratch += floats) - floats; };
     auto take_operands = [&](int64_t n) { return reinterpret_cast<Operand*>(take(n / PER_FLOAT<Operand>)); };
@@ -237,7 +248,7 @@ class Task {
     }
   }
 
-  // Keys at the positions [position, position + count), contiguous in the cache or in the call's own tokens.
+  // Keys at the positions [position, position + count), contiguous in the cache, in a page or in the call's own tokens.
   struct Block {
     const Stored *k, *v;
     int64_t k_stride, v_stride, position, count;
@@ -254,13 +265,16 @@ class Task {
     if (count <= 0) return {};
     const bool is_new = position >= stored;
     const Rows &k = is_new ? p.new_k : p.k_cache, &v = is_new ? p.new_v : p.v_cache;
-    int64_t row = position - length + padding;
-    if (!is_new) {
+    int64_t holder = batch_row, row = position - length + padding;
+    if (p.spans) {
+      holder = page_of(p, text, position), row = position % p.block_size;
+      count = lesser(count, p.block_size - row);
+    } else if (!is_new) {
       row = slot_of(p, position);
       const int64_t wrap = angle == SINK ? p.sink_size : p.sink_size + p.ring_size;
       count = lesser(count, lesser(stored - position, wrap - row));
     }
-    const Stored *key = at<Stored>(k, batch_row, kv_head, row), *value = at<Stored>(v, batch_row, kv_head, row);
+    const Stored *key = at<Stored>(k, holder, kv_head, row), *value = at<Stored>(v, holder, kv_head, row);
     Block block = {key, value, k.token_stride, v.token_stride, position, count, angle};
     if constexpr (in_8_bits) {
       const Rows &ks = is_new ? p.new_k_scales : p.k_scales, &vs = is_new ? p.new_v_scales : p.v_scales;
@@ -393,7 +407,7 @@ class Task {
 
   const Params& p;
   const int64_t group, dim, v_dim;  // dims are padded to whole vectors
-  int64_t batch_row, kv_head, padding, length;
+  int64_t batch_row, kv_head, padding, length, text;
   int64_t stored;                           // positions before it are in the cache, the only token of a call as well
   int64_t first, last;                      // tokens
   int64_t sinks_end, begin_text, end_text;  // positions that any of them sees: [0, sinks_end), [begin_text, end_text)
@@ -470,9 +484,24 @@ void prepare(const Params& p, int64_t begin, int64_t end) {
   }
 }
 
+template <typename T>
+void append_to_pages(const Params& p, int64_t begin_head, int64_t end_head) {
+  for (int64_t head = begin_head; head < end_head; ++head) {
+    for (const Span* span = p.spans; span < p.spans + p.num_spans; ++span) {
+      for (int64_t token = span->first; token < span->last; ++token) {
+        const int64_t position = span->position + token - span->first, slot = position % p.block_size;
+        const int64_t page = page_of(p, span->text, position);
+        memcpy(at<T>(p.k_cache, page, head, slot), at<T>(p.new_k, 0, head, token), p.head_dim * sizeof(T));
+        memcpy(at<T>(p.v_cache, page, head, slot), at<T>(p.new_v, 0, head, token), p.v_dim * sizeof(T));
+      }
+    }
+  }
+}
+
 // Sinks, and what of the call's tokens is not overwritten by its own later ones.
 template <typename Stored>
 void append(const Params& p, int64_t begin, int64_t end) {
+  if (p.spans) return append_to_pages<Stored>(p, begin, end);
   for (int64_t pair = begin; pair < end; ++pair) {
     const int64_t row = pair / p.num_kv_heads, head = pair % p.num_kv_heads;
     const int64_t padding = padding_of(p, row), length = p.lengths[row], total = length + p.tokens - padding;

@@ -1,4 +1,4 @@
-// The ops decode, prefill and linear for CPU tensors: checks, unpacking, threads. LibTorch's stable ABI is all that is
+// The ops decode, prefill, attend_pages and linear for CPU tensors: checks, unpacking, threads. LibTorch's stable ABI is all that is
 // used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/backends.py, which loads this.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -128,30 +129,44 @@ struct alignas(64) Line {
 // Tasks for a thread at the least: it should have 2^16 multiplications to do. work: a task's.
 int64_t grain_of(int64_t work) { return std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, work)); }
 
-void run(const Params& p) {
+// longest: tokens that a row or a text holds at most, with those of the call.
+void run(const Params& p, int64_t longest) {
   const Kernels& isa = kernels();
-  const int64_t pairs = p.batch * p.num_kv_heads, tasks = pairs * p.blocks_per_pair;
+  const int64_t pairs = p.batch * p.num_kv_heads;
+  const int64_t tasks = p.spans ? p.num_spans * p.num_kv_heads : pairs * p.blocks_per_pair;
   auto attend = [&](int64_t begin, int64_t end) {
     std::unique_ptr<Line[]> scratch(new Line[isa.scratch_floats(p) / 16 + 1]);
     isa.attend(p, begin, end, scratch[0].floats);
   };
-  int64_t keys = *std::max_element(p.lengths, p.lengths + p.batch) + p.tokens;
+  int64_t keys = longest;
   if (p.dense_window <= 0) keys = std::min(keys, p.sink_size + p.window_size + p.block_tokens);
   const int64_t grain = grain_of(p.block_tokens * p.group * keys * (p.head_dim + p.v_dim));
   const bool prepares = p.new_k.data != p.k.data;
-  if (p.tokens == 1) {  // a task is all that is done to its pair, and what the token overwrites is seen no more
+  if (p.tokens == 1 && !p.spans) {  // a task is all that is done to its pair, and what the token overwrites is seen no more
     torch::stable::parallel_for(0, pairs, grain, [&](int64_t begin, int64_t end) {
       if (prepares) isa.prepare(p, begin, end);
       isa.append(p, begin, end);
       attend(begin, end);
     });
-  } else {  // the cache changes when nobody reads it any more
+  } else {  // a ring changes when nobody reads it any more; pages have room, and what is new is read there
     auto prepare = [&](int64_t begin, int64_t end) { isa.prepare(p, begin, end); };
     auto append = [&](int64_t begin, int64_t end) { isa.append(p, begin, end); };
     if (prepares) torch::stable::parallel_for(0, pairs, grain, prepare);
+    if (p.spans) torch::stable::parallel_for(0, pairs, grain, append);
     torch::stable::parallel_for(0, tasks, grain, attend);
-    torch::stable::parallel_for(0, pairs, grain, append);
+    if (!p.spans) torch::stable::parallel_for(0, pairs, grain, append);
   }
+}
+
+void take_sizes(Params& p, const Sizes& sizes) {
+  p.sink_size = sizes.sink_size, p.window_size = sizes.window_size;
+  p.scale = float(sizes.scale), p.softcap = float(sizes.softcap);
+  p.rotary_start = sizes.rotary_start, p.interleaved = sizes.interleaved;
+}
+void take_rotation(Params& p, const std::optional<Tensor>& rotation, std::vector<Tensor>& copies) {
+  if (!rotation) return;
+  p.rotary_half = rotation->size(rotation->dim() - 1);
+  if (p.rotary_half > 0) p.rotation = data_of<float>(*rotation, ScalarType::Float, copies);
 }
 
 Tensor attend(const Tensors& x, const Sizes& sizes, int64_t dense_window, const std::optional<Tensor>& joined_values,
@@ -164,16 +179,11 @@ Tensor attend(const Tensors& x, const Sizes& sizes, int64_t dense_window, const 
   p.dtype = dtype_of(q), p.stored = k_scales ? stored_of(k_cache) : p.dtype;
   p.batch = q.size(0), p.num_heads = q.size(1), p.tokens = q.size(2), p.head_dim = q.size(3);
   p.num_kv_heads = v.size(1), p.v_dim = v.size(3);
-  p.sink_size = sizes.sink_size, p.window_size = sizes.window_size, p.dense_window = dense_window;
-  p.ring_size = k_cache.size(2) - p.sink_size;
-  p.scale = float(sizes.scale), p.softcap = float(sizes.softcap);
-  p.rotary_start = sizes.rotary_start, p.interleaved = sizes.interleaved;
+  take_sizes(p, sizes);
+  p.ring_size = k_cache.size(2) - p.sink_size, p.dense_window = dense_window;
   STD_TORCH_CHECK(p.head_dim <= MAX_HEAD_DIM && p.v_dim <= MAX_HEAD_DIM, "sinkattn: head_dim is above ", MAX_HEAD_DIM);
   std::vector<Tensor> copies;
-  if (rotation) {
-    p.rotary_half = rotation->size(4);
-    if (p.rotary_half > 0) p.rotation = data_of<float>(*rotation, ScalarType::Float, copies);
-  }
+  take_rotation(p, rotation, copies);
   Tensor out = empty_like(q, {p.batch, p.tokens, p.num_heads, p.v_dim});
   if (p.batch * p.num_heads * p.tokens == 0) return out;
 
@@ -210,7 +220,7 @@ Tensor attend(const Tensors& x, const Sizes& sizes, int64_t dense_window, const 
   p.group = p.num_heads / p.num_kv_heads;
   p.block_tokens = std::min(p.tokens, std::max<int64_t>(1, kernels().task_rows / p.group));
   p.blocks_per_pair = (p.tokens + p.block_tokens - 1) / p.block_tokens;
-  run(p);
+  run(p, *std::max_element(p.lengths, p.lengths + p.batch) + p.tokens);
   return out;
 }
 
@@ -223,6 +233,77 @@ using OptionalTensor = std::optional<Tensor>;
 Tensor decode(const Tensors& x, const Sizes& sizes, OptionalTensor joined_values, OptionalTensor joined_logits) {
   STD_TORCH_CHECK(x.q.dim() == 4 && x.q.size(2) == 1, "sinkattn: decode takes one token a row");
   return attend(x, sizes, 0, joined_values, joined_logits);
+}
+
+// The tokens of each text in spans of block_tokens at most. Refuses whatever of starts, lengths and table leads elsewhere
+// than into the tensors, before anything is written.
+std::vector<Span> spans_of(const Paged& x, const Params& p, const int32_t* starts, const int32_t* lengths) {
+  const int64_t texts = x.lengths.size(0), blocks = x.k_pages.size(0), columns = x.block_table.size(1);
+  STD_TORCH_CHECK(starts[0] >= 0 && starts[texts] <= x.q.size(0), "sinkattn: starts leave the tokens");
+  std::vector<Span> spans;
+  for (int64_t text = 0; text < texts; ++text) {
+    const int64_t begin = starts[text], end = starts[text + 1], length = lengths[text], total = length + end - begin;
+    STD_TORCH_CHECK(begin <= end && length >= 0, "sinkattn: starts must not fall, and lengths not be negative");
+    if (begin == end) continue;
+    STD_TORCH_CHECK(total <= columns * p.block_size, "sinkattn: block_table is too short for a text of ", total, " tokens");
+    const int32_t* pages = p.block_table + text * p.table_stride;
+    const auto check_pages = [&](int64_t from, int64_t to) {  // positions
+      for (int64_t i = from / p.block_size; i * p.block_size < to; ++i)
+        STD_TORCH_CHECK(pages[i] >= 0 && pages[i] < blocks, "sinkattn: a text has page ", pages[i], " of ", blocks);
+    };
+    check_pages(0, std::min(p.sink_size, total));
+    check_pages(std::max<int64_t>(length - p.window_size + 1, 0), total);
+    for (int64_t first = begin; first < end; first += p.block_tokens)
+      spans.push_back({text, first, std::min(first + p.block_tokens, end), length + first - begin});
+  }
+  return spans;
+}
+
+Tensor attend_pages(const Paged& x, const Sizes& sizes, int64_t max_tokens) {
+  check(x, sizes, max_tokens);
+  const auto& [q, k, v, k_pages, v_pages, starts, lengths, block_table, rotation] = x;
+  STD_TORCH_CHECK(q.is_cpu(), "sinkattn: all tensors must be on the CPU");
+  Params p{};
+  take_sizes(p, sizes);
+  p.dtype = p.stored = dtype_of(q);
+  p.batch = 1, p.num_heads = q.size(1), p.head_dim = q.size(2), p.num_kv_heads = v.size(1), p.v_dim = v.size(2);
+  STD_TORCH_CHECK(p.head_dim <= MAX_HEAD_DIM && p.v_dim <= MAX_HEAD_DIM, "sinkattn: head_dim is above ", MAX_HEAD_DIM);
+  std::vector<Tensor> copies;
+  take_rotation(p, rotation, copies);
+  const int64_t texts = lengths.size(0);
+  const int32_t* begins = data_of<int32_t>(starts, ScalarType::Int, copies);
+  const int32_t* before = data_of<int32_t>(lengths, ScalarType::Int, copies);
+  p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+  p.table_stride = block_table.stride(0), p.block_size = k_pages.size(2);
+  int64_t most = 1, longest = 1;
+  for (int64_t text = 0; text < texts; ++text) {
+    const int64_t count = int64_t(begins[text + 1]) - begins[text];
+    most = std::max(most, count), longest = std::max(longest, before[text] + count);
+  }
+  STD_TORCH_CHECK(max_tokens == 0 || most <= max_tokens, "sinkattn: a text has ", most, " new tokens, not max_tokens=",
+                  max_tokens, " at most");
+  p.group = p.num_heads / p.num_kv_heads;
+  p.block_tokens = std::min(most, std::max<int64_t>(1, kernels().task_rows / std::max<int64_t>(p.group, 1)));
+  const std::vector<Span> spans = spans_of(x, p, begins, before);
+  p.spans = spans.data(), p.num_spans = spans.size(), p.tokens = begins[texts];
+
+  Tensor out = empty_like(q, {q.size(0), p.num_heads, p.v_dim});
+  const auto clear = [&](int64_t begin, int64_t end) {
+    const int64_t bytes = p.num_heads * p.v_dim * q.element_size();
+    if (begin < end) std::memset(static_cast<char*>(out.data_ptr()) + begin * bytes, 0, (end - begin) * bytes);
+  };
+  clear(0, begins[0]), clear(p.tokens, q.size(0));
+  if (spans.empty() || p.num_heads == 0) return out;
+  const auto flat = [](const Tensor& tensor) { return Rows{tensor.data_ptr(), 0, tensor.stride(1), tensor.stride(0)}; };
+  p.q = flat(q), p.k = p.new_k = flat(k), p.v = p.new_v = flat(v), p.out = flat(out);
+  p.k_cache = rows_of(k_pages), p.v_cache = rows_of(v_pages);
+  std::unique_ptr<std::byte[]> new_k;
+  if (p.rotation) {
+    new_k.reset(new std::byte[p.num_kv_heads * p.tokens * p.head_dim * q.element_size()]);
+    p.new_k = {new_k.get(), 0, p.tokens * p.head_dim, p.head_dim};
+  }
+  run(p, longest);
+  return out;
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
@@ -271,6 +352,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 STABLE_TORCH_LIBRARY_IMPL(sinkattn, CPU, m) {
   m.impl("decode", TORCH_BOX((&with_arguments<decode, OptionalTensor, OptionalTensor>)));
   m.impl("prefill", TORCH_BOX((&with_arguments<prefill, int64_t>)));
+  m.impl("attend_pages", TORCH_BOX((&with_pages<attend_pages, int64_t>)));
   m.impl("linear", TORCH_BOX(&linear));
 }
 

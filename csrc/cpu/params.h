@@ -19,6 +19,11 @@ struct Rows {
   int64_t batch_stride, head_stride, token_stride;
 };
 
+// Tokens [first, last) of a text, of a call over pages. The first stands at `position`.
+struct Span {
+  int64_t text, first, last, position;
+};
+
 struct Params {
   DType dtype;   // of q, k, v and out
   DType stored;  // of the caches: the same, or one of 8 bits
@@ -44,6 +49,12 @@ struct Params {
   // weighs, (parts, batch, num_heads).
   const float *joined_values, *joined_logits;
   int joined_parts;
+
+  // Of a call over pages, else null: its tokens, of all texts, one behind the other as if of one row. The caches' rows are
+  // pages of block_size slots, and which one a text has for positions from i * block_size on is in its row of the table.
+  const Span* spans;  // what a task takes of the tokens
+  int64_t num_spans, block_size, table_stride;
+  const int32_t* block_table;
 
   // A pair is a key head of a row of the batch, shared by `group` query heads. A task is a block of queries of a pair.
   int64_t group, block_tokens, blocks_per_pair;

@@ -81,7 +81,7 @@ def test_kernels_compile():
         triton.runtime.driver.set_active(Driver())
         compile_and_launch = JITFunction.run
         JITFunction.run = lambda *args, **kwargs: compile_and_launch(*args, **kwargs | {"warmup": True})
-        from sinkattn.kernels import decode, prefill
+        from sinkattn.kernels import decode, pages, prefill
 
         def tensors(batch, heads, tokens, alibi, stored=None, dtype=torch.bfloat16):
             new = torch.empty(3, batch, heads, tokens, 32, dtype=dtype)
@@ -101,6 +101,17 @@ def test_kernels_compile():
                 decode.decode(*tensors(1, heads, 1, False, stored, dtype))
                 decode.decode(*tensors(9, heads, 1, True, stored, dtype))
             prefill.prefill(*tensors(1, 4, 200, True, stored, dtype))
+
+        def over_pages(texts, tokens, heads, most, rotated=True):
+            q, k = (torch.empty(tokens, n, 32, dtype=torch.bfloat16) for n in (heads, 2))
+            cache = torch.empty(50, 2, 16, 64, dtype=torch.bfloat16).split(32, dim=-1)
+            small = (torch.zeros(shape, dtype=torch.int32) for shape in ((texts + 1,), (texts,), (texts, 30)))
+            rotation = torch.empty(tokens, 2, 2, 16) if rotated else None
+            pages.attend_pages(q, k, k, *cache, *small, rotation, 4, 290, 0.2, 30.0, max_tokens=most)
+
+        over_pages(1, 1, 6, 1)
+        over_pages(9, 9, 2, 1, rotated=False)
+        over_pages(3, 200, 6, 0)
     """
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=env, check=True, timeout=120)
