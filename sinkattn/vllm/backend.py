@@ -1,4 +1,4 @@
-"""Attention as vLLM calls it: turns queries and keys to their places, writes the new keys, attends over pages."""
+"""Attention as vLLM calls it: one call of `ops.attend_pages` a layer, over what all layers of a step share."""
 
 import functools
 import re
@@ -17,9 +17,8 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from ..reference import rotate
+from .. import ops
 from ..rope import UnsupportedModelError
-from . import paged
 from .blocks import SinkWindowSpec, spec_of
 from .rotary import Rotation, check_embedding, expect_attention, taken
 from .settings import Sizes, check, current_sizes
@@ -29,14 +28,15 @@ from .settings import Sizes, check, current_sizes
 class Batch:
     """What the layers of one step share.
 
-    tokens: how many there are, without padding. positions: (tokens,) int64, in their own texts. slots: (tokens,) int64,
-    where their keys go. pieces: how the batch is attended.
+    positions: (tokens,) int64, in their own texts, without padding. starts, lengths, block_table, max_tokens: as
+    `ops.attend_pages` takes them.
     """
 
-    tokens: int
     positions: Tensor
-    slots: Tensor
-    pieces: list[paged.Piece]
+    starts: Tensor
+    lengths: Tensor
+    block_table: Tensor
+    max_tokens: int
     sizes: Sizes
     _tables: dict[Rotation, Tensor] = field(default_factory=dict)
 
@@ -66,18 +66,17 @@ class SinkBuilder(AttentionMetadataBuilder[Batch]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> Batch:
-        given, sizes = common_attn_metadata, self.sizes
+        given = common_attn_metadata
         if given.causal is not True:
             raise UnsupportedModelError("sinkattn is causal, and vLLM asks for a batch that is not")
-        starts = given.query_start_loc_cpu.tolist()[: given.num_reqs + 1]
-        tokens, lengths = starts[-1], given.seq_lens[: given.num_reqs]
-        size = self.kv_cache_spec.block_size
-        pieces = paged.plan(starts, lengths, given.block_table_tensor, size, sizes.sink_size, sizes.window_size)
-        counts = given.query_start_loc.diff()[: given.num_reqs].long()
-        before = (lengths.long() - counts) - given.query_start_loc[: given.num_reqs]
-        positions = torch.arange(tokens, device=lengths.device)
-        positions = positions + before.repeat_interleave(counts, output_size=tokens)
-        return Batch(tokens, positions, given.slot_mapping[:tokens].long(), pieces, sizes)
+        texts = given.num_reqs
+        tokens, starts = int(given.query_start_loc_cpu[texts]), given.query_start_loc[: texts + 1]
+        counts = starts.diff()
+        lengths = given.seq_lens[:texts] - counts
+        offsets = (lengths - starts[:-1]).repeat_interleave(counts, output_size=tokens)
+        positions = torch.arange(tokens, device=starts.device) + offsets
+        table = given.block_table_tensor[:texts]
+        return Batch(positions, starts, lengths, table, given.max_query_len, self.sizes)
 
 
 class SinkAttention(AttentionImpl[Batch]):
@@ -130,34 +129,36 @@ class SinkAttention(AttentionImpl[Batch]):
     ) -> Tensor:
         """Append the batch's keys and values, and attend.
 
-        query, key, value: (tokens or more, heads, dim), not turned. kv_cache: the pages, as `paged` has them.
-        attn_metadata: None in a run to warm up. output: (tokens or more, heads, v_dim), **written**.
+        query, key, value: (tokens or more, heads, dim), not turned. kv_cache: (blocks, num_kv_heads, block_size, both
+        dims), keys and values. attn_metadata: None in a run to warm up. output: (tokens or more, heads, v_head_dim),
+        **written**.
         """
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedModelError(f"{layer.layer_name}: sinkattn does not quantize what attention gives")
         self.rotation = taken(layer.layer_name, query, key, self.rotation)
         if attn_metadata is None:
             return output.fill_(0)
-        batch, rope = attn_metadata, self.rotation.rope
-        query, key, value = (x[: batch.tokens] for x in (query, key, value))
-        text_cos, text_sin, sink_cos, sink_sin = batch.table(self.rotation)[:, None].flatten(2, 3).unbind(2)
-        turn = {"start": rope.start, "interleaved": rope.interleaved}
-        paged.append(kv_cache, rotate(key, text_cos, text_sin, **turn), value, batch.slots)
-        found = paged.attend(
-            rotate(query, text_cos, text_sin, **turn),
-            rotate(query, sink_cos, sink_sin, **turn),
-            kv_cache,
-            batch.pieces,
-            batch.sizes.sink_size,
-            self.scale,
-            self.softcap,
+        batch, rope, tokens = attn_metadata, self.rotation.rope, len(attn_metadata.positions)
+        output[:tokens] = ops.attend_pages(
+            *(x[:tokens] for x in (query, key, value)),
+            *kv_cache.split((self.head_size, kv_cache.shape[3] - self.head_size), dim=-1),
+            batch.starts,
+            batch.lengths,
+            batch.block_table,
+            batch.table(self.rotation),
+            sink_size=batch.sizes.sink_size,
+            window_size=batch.sizes.window_size,
+            scale=self.scale,
+            softcap=self.softcap,
+            rotary_start=rope.start,
+            interleaved=rope.interleaved,
+            max_tokens=batch.max_tokens,
         )
-        output[: batch.tokens] = found.to(output.dtype)
         return output
 
 
 class SinkBackend(AttentionBackend):
-    """sinkattn in vLLM's list of attentions. The same on CPUs and GPUs: PyTorch as yet, see `paged`."""
+    """sinkattn in vLLM's list of attentions. The same on CPUs and GPUs."""
 
     sizes: ClassVar[Sizes]
 

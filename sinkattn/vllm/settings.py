@@ -68,6 +68,8 @@ def take_environment(vllm_config) -> None:
 def reasons_against(vllm_config) -> list[str]:
     """Why sinkattn does not serve a configuration, in words; none if it does."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
+    dtypes = "auto", str(model.dtype).removeprefix("torch.")
+    other_dtype = cache.cache_dtype not in dtypes and not is_quantized_kv_cache(cache.cache_dtype)
     parallel, attention = vllm_config.parallel_config, vllm_config.attention_config
     found: list[tuple[Any, str]] = [
         (model.runner_type != "generate", "it does not generate text (pooling, embeddings)"),
@@ -83,6 +85,7 @@ def reasons_against(vllm_config) -> list[str]:
         (cache.kv_offloading_size is not None, "KV offloading is on"),
         (cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill is on"),
         (is_quantized_kv_cache(cache.cache_dtype), f"the KV cache is quantized ({cache.cache_dtype})"),
+        (other_dtype, f"the KV cache is {cache.cache_dtype} and the model {dtypes[1]}"),
         (parallel.decode_context_parallel_size > 1, "decode context parallelism is on"),
         (parallel.prefill_context_parallel_size > 1, "prefill context parallelism is on"),
         (parallel.use_ubatching, "batches are split in two (dual batch overlap)"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,7 @@ QWEN_VL = LLAMA | {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}
         (QWEN_VL, {}, "several positions"),
         (LLAMA, {"enforce_eager": False}, "--enforce-eager"),
         (LLAMA, {"kv_cache_dtype": "fp8"}, "quantized"),
+        (LLAMA, {"kv_cache_dtype": "float16"}, "KV cache is float16 and the model float32"),
         (LLAMA, {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative"),
         (LLAMA, {"attention_config": {"backend": "CPU_ATTN"}}, "by name"),
         (LLAMA, {"runner": "pooling"}, "does not generate"),
@@ -117,6 +119,7 @@ QWEN_VL = LLAMA | {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}
         "mrope",
         "compiled",
         "fp8",
+        "another dtype",
         "speculative",
         "backend",
         "pooling",
@@ -240,6 +243,28 @@ def test_way_to_attention(tmp_path, monkeypatch):
         module(t, q, k)
     with pytest.raises(UnsupportedModelError, match="queries alone"):
         module(t, q)
+
+
+# What the layers of a step share.
+
+
+def test_batch():
+    """Of a buffer for more requests than there are: one decodes, one is in a prompt, one waits, one begins."""
+    from sinkattn.vllm import backend
+
+    starts = torch.tensor([0, 1, 4, 4, 6, 6, 6], dtype=torch.int32)
+    given = SimpleNamespace(
+        causal=True, num_reqs=4, query_start_loc=starts, query_start_loc_cpu=starts, max_query_len=3,
+        seq_lens=torch.tensor([100, 13, 7, 2, 0, 0], dtype=torch.int32),
+        block_table_tensor=torch.arange(60, dtype=torch.int32).view(6, 10),
+    )  # fmt: skip
+    builder = object.__new__(backend.SinkBuilder)
+    builder.sizes = settings.Sizes(S, W)
+    batch = builder.build(0, given)
+    assert batch.positions.tolist() == [99, 10, 11, 12, 0, 1]
+    assert batch.lengths.tolist() == [99, 10, 7, 0] and batch.starts.tolist() == [0, 1, 4, 4, 6]
+    assert batch.lengths.dtype == batch.starts.dtype == batch.block_table.dtype == torch.int32
+    assert batch.block_table.shape == (4, 10) and batch.max_tokens == 3 and batch.sizes.capacity == S + W
 
 
 # Blocks.
