@@ -53,6 +53,7 @@ CUDA_SOURCES = {  # file, the slowest to compile first: the GPUs it is for
     "sm80/decode": AMPERE,
     "sm80/decode_int8": LARGE,
     "sm80/decode_e4m3": LARGE,
+    "sm80/decode_pages": AMPERE,
     "sm90/prefill": HOPPER,
     "sm90/linear_wide": HOPPER,
     "sm80/linear": AMPERE,

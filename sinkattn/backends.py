@@ -103,11 +103,11 @@ torch.library.define(
 _PAGES = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor starts, Tensor lengths, "
     "Tensor block_table, Tensor? rotation, int sink_size, int window_size, float scale, float softcap=0., "
-    "int rotary_start=0, bool interleaved=False, int max_tokens=0) -> Tensor"
+    "int rotary_start=0, bool interleaved=False, int max_tokens=0{more}) -> Tensor"
 )
-OVER_PAGES = ("attend_pages", "attend_pages_triton")
-for _name in OVER_PAGES:
-    torch.library.define(f"sinkattn::{_name}", _PAGES)
+OVER_PAGES = {"attend_pages": "", "attend_pages_cuda": _ARRIVALS + _SHARING, "attend_pages_triton": ""}
+for _name, _more in OVER_PAGES.items():
+    torch.library.define(f"sinkattn::{_name}", _PAGES.format(more=_more))
 torch.library.define(
     "sinkattn::linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, float norm_shift, Tensor? residual, "
@@ -315,7 +315,7 @@ def _refused_by_cuda(op: str, t: Tensors) -> str | None:
         return reason
     if (reason := _refused_by_kernels(op, t)) or op != "decode":  # of others, Triton runs what csrc/cuda does not
         return reason
-    head_dims, group = (t.q.shape[3], t.v.shape[3]), t.q.shape[1] // t.v.shape[1]
+    head_dims, group = (t.q.shape[-1], t.v.shape[-1]), t.q.shape[1] // t.v.shape[1]
     apart = [cache.stride() for cache in (t.k_cache, t.v_cache) if not _is_aligned(cache)]
     if t.q.dtype == torch.float32:
         reason = f"float16 and bfloat16, not {t.q.dtype}"
@@ -358,16 +358,24 @@ def _is_in_cuda_prefill(t: Tensors, s: Sizes) -> bool:
     )
 
 
+def _is_in_cuda_pages(t: Paged, s: Sizes) -> bool:
+    """Whether csrc/cuda takes a call over pages."""
+    rows = max(len(t.q), len(t.lengths))  # of a grid
+    return s.max_tokens == 1 and rows <= 65535 and _refused_by_cuda("decode", t) is None and is_large(t.q.device.index)
+
+
 def _op(name: str) -> Callable:
     return getattr(torch.ops.sinkattn, name).default
 
 
 def _run_cuda(op: str, t: Tensors, s: Sizes) -> Callable:
-    is_compiled = op == "decode" or (op == "prefill" and _is_in_cuda_prefill(t, s))
+    is_compiled = {"prefill": _is_in_cuda_prefill, "attend_pages": _is_in_cuda_pages}.get(op, lambda t, s: True)(t, s)
     return _op(f"{op}_cuda" if is_compiled else f"{op}_triton")
 
 
-COMPILED = {_op(f"{name}_cuda") for name in ("decode", "prefill")}  # ops of csrc, for whatever they are chosen for
+COMPILED = {
+    _op(f"{name}_cuda") for name in ("decode", "prefill", "attend_pages")
+}  # ops of csrc, for whatever they are chosen for
 if HAS_CPU_LIBRARY:
     COMPILED |= {_op("decode"), _op("prefill"), _op("attend_pages")}
 

@@ -3,12 +3,12 @@
 | backend     | decode              | prefill               | attend_pages        | tensors on                    |
 |-------------|---------------------|-----------------------|---------------------|-------------------------------|
 | "auto"      | the first of those below that serves GPU, dtype, head_dim and group | CPU, CUDA      |
-| "cuda"      | csrc/cuda, compiled | csrc/cuda, compiled * | as "triton"         | CUDA                          |
+| "cuda"      | csrc/cuda, compiled | csrc/cuda, compiled * | csrc/cuda **        | CUDA                          |
 | "triton"    | kernels/decode.py   | kernels/prefill.py    | kernels/pages.py    | CUDA, or CPU when interpreted |
 | "cpu"       | csrc/cpu, compiled  | csrc/cpu, compiled    | csrc/cpu, compiled  | CPU                           |
 | "reference" | reference.py        | reference.py          | reference.py        | any                           |
 
-* On Hopper, what `backends._is_in_cuda_prefill` says; the rest as "triton".
+* On Hopper, what `backends._is_in_cuda_prefill` says; the rest as "triton". ** One token a text; the rest as "triton".
 """
 
 import logging
@@ -33,6 +33,7 @@ _GPU_ONLY: dict[Callable, slice] = {  # what else ops for GPUs take, of (arrival
     torch.ops.sinkattn.decode_cuda.default: slice(2),
     torch.ops.sinkattn.decode_triton.default: slice(1),
     torch.ops.sinkattn.prefill_cuda.default: slice(2),
+    torch.ops.sinkattn.attend_pages_cuda.default: slice(2),
 }
 _NOTHING, _ALONE = slice(0), (None, None)  # of no op for GPUs; a decode that nothing joins
 
@@ -49,7 +50,7 @@ def _run(
     kind = None
     if not torch.compiler.is_compiling():
         shapes = q.shape[1:2] + q.shape[-1:], v.shape[1:2] + v.shape[-1:]
-        kind = op, backend, q.device, q.dtype, tensors.k_cache.dtype, *shapes
+        kind = op, backend, q.device, q.dtype, tensors.k_cache.dtype, *shapes, sizes.max_tokens == 1
         compiled = _compiled.get(kind)
         if compiled is not None and type(q) is Tensor and not _wants_gradients((*tensors[:5], *joined)):
             try:
@@ -280,6 +281,8 @@ def attend_pages(
     rotary_start: int = 0,
     interleaved: bool = False,
     max_tokens: int = 0,
+    arrivals: Tensor | None = None,
+    overlap: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Append the new tokens of many texts to pages of keys and values, and attend as `decode` and `prefill` would.
@@ -303,8 +306,10 @@ def attend_pages(
             written to, may be any number.
         rotation: (tokens, 2, 2, r / 2) float32 contiguous, ``[text | sink][cos | sin]`` of the angles of t and of
             min(t, C - 1); None for no rotation.
+        arrivals: as for `decode`; n >= max(texts, tokens) * num_kv_heads.
     Scalars: as for `decode`, and
         max_tokens: no text has more new tokens than this; 0 if that is not known. 1 is faster on a GPU.
+        overlap: as for `decode`; what last wrote starts, lengths and block_table has to lie as far back.
 
     Nothing is asked of the GPU by the host, so the call may be part of a CUDA graph.
 
@@ -317,7 +322,7 @@ def attend_pages(
     """
     tensors = Paged(q, k, v, k_pages, v_pages, starts, lengths, block_table, rotation)
     sizes = Sizes(sink_size, window_size, scale, softcap, rotary_start, interleaved, 0, max_tokens)
-    return _run("attend_pages", backend, tensors, sizes)
+    return _run("attend_pages", backend, tensors, sizes, (), (arrivals, overlap))
 
 
 def takes_linear(x: Tensor, weight: Tensor) -> bool:

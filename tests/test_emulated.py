@@ -446,3 +446,73 @@ def check_decode(
             assert (caches[i].double().nan_to_num(0.0) - exact[i]).abs().max() < 8 * torch.finfo(dtype).eps
         else:
             assert same_bits(caches[i], exact[i]) and same_bits(scales[i], exact_scales[i])
+
+
+@pytest.mark.parametrize("page_size", [16, 48])
+@pytest.mark.parametrize("heads", [(3, 1), (8, 2), (20, 2)])
+def test_pages(heads, page_size, decode):
+    """One token of each text, over pages that lie anywhere: random lengths, texts that wait, padding. Slots that nobody
+    sees hold NaN, and the table has a number far beyond all pages where nobody looks."""
+    for _ in range(4):
+        sinks, window = random.choice([0, 1, 4, 37]), random.choice([1, 7, 33, 120])
+        edge = sinks + window
+        lengths = [0, 1, sinks, edge - 1, edge, edge + 1, 3 * edge + 7, page_size - 1, page_size, 1000, 10**6]
+        texts = random.choices(lengths, k=random.choice([1, 3]))
+        check_pages(decode, *heads, sinks, window, page_size, texts, [int(random.random() < 0.8) for _ in texts])
+
+
+def test_pages_at_all_lengths(decode):
+    """Wherever the newest token, the oldest of the window and the last sink lie in their tiles."""
+    for sinks, window in (4, 20), (17, 33), (0, 16):
+        texts = list(range(3 * (sinks + window)))
+        check_pages(decode, 2, 1, sinks, window, 16, texts, [1] * len(texts), (64, 64))
+
+
+def check_pages(decode, num_heads, kv_heads, sinks, window, page_size, texts, counts, dims=None) -> None:
+    """Against the definition in float64; the pages are compared too."""
+    dtype, (dim, v_dim) = random.choice([torch.float16, torch.bfloat16]), dims or random.choice(DIMS)
+    half, tokens = random.choice([0, 8, dim // 2]), sum(counts) + random.choice([0, 0, 2])
+    q, k, v = (
+        torch.randn(tokens, n, size).to(dtype) for n, size in ((num_heads, dim), (kv_heads, dim), (kv_heads, v_dim))
+    )
+    for x in (q, k, v):
+        x[sum(counts) :] = torch.nan
+    angles = 6 * torch.rand(tokens, 2, 1, max(half, 1))
+    rotation = torch.cat((angles.cos(), angles.sin()), dim=2)
+    table = torch.full((len(texts), max(texts) // page_size + 1), 2**31 - 1, dtype=torch.int32)
+    held = [{*range(min(sinks, t)), *range(max(t - window + 1, 0), t), t} for t in texts]
+    held = [positions if count else () for positions, count in zip(held, counts, strict=True)]
+    blocks = sum(len({j // page_size for j in positions}) for positions in held) + 2
+    pages = torch.full((blocks, kv_heads, page_size, dim + v_dim), torch.nan, dtype=dtype)
+    free = torch.randperm(blocks).tolist()
+    for row, positions, t in zip(table, held, texts, strict=True):
+        for b in {j // page_size for j in positions}:
+            row[b] = free.pop()
+        for j in positions:
+            if j < t:
+                pages[row[j // page_size], :, j % page_size] = torch.randn(kv_heads, dim + v_dim).to(dtype)
+    starts, lengths = torch.tensor([0, *counts]).cumsum(0).int(), torch.tensor(texts, dtype=torch.int32)
+    scale, softcap, interleaved = dim**-0.5, random.choice([0.0, 0.0, 5.0]), random.random() < 0.3
+    exact = pages.double()
+    expected = reference.attend_pages(
+        *(x.double() for x in (q, k, v)), *exact.split((dim, v_dim), dim=-1), starts, lengths, table,
+        rotation if half else None, sinks, window, scale, softcap, 0, interleaved,
+    )  # fmt: skip
+    splits, out = random.choice([1, 3]), torch.full((tokens, num_heads, v_dim), torch.nan, dtype=dtype)
+    partials, arrivals = (
+        torch.full((1 << 20,), torch.nan),
+        torch.zeros((len(texts) + tokens) * kv_heads, dtype=torch.int32),
+    )
+    numbers = [
+        len(texts), num_heads, kv_heads, tokens, dim, v_dim, sinks, window, page_size, table.shape[1], 0, half,
+        interleaved, dtype == torch.bfloat16, splits, random.random() < 0.5, random.randrange(1 << 30),
+    ]  # fmt: skip
+    tensors = q, k, v, pages, out, starts, lengths, table, rotation, partials, arrivals
+    pointers = [ctypes.c_void_p(_number(x)) for x in tensors]
+    if tokens:
+        assert decode.run_pages(_all(numbers), _all((scale, softcap), ctypes.c_double), *pointers) == 0
+    assert not arrivals.any() and not out[sum(counts) :].any()
+    error = (out.double() - expected).abs().amax(-1)
+    assert (error <= 16 * torch.finfo(dtype).eps * expected.abs().amax(-1)).all()
+    assert torch.equal(pages.isnan(), exact.isnan())
+    assert (pages.double() - exact).nan_to_num(0.0).abs().max() < 8 * torch.finfo(dtype).eps

@@ -22,12 +22,25 @@ struct Params : Call {  // of one token a row, or a few: R >= W + tokens - 1, so
   // weighs by, (parts, batch, num_heads).
   const float *joined_values, *joined_logits;
   int joined_parts;
-  // Of several small blocks a key head: what each finds, (batch, blocks_of, num_kv_heads, splits, width_of * group, v_dim)
-  // and (..., splits, width_of * group, 2), and how many have, (batch, blocks_of, num_kv_heads), zero between launches.
+  // Of several small blocks a key head: what each finds, (rows_of, num_kv_heads, splits, width_of * group, v_dim) and
+  // (..., splits, width_of * group, 2), and how many have, (rows_of, num_kv_heads), zero between launches.
   float* partials;
   int* arrivals;
-  bool overlap;  // the cache may be read before the kernel ahead is done
+  // Of one token a text over pages, else null. Rows of the caches are pages of `page_size` slots; a text's row of the table
+  // says which of them has the positions from i * page_size on. The batch is the texts; a slot is a position, for which
+  // ring_size is PAGED_RING - S, and q, k, v, rotation and out have their rows by `starts`.
+  const int *starts, *text_lengths, *table;  // (batch + 1,), (batch,), (batch, ...)
+  int64_t table_row;
+  int page_size, all_tokens;  // all_tokens: with padding, whose output is zero
+  bool overlap;  // the cache may be read before the kernel ahead is done, and what says where its tokens are
 };
+constexpr int PAGED_RING = 0x7fffff80;  // beyond all positions, and a tile or two below the last number
+
+// Tiles of slots, or of those that a token over pages sees at most.
+inline int tiles_of(const Params& p) {
+  const int of_sinks = (p.sink_size + KEYS - 1) / KEYS;
+  return p.starts ? of_sinks + (p.window_size + KEYS - 2) / KEYS + 1 : (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
+}
 
 // How a key head of a token, or of a few, is shared: by so many small blocks, two to a multiprocessor, that meet in memory, or by a
 // cluster of large ones, a multiprocessor each, that meet faster. Clusters of more than one are sm_90's first.
@@ -49,10 +62,13 @@ inline int width_of(const Params& p) {
 }
 inline int blocks_of(const Params& p) { return p.tokens < 2 ? p.tokens : (p.tokens + width_of(p) - 1) / width_of(p); }
 
+// Rows of blocks that are launched: those of tokens, or of texts and, over pages, of padding.
+inline int64_t rows_of(const Params& p) { return std::max(int64_t(p.batch) * blocks_of(p), int64_t(p.all_tokens)); }
+
 // Floats of `partials`; 0 for none.
 inline int64_t partial_floats(const Params& p, Sharing sharing) {
   if (sharing.cluster || sharing.splits == 1) return 0;
-  return int64_t(p.batch) * blocks_of(p) * p.num_kv_heads * sharing.splits * width_of(p) * p.group * (p.v_dim + 2);
+  return rows_of(p) * p.num_kv_heads * sharing.splits * width_of(p) * p.group * (p.v_dim + 2);
 }
 
 cudaError_t decode(const Params&, Sharing, const Device&, cudaStream_t);

@@ -1,6 +1,6 @@
-// sinkattn::decode_cuda, prefill_cuda and linear for CUDA tensors: checks, unpacking, stream. LibTorch's stable ABI is
-// all that is used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/backends.py, which
-// loads this.
+// sinkattn::decode_cuda, prefill_cuda, attend_pages_cuda and linear for CUDA tensors: checks, unpacking, stream. LibTorch's
+// stable ABI is all that is used, so one library serves every torch from 2.10 on. Schemas are defined in
+// sinkattn/backends.py, which loads this.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -50,24 +50,36 @@ bool is_aligned(const Tensor& x) {
   return aligned;
 }
 
+void check_dtype(const Tensor& q) {
+  STD_TORCH_CHECK(q.scalar_type() == ScalarType::Half || q.scalar_type() == ScalarType::BFloat16,
+                  "sinkattn: the CUDA C++ ops take float16 and bfloat16");
+}
+
+void take_sizes(Call& c, const Sizes& sizes) {
+  c.sink_size = int(sizes.sink_size), c.window_size = int(sizes.window_size), c.interleaved = sizes.interleaved;
+  const double LOG2E = 1.4426950408889634, by = sizes.softcap > 0 ? 2 * sizes.scale / sizes.softcap : sizes.scale;
+  c.query_scale = float(LOG2E * by), c.softcap = float(sizes.softcap);
+}
+void take_rotation(Call& c, const std::optional<Tensor>& rotation, const Sizes& sizes, std::vector<Tensor>& copies) {
+  if (!rotation) return;
+  c.rotary_start = int(sizes.rotary_start);
+  c.rotary_half = int(rotation->size(rotation->dim() - 1));
+  if (c.rotary_half > 0) c.rotation = data_of<float>(*rotation, ScalarType::Float, copies);
+}
+
 // Unpacks the arguments. What is refused is refused before anything is launched.
 Tensor unpack(const Tensors& x, const Sizes& sizes, Call& c, std::vector<Tensor>& copies) {
   check(x, sizes);
   const auto& [q, k, v, k_cache, v_cache, lengths, counts, rotation, learned_logits, alibi_slopes, k_scales,
                v_scales] = x;
-  const auto& [sink_size, window_size, scale, softcap, rotary_start, interleaved] = sizes;
-  const ScalarType dtype = q.scalar_type();
   STD_TORCH_CHECK(q.is_cuda(), "sinkattn: all tensors must be on one device");
-  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-                  "sinkattn: the CUDA C++ ops take float16 and bfloat16");
+  check_dtype(q);
   const int64_t batch = q.size(0), num_heads = q.size(1), tokens = q.size(2), head_dim = q.size(3);
   const int64_t num_kv_heads = v.size(1), v_dim = v.size(3), slots = k_cache.size(2), limit = 1 << 29;
   STD_TORCH_CHECK(tokens < limit && slots < limit, "sinkattn: the CUDA C++ ops take less than 2^29 tokens and slots");
   STD_TORCH_CHECK(is_aligned(k_cache) && is_aligned(v_cache), "sinkattn: the cache must be aligned to 16 bytes");
-  if (rotation) {
-    c.rotary_start = int(rotary_start), c.rotary_half = int(rotation->size(4));
-    if (c.rotary_half > 0) c.rotation = data_of<float>(*rotation, ScalarType::Float, copies);
-  }
+  take_sizes(c, sizes);
+  take_rotation(c, rotation, sizes, copies);
 
   c.q = q.data_ptr(), c.k = k.data_ptr(), c.v = v.data_ptr();
   c.k_cache = k_cache.data_ptr(), c.v_cache = v_cache.data_ptr();
@@ -86,10 +98,7 @@ Tensor unpack(const Tensors& x, const Sizes& sizes, Call& c, std::vector<Tensor>
   if (learned_logits) c.learned_logits = data_of<float>(*learned_logits, ScalarType::Float, copies);
   c.batch = int(batch), c.num_kv_heads = int(num_kv_heads), c.group = int(num_heads / num_kv_heads);
   c.tokens = int(tokens), c.head_dim = int(head_dim), c.v_dim = int(v_dim);
-  c.sink_size = int(sink_size), c.ring_size = int(slots - sink_size), c.window_size = int(window_size);
-  c.is_bfloat16 = dtype == ScalarType::BFloat16, c.interleaved = interleaved;
-  const double LOG2E = 1.4426950408889634;
-  c.query_scale = float(LOG2E * (softcap > 0 ? 2 * scale / softcap : scale)), c.softcap = float(softcap);
+  c.ring_size = int(slots) - c.sink_size, c.is_bfloat16 = q.scalar_type() == ScalarType::BFloat16;
   Tensor out = empty_like(q, {batch, tokens, num_heads, v_dim});
   c.out = out.data_ptr();
   return out;
@@ -116,13 +125,10 @@ int* arrivals_of(const std::optional<Tensor>& given, const Tensor& like, int64_t
   return static_cast<int*>(copies.back().data_ptr());
 }
 
-// Decode, of one token a row or a few, into `out`. p: unpacked, as far as prefill has it too.
-void run_decode(const Tensors& x, Params& p, const std::optional<Tensor>& arrivals, bool overlap, int64_t splits,
-                bool cluster, std::vector<Tensor>& copies) {
-  p.q_token = x.q.stride(2), p.k_token = x.k.stride(2), p.v_token = x.v.stride(2);
-  if (x.alibi_slopes) p.alibi_slopes = data_of<float>(*x.alibi_slopes, ScalarType::Float, copies);
-
-  const int index = x.q.get_device_index();
+// Decode, into `out`. like: a tensor on its device.
+void launch_decode(const Tensor& like, Params& p, const std::optional<Tensor>& arrivals, bool overlap, int64_t splits,
+                   bool cluster, std::vector<Tensor>& copies) {
+  const int index = like.get_device_index();
   const Device& device = properties_of(index);
   torch::stable::accelerator::DeviceGuard guard(index);
   const Sharing sharing =
@@ -136,11 +142,19 @@ void run_decode(const Tensors& x, Params& p, const std::optional<Tensor>& arriva
   p.overlap = overlap;
   const cudaStream_t stream = stream_of(index);
   if (const int64_t floats = partial_floats(p, sharing)) {
-    copies.push_back(empty(x.q, {floats}, aoti_torch_dtype_float32()));
+    copies.push_back(empty(like, {floats}, aoti_torch_dtype_float32()));
     p.partials = static_cast<float*>(copies.back().data_ptr());
-    p.arrivals = arrivals_of(arrivals, x.k_cache, int64_t(p.batch) * blocks_of(p) * p.num_kv_heads, stream, copies);
+    p.arrivals = arrivals_of(arrivals, like, rows_of(p) * p.num_kv_heads, stream, copies);
   }
   check(decode(p, sharing, device, stream), "launch of decode");
+}
+
+// The same of one token a row or a few. p: unpacked, as far as prefill has it too.
+void run_decode(const Tensors& x, Params& p, const std::optional<Tensor>& arrivals, bool overlap, int64_t splits,
+                bool cluster, std::vector<Tensor>& copies) {
+  p.q_token = x.q.stride(2), p.k_token = x.k.stride(2), p.v_token = x.v.stride(2);
+  if (x.alibi_slopes) p.alibi_slopes = data_of<float>(*x.alibi_slopes, ScalarType::Float, copies);
+  launch_decode(x.q, p, arrivals, overlap, splits, cluster, copies);
 }
 
 using OptionalTensor = std::optional<Tensor>;
@@ -155,6 +169,43 @@ Tensor decode_op(const Tensors& x, const Sizes& sizes, OptionalTensor joined_val
   p.joined_values = joined.values, p.joined_logits = joined.logits, p.joined_parts = joined.parts;
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.joined_values) % 16 == 0, "sinkattn: joined must be aligned to 16 bytes");
   run_decode(x, p, arrivals, overlap, splits, cluster, copies);
+  return out;
+}
+
+// One token of each text, at most, over pages.
+Tensor attend_pages_op(const Paged& x, const Sizes& sizes, int64_t max_tokens, OptionalTensor arrivals, bool overlap,
+                       int64_t splits, bool cluster) {
+  check(x, sizes, max_tokens);
+  const auto& [q, k, v, k_pages, v_pages, starts, lengths, block_table, rotation] = x;
+  const int64_t tokens = q.size(0), num_heads = q.size(1), texts = lengths.size(0), limit = 1 << 29;
+  STD_TORCH_CHECK(q.is_cuda() && max_tokens == 1, "sinkattn: on a GPU attend_pages takes one token a text (max_tokens)");
+  check_dtype(q);
+  STD_TORCH_CHECK(is_aligned(k_pages) && is_aligned(v_pages), "sinkattn: pages must be aligned to 16 bytes");
+  STD_TORCH_CHECK(tokens < limit && k_pages.size(2) < limit && sizes.sink_size < limit && sizes.window_size < limit,
+                  "sinkattn: the CUDA C++ ops take less than 2^29 tokens");
+  std::vector<Tensor> copies;
+  Params p = {};
+  take_sizes(p, sizes);
+  take_rotation(p, rotation, sizes, copies);
+  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.k_cache = k_pages.data_ptr(), p.v_cache = v_pages.data_ptr();
+  p.q_row = q.stride(0), p.q_head = q.stride(1), p.k_row = k.stride(0), p.k_head = k.stride(1);
+  p.v_row = v.stride(0), p.v_head = v.stride(1);
+  p.k_cache_row = k_pages.stride(0), p.k_cache_head = k_pages.stride(1), p.k_cache_slot = k_pages.stride(2);
+  p.v_cache_row = v_pages.stride(0), p.v_cache_head = v_pages.stride(1), p.v_cache_slot = v_pages.stride(2);
+  p.batch = int(texts), p.tokens = 1, p.all_tokens = int(tokens);
+  p.num_kv_heads = int(v.size(1)), p.group = int(num_heads / v.size(1));
+  p.head_dim = int(q.size(2)), p.v_dim = int(v.size(2)), p.is_bfloat16 = q.scalar_type() == ScalarType::BFloat16;
+  p.ring_size = PAGED_RING - p.sink_size, p.page_size = int(k_pages.size(2));
+  p.starts = data_of<int>(starts, ScalarType::Int, copies), p.text_lengths = data_of<int>(lengths, ScalarType::Int, copies);
+  p.table = static_cast<const int*>(block_table.data_ptr()), p.table_row = block_table.stride(0);
+  Tensor out = empty_like(q, {tokens, num_heads, p.v_dim});
+  p.out = out.data_ptr();
+  if (tokens == 0) return out;
+  if (texts == 0) {
+    torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+    check(cudaMemsetAsync(p.out, 0, out.numel() * out.element_size(), stream_of(q.get_device_index())), "padding");
+  }
+  launch_decode(q, p, arrivals, overlap, splits, cluster, copies);
   return out;
 }
 
@@ -319,6 +370,8 @@ STABLE_TORCH_LIBRARY_IMPL(sinkattn, CUDA, m) {
   m.impl("stack_state", TORCH_BOX(&stack_state_op));
   m.impl("decode_cuda", TORCH_BOX((&with_arguments<decode_op, OptionalTensor, OptionalTensor, OptionalTensor, bool, int64_t, bool>)));
   m.impl("prefill_cuda", TORCH_BOX((&with_arguments<prefill_op, int64_t, OptionalTensor, bool>)));
+  m.impl("attend_pages_cuda",
+         TORCH_BOX((&with_pages<attend_pages_op, int64_t, OptionalTensor, bool, int64_t, bool>)));
   m.impl("linear", TORCH_BOX(&linear_op));
 }
 

@@ -20,7 +20,8 @@
 //   before the kernel ahead is done.
 //
 // The kernel is in decode_kernel.h, its phases in the other headers, its launch in decode_launch.h; this is how a key head
-// is shared, and the launch for caches in 16 bits. decode_int8.cu and decode_e4m3.cu have those of the others.
+// is shared, and the launch for caches in 16 bits. decode_int8.cu and decode_e4m3.cu have those of the others, and
+// decode_pages.cu that over pages.
 #include <algorithm>
 #include <atomic>
 
@@ -36,16 +37,17 @@ cudaError_t launch_16_bits(const Params& p, Sharing sharing, const Device& devic
 namespace {
 
 cudaError_t launch_stored(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
+  if (p.starts) return launch_pages(p, sharing, device, stream, clusters);
   constexpr decltype(&launch_16_bits) launches[] = {launch_16_bits, launch_int8, launch_e4m3};  // in the order of Stored
   return launches[int(p.stored)](p, sharing, device, stream, clusters);
 }
 
 // Clusters of so many blocks that run at a time, found once for a GPU (or for every 8th, if there are more).
 int clusters_at_a_time(const Params& p, int size, const Device& device) {
-  static std::atomic<int> found[8][3][2][2][2][MAX_HEAD_DIM / 16 + 1][MAX_GROUP + 1][MAX_CLUSTER + 1] = {};
+  static std::atomic<int> found[8][3][2][3][2][MAX_HEAD_DIM / 16 + 1][MAX_GROUP + 1][MAX_CLUSTER + 1] = {};
   const int members = width_of(p) * p.group;
   std::atomic<int>& clusters =
-      found[device.index % 8][int(p.stored)][p.is_bfloat16][p.tokens > 1][p.v_dim == p.head_dim][p.head_dim / 16][members][size];
+      found[device.index % 8][int(p.stored)][p.is_bfloat16][p.starts ? 2 : p.tokens > 1][p.v_dim == p.head_dim][p.head_dim / 16][members][size];
   if (clusters == 0) {
     int count = 0;
     clusters = launch_stored(p, {size, true}, device, nullptr, &count) == cudaSuccess && count > 0 ? count : -1;
@@ -57,7 +59,8 @@ int clusters_at_a_time(const Params& p, int size, const Device& device) {
 
 bool serves(const Params& p, Sharing sharing, const Device& device) {
   if (p.group > MAX_GROUP || p.num_kv_heads > 65535) return false;
-  if (p.tokens > MAX_FEW || int64_t(p.batch) * blocks_of(p) > 65535) return false;
+  if (p.tokens > MAX_FEW || rows_of(p) > 65535) return false;
+  if (p.starts && (p.tokens != 1 || p.stored != Stored::same)) return false;
   if (p.ring_size < p.window_size + p.tokens - 1) return false;
   if (sharing.splits < 1 || sharing.splits > (sharing.cluster ? MAX_CLUSTER : MAX_SPLITS)) return false;
   if (sharing.cluster && sharing.splits > 1 && device.compute_major < 9) return false;
@@ -74,7 +77,7 @@ bool serves(const Params& p, Sharing sharing, const Device& device) {
 
 Sharing sharing_of(const Params& p, const Device& device) {
   const int64_t pairs = int64_t(p.batch) * blocks_of(p) * p.num_kv_heads;
-  const int64_t tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
+  const int64_t tiles = tiles_of(p);
   if (pairs == 0 || pairs > device.multiprocessors) return {1, false};
   int size = MAX_CLUSTER;
   while (size > 0 && (tiles <= 8 * (size - 1) || !serves(p, {size, true}, device) ||

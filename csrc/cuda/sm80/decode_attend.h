@@ -183,13 +183,14 @@ struct Attention {
       const auto *of_key = b.new_keys + (b.last_token - back) * HEAD_DIM, *of_value = b.new_values + (b.last_token - back) * V_DIM;
       const uint4 *new_key = reinterpret_cast<const uint4*>(of_key), *new_value = reinterpret_cast<const uint4*>(of_value);
       constexpr int NUMBERS = KeyRows::NUMBERS;
+      const auto place = b.place_of(slot);
       for (int i = b.lane; i < KeyRows::PIECES; i += 32) {
         key_rows[KeyRows::place(slot - first, i)] = new_key[i];
-        if (back < b.own) *reinterpret_cast<uint4*>(b.keys + slot * p.k_cache_slot + i * NUMBERS) = new_key[i];
+        if (back < b.own) *reinterpret_cast<uint4*>(place.key + i * NUMBERS) = new_key[i];
       }
       for (int i = b.lane; i < ValueRows::PIECES; i += 32) {
         value_rows[ValueRows::place(slot - first, i)] = new_value[i];
-        if (back < b.own) *reinterpret_cast<uint4*>(b.values + slot * p.v_cache_slot + i * NUMBERS) = new_value[i];
+        if (back < b.own) *reinterpret_cast<uint4*>(place.value + i * NUMBERS) = new_value[i];
       }
       if constexpr (EIGHT_BITS) {
         if (row_of(b.lane % KEYS) != slot - first) continue;

@@ -6,12 +6,15 @@
 namespace sinkattn::cuda {
 namespace {
 
-// FEW: of several tokens a row. A block takes `width` of them, whose query heads are rows of the same products (WIDE).
+// What a call is of: one token a row; several (FEW), of which a block takes `width`, whose query heads are rows of the same
+// products (WIDE); or one token a text, over pages (PAGED).
+enum class Form { one, few, pages };
+
 // A lane of a warp, g = lane / 4 and c = lane % 4, has the rows g (and g + 8) of products: its members.
 // C: what the cache holds, T or 8 bits.
-template <typename T_, typename C_, int HEAD_DIM_, int V_DIM_, bool WIDE_, bool LARGE_, bool FEW_>
+template <typename T_, typename C_, int HEAD_DIM_, int V_DIM_, bool WIDE_, bool LARGE_, Form FORM>
 struct Block {
-  static_assert(WIDE_ || !FEW_);
+  static_assert(WIDE_ || FORM != Form::few);
   using T = T_;
   using C = C_;
   using S = Shape<C, HEAD_DIM_, V_DIM_, LARGE_>;
@@ -19,7 +22,8 @@ struct Block {
   using ValueRows = Rows<V_DIM_, sizeof(C)>;
   using New = std::conditional_t<IN_8_BITS<C>, float, T>;  // of new keys and values, turned
   static constexpr int HEAD_DIM = HEAD_DIM_, V_DIM = V_DIM_, WARPS = S::WARPS, THREADS = S::THREADS;
-  static constexpr bool WIDE = WIDE_, LARGE = LARGE_, FEW = FEW_, EIGHT_BITS = IN_8_BITS<C>;
+  static constexpr bool WIDE = WIDE_, LARGE = LARGE_, FEW = FORM == Form::few, PAGED = FORM == Form::pages;
+  static constexpr bool EIGHT_BITS = IN_8_BITS<C>;
 
   const Params& p;
   int rank, splits, head, number, row, warp, lane, g, c;
@@ -27,6 +31,8 @@ struct Block {
   int group, members;                        // queries of the block at most, and those that are there
   int slots, begin, end;                     // tiles of the block
   bool has_sinks;
+  int t, skipped;    // over pages: where the text's token stands; tiles between those of the sinks and of the window
+  const int* table;  // the text's row
   int64_t pair;
   // Shared memory: tiles of all warps, and those of this one; queries as fragments, text then sink; (tokens, HEAD_DIM),
   // (tokens, V_DIM), in 8 bits rounded before they are used: a row begins with its numbers, behind which its scale is; of
@@ -48,19 +54,22 @@ struct Block {
     group = FEW ? width * p.group : p.group, members = own * p.group;
     pair = int64_t(number) * p.num_kv_heads + head;
     slots = p.sink_size + p.ring_size;
-    const int tiles = (slots + KEYS - 1) / KEYS;
-    const int larger = tiles - share * splits;  // the last blocks take one more: the first ones have the sinks
-    begin = rank * share + max(rank - (splits - larger), 0);
-    end = begin + share + (rank >= splits - larger);
-    has_sinks = begin * KEYS < p.sink_size;
+    if constexpr (!PAGED) {
+      const int tiles = (slots + KEYS - 1) / KEYS;
+      const int larger = tiles - share * splits;  // the last blocks take one more: the first ones have the sinks
+      begin = rank * share + max(rank - (splits - larger), 0);
+      end = begin + share + (rank >= splits - larger);
+      has_sinks = begin * KEYS < p.sink_size;
+    }
 
     staged = shared + warp * S::WARP;
     queries = reinterpret_cast<T*>(shared + S::BLOCK);
     new_keys = reinterpret_cast<New*>(queries + 2 * S::QUERIES * 8);
     new_values = new_keys + tokens * HEAD_DIM;
     handed = reinterpret_cast<float*>(new_values + tokens * V_DIM);
-    keys = static_cast<C*>(p.k_cache) + int64_t(row) * p.k_cache_row + head * p.k_cache_head;
-    values = static_cast<C*>(p.v_cache) + int64_t(row) * p.v_cache_row + head * p.v_cache_head;
+    keys = static_cast<C*>(p.k_cache) + head * p.k_cache_head;
+    values = static_cast<C*>(p.v_cache) + head * p.v_cache_head;
+    if (!PAGED) keys += int64_t(row) * p.k_cache_row, values += int64_t(row) * p.v_cache_row;
     if constexpr (EIGHT_BITS)
       scales = lane < KEYS ? p.k_scales + int64_t(row) * p.k_scale_row + head * p.k_scale_head
                            : p.v_scales + int64_t(row) * p.v_scale_row + head * p.v_scale_head;
@@ -75,9 +84,41 @@ struct Block {
     return scales + slot * (lane < KEYS ? p.k_scale_slot : p.v_scale_slot);
   }
 
-  // Fetch: a tile, whatever the length of the row is.
+  // Over pages: what the text `number` has. Its tiles are those of its sinks, and `skipped` further on those of its window.
+  __device__ __forceinline__ void find_text() {
+    const bool is_there = number < p.batch;
+    const int first = is_there ? p.starts[number] : 0, next = is_there ? p.starts[number + 1] : 0;
+    t = is_there ? p.text_lengths[number] : 0, table = p.table + number * p.table_row;
+    own = min(next - first, 1), row = own > 0 ? first : 0;
+    const int of_sinks = (p.sink_size + KEYS - 1) / KEYS;
+    skipped = max((t - p.window_size + 1) / KEYS - of_sinks, 0);
+    const int tiles = own > 0 ? t / KEYS + 1 - skipped : 0;
+    begin = rank * tiles / splits, end = (rank + 1) * tiles / splits;
+    has_sinks = begin < of_sinks;
+  }
+  // The first slot of a tile. Over pages, where a slot is a position, a block's tiles are not all that there are.
+  __device__ __forceinline__ int slot_of(int tile) const {
+    return (PAGED && tile * KEYS >= p.sink_size ? tile + skipped : tile) * KEYS;
+  }
+  // Where a slot's key and value lie.
+  struct Place {
+    C *key, *value;
+  };
+  __device__ __forceinline__ Place place_of(int slot) const {
+    if constexpr (!PAGED) return {keys + slot * p.k_cache_slot, values + slot * p.v_cache_slot};
+    const int64_t page = table[slot / p.page_size];
+    const int in_page = slot % p.page_size;
+    return {keys + page * p.k_cache_row + in_page * p.k_cache_slot,
+            values + page * p.v_cache_row + in_page * p.v_cache_slot};
+  }
+
+  // Fetch: a tile, whatever the length of the row is. A page has whole tiles.
   __device__ __forceinline__ void fetch(int tile, int stage) const {
-    if (tile < end) {
+    if (PAGED && tile < end) {
+      const Place place = place_of(slot_of(tile));
+      copy_rows<HEAD_DIM>(place.key, p.k_cache_slot, 0, KEYS, lane, key_rows(stage));
+      copy_rows<V_DIM>(place.value, p.v_cache_slot, 0, KEYS, lane, value_rows(stage));
+    } else if (tile < end) {
       copy_rows<HEAD_DIM>(keys, p.k_cache_slot, tile * KEYS, slots, lane, key_rows(stage));
       copy_rows<V_DIM>(values, p.v_cache_slot, tile * KEYS, slots, lane, value_rows(stage));
       if constexpr (EIGHT_BITS) {
@@ -94,16 +135,19 @@ struct Block {
 
   // A member's query, counted over rows, tokens and heads.
   __device__ int64_t query_of(int member) const {
+    if (PAGED) return (int64_t(row) * p.num_kv_heads + head) * p.group + member;
     if (!FEW) return pair * p.group + member;
     const int64_t token = int64_t(row) * tokens + first_token + member / p.group;
     return (token * p.num_kv_heads + head) * p.group + member % p.group;
   }
-  // The output of padding, for all that share the key head.
+  // The output of padding, for all that share the key head. Over pages that is a token behind those of all texts.
   __device__ void write_zeros() const {
-    if (rank > 0) return;
+    if (rank > 0 || (PAGED && (number >= p.all_tokens || number < p.starts[p.batch]))) return;
     T* out = static_cast<T*>(p.out);
-    for (int i = threadIdx.x; i < members * V_DIM; i += THREADS)
-      out[query_of(i / V_DIM) * V_DIM + i % V_DIM] = from_float<T>(0);
+    for (int i = threadIdx.x; i < members * V_DIM; i += THREADS) {
+      const int member = i / V_DIM;
+      out[(PAGED ? pair * p.group + member : query_of(member)) * V_DIM + i % V_DIM] = from_float<T>(0);
+    }
   }
 };
 

@@ -9,10 +9,10 @@ namespace sinkattn::cuda {
 namespace {
 
 // share: tiles of a block at least. width: of a few tokens a row (FEW), those of a block.
-template <typename T, typename C, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, bool FEW>
+template <typename T, typename C, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, Form FORM>
 __global__ void __launch_bounds__(Shape<C, HEAD_DIM, V_DIM, LARGE>::THREADS, Shape<C, HEAD_DIM, V_DIM, LARGE>::BLOCKS)
     decode_kernel(const __grid_constant__ Params p, int share, int width) {
-  using B = Block<T, C, HEAD_DIM, V_DIM, WIDE, LARGE, FEW>;
+  using B = Block<T, C, HEAD_DIM, V_DIM, WIDE, LARGE, FORM>;
   using S = typename B::S;
   extern __shared__ __align__(128) uint4 shared[];  // a row of a tile's column is a line; across two, copies are slow
   __shared__ __align__(8) float softmax[B::WARPS][MAX_GROUP][2];  // maximum and sum
@@ -24,6 +24,10 @@ __global__ void __launch_bounds__(Shape<C, HEAD_DIM, V_DIM, LARGE>::THREADS, Sha
     if (b.rank == 0 && threadIdx.x == 0) expect_bytes(&arrived, b.splits * b.group * (V_DIM + 2) * 4);
     cluster_arrive();
   }
+  if constexpr (B::PAGED) {
+    if (!p.overlap) wait_for_launch();
+    b.find_text();
+  }
   const int early = p.overlap ? (S::STAGES > 1 ? S::STAGES - 1 : 1) : 0;  // what is small shall not wait for all
   b.fetch_first(0, early);
   wait_for_launch();
@@ -32,16 +36,17 @@ __global__ void __launch_bounds__(Shape<C, HEAD_DIM, V_DIM, LARGE>::THREADS, Sha
 
   // What is small is asked for at once, and ahead of tiles, as it would wait behind them: the row's state, its angles,
   // query, new key and value.
-  const int64_t length = p.lengths[b.row], count = p.counts ? p.counts[b.row] : b.tokens;  // used later: nothing shall wait
+  const int64_t length = B::PAGED ? b.t : p.lengths[b.row];  // used later: nothing shall wait
+  const int64_t count = B::PAGED ? b.own : p.counts ? p.counts[b.row] : b.tokens;
   auto meanwhile = [&] { b.fetch_first(early, S::STAGES); };
-  if constexpr (FEW)
+  if constexpr (B::FEW)
     turn_few(b, meanwhile);
   else
     turn_one(b, meanwhile);
   const int nth = b.last_token - (b.tokens - int(count));  // of the new tokens; below 0: padding
   const int64_t t = length + nth;
+  if (B::PAGED || nth < 0) b.write_zeros();
   if (nth < 0) {
-    b.write_zeros();
     wait_for_copies<0>();
     if (b.is_clustered()) cluster_wait();
     return;
@@ -58,7 +63,7 @@ __global__ void __launch_bounds__(Shape<C, HEAD_DIM, V_DIM, LARGE>::THREADS, Sha
 #pragma unroll 1
   for (int tile = b.begin + b.warp; tile < b.end; tile += B::WARPS) {
     wait_for_copies<S::STAGES - 1>();
-    attention.take(tile * KEYS, stage);
+    attention.take(b.slot_of(tile), stage);
     b.fetch(tile + S::STAGES * B::WARPS, stage);
     stage = stage + 1 == S::STAGES ? 0 : stage + 1;
   }

@@ -9,6 +9,7 @@ namespace sinkattn::cuda {
 cudaError_t launch_16_bits(const Params&, Sharing, const Device&, cudaStream_t, int* clusters);
 cudaError_t launch_int8(const Params&, Sharing, const Device&, cudaStream_t, int* clusters);
 cudaError_t launch_e4m3(const Params&, Sharing, const Device&, cudaStream_t, int* clusters);
+cudaError_t launch_pages(const Params&, Sharing, const Device&, cudaStream_t, int* clusters);
 
 namespace {
 
@@ -20,19 +21,18 @@ int shared_bytes(int splits, int group, int tokens) {
   return (S::BLOCK + 2 * S::QUERIES) * 16 + tokens * (HEAD_DIM + V_DIM) * (IN_8_BITS<C> ? 4 : 2) + handed;
 }
 
-template <typename T, typename C, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, bool FEW>
+template <typename T, typename C, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, Form FORM>
 cudaError_t launch(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
-  const auto kernel = decode_kernel<T, C, HEAD_DIM, V_DIM, WIDE, LARGE, FEW>;
+  const auto kernel = decode_kernel<T, C, HEAD_DIM, V_DIM, WIDE, LARGE, FORM>;
   const int width = width_of(p);
   const int bytes = shared_bytes<C, HEAD_DIM, V_DIM, LARGE>(sharing.splits, width * p.group, p.tokens);
-  const dim3 blocks(sharing.splits, p.num_kv_heads, p.batch * blocks_of(p));
+  const dim3 blocks(sharing.splits, p.num_kv_heads, unsigned(rows_of(p)));
   Grid grid(blocks, Shape<C, HEAD_DIM, V_DIM, LARGE>::THREADS, bytes, stream);
   if (device.compute_major >= 9 && !clusters) grid.overlap();
   if (sharing.cluster && sharing.splits > 1) grid.cluster(sharing.splits);
   if (const cudaError_t error = grid.allow_shared(kernel)) return error;
   if (clusters) return cudaOccupancyMaxActiveClusters(clusters, kernel, &grid.config);
-  const int tiles = (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
-  return cudaLaunchKernelEx(&grid.config, kernel, p, tiles / sharing.splits, width);
+  return cudaLaunchKernelEx(&grid.config, kernel, p, tiles_of(p) / sharing.splits, width);
 }
 
 // f(shape) for the head dims of the call; returns what it returns, or `otherwise` for dims that are not served.
@@ -55,14 +55,15 @@ R with_dims(const Params& p, R otherwise, F f) {
   }
 }
 
-template <typename T, typename C>
+template <typename T, typename C, Form ONE = Form::one>
 cudaError_t launch_as(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
   return with_dims(p, cudaErrorInvalidValue, [&](auto dims) {
     constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
     const auto of = [&](auto large) {
       constexpr bool LARGE = decltype(large)::value;
-      if (p.tokens > 1) return launch<T, C, K, V, true, LARGE, true>;
-      return p.group > 8 ? launch<T, C, K, V, true, LARGE, false> : launch<T, C, K, V, false, LARGE, false>;
+      if constexpr (ONE == Form::one)
+        if (p.tokens > 1) return launch<T, C, K, V, true, LARGE, Form::few>;
+      return p.group > 8 ? launch<T, C, K, V, true, LARGE, ONE> : launch<T, C, K, V, false, LARGE, ONE>;
     };
     const auto chosen = sharing.cluster ? of(std::true_type()) : of(std::false_type());
     return chosen(p, sharing, device, stream, clusters);
