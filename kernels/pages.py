@@ -159,7 +159,7 @@ def _attend_kernel(
             v_block = _page_rows(v_pages, table, j, j < sinks, block_size, v_page, v_slot, v_dim, V_DIM)
             visible = j < sinks if TOKENS == 1 else (j < sinks)[None, :] & (j[None, :] <= t[:, None])
             top, total, acc = attend(
-                q_sink, k_block, v_block, None, None, visible, None, None, scale, top, total, acc, SOFTCAP, True
+                q_sink, k_block, v_block, 0, 0, visible, None, None, scale, top, total, acc, SOFTCAP, True, False
             )
 
     oldest = tl.maximum(t_first - window_size + 1, sink_size) + split * span
@@ -171,7 +171,7 @@ def _attend_kernel(
         behind = t[:, None] - j[None, :]
         visible = j <= newest if TOKENS == 1 else (behind >= 0) & (behind < window_size)
         top, total, acc = attend(
-            q_text, k_block, v_block, None, None, visible, None, None, scale, top, total, acc, SOFTCAP, True
+            q_text, k_block, v_block, 0, 0, visible, None, None, scale, top, total, acc, SOFTCAP, True, False
         )
 
     found = acc / tl.where(total > 0, total, 1.0)[:, None]
