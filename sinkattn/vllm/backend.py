@@ -29,7 +29,7 @@ class Batch:
     """What the layers of one step share.
 
     positions: (tokens,) int64, in their own texts, without padding. starts, lengths, block_table, max_tokens: as
-    `ops.attend_pages` takes them.
+    `ops.attend_pages` takes them, as arrivals are, on a GPU.
     """
 
     positions: Tensor
@@ -37,6 +37,7 @@ class Batch:
     lengths: Tensor
     block_table: Tensor
     max_tokens: int
+    arrivals: Tensor | None
     sizes: Sizes
     _tables: dict[Rotation, Tensor] = field(default_factory=dict)
 
@@ -62,6 +63,8 @@ class SinkBuilder(AttentionMetadataBuilder[Batch]):
         check(vllm_config)  # again: vLLM settles some things behind the first time
         check_embedding()
         self.sizes = Sizes(kv_cache_spec.sink_size, kv_cache_spec.sliding_window)
+        most = vllm_config.scheduler_config.max_num_seqs * kv_cache_spec.num_kv_heads
+        self.arrivals = torch.zeros(most, dtype=torch.int32, device=device) if device.type == "cuda" else None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -76,7 +79,7 @@ class SinkBuilder(AttentionMetadataBuilder[Batch]):
         offsets = (lengths - starts[:-1]).repeat_interleave(counts, output_size=tokens)
         positions = torch.arange(tokens, device=starts.device) + offsets
         table = given.block_table_tensor[:texts]
-        return Batch(positions, starts, lengths, table, given.max_query_len, self.sizes)
+        return Batch(positions, starts, lengths, table, given.max_query_len, self.arrivals, self.sizes)
 
 
 class SinkAttention(AttentionImpl[Batch]):
@@ -153,6 +156,8 @@ class SinkAttention(AttentionImpl[Batch]):
             rotary_start=rope.start,
             interleaved=rope.interleaved,
             max_tokens=batch.max_tokens,
+            arrivals=batch.arrivals,
+            overlap=True,  # what all layers share was written before the first, the pages a step ago
         )
         return output
 

@@ -5,6 +5,7 @@ number in the table where a text has no page.
 """
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from cases import (
     assert_close,
     dtypes,
     every_backend,
+    fitted,
     same_bits,
     with_cpu_library,
+    with_cuda_library,
 )
-from helpers import DEVICES
+from helpers import DEVICES, GPU
 from sinkattn import ops, reference
 from sinkattn.rope import Rope
 
@@ -30,9 +33,9 @@ def poison(*shape: int) -> torch.Tensor:
 
 # Texts through a server's pages, against the definition over a ring, a whole text at once.
 
-S, W, HEADS, KV_HEADS, DIM, V_DIM = 5, 23, 4, 2, 16, 24
-SIZES = dict(sink_size=S, window_size=W, scale=DIM**-0.5, softcap=2.0)
-ROPE = Rope(0, False, torch.rand(1, DIM // 2, dtype=torch.float64), torch.zeros(1, dtype=torch.int64))
+S, W, HEADS, KV_HEADS = 5, 23, 4, 2
+SIZES = dict(sink_size=S, window_size=W, scale=0.25, softcap=2.0)
+ROPE = Rope(0, False, torch.rand(1, 8, dtype=torch.float64), torch.zeros(1, dtype=torch.int64))
 
 
 def angles(t: torch.Tensor) -> torch.Tensor:
@@ -42,13 +45,13 @@ def angles(t: torch.Tensor) -> torch.Tensor:
 class Text:
     """One text: queries, keys and values of its tokens, how many are done, and the pages that it holds by now."""
 
-    def __init__(self, tokens: int, dtype: torch.dtype):
-        heads = ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, V_DIM))
+    def __init__(self, tokens: int, dtype: torch.dtype, dims: tuple[int, int]):
+        heads = ((HEADS, dims[0]), (KV_HEADS, dims[0]), (KV_HEADS, dims[1]))
         self.qkv = [torch.randn(tokens, *shape).to(dtype) for shape in heads]
         self.done, self.pages = 0, []
 
     def expected(self, dtype: torch.dtype) -> torch.Tensor:
-        """(tokens, HEADS, V_DIM), by the definition."""
+        """(tokens, HEADS, v_dim), by the definition."""
         q, k, v = (x.to(dtype).transpose(0, 1)[None] for x in self.qkv)
         empty = [x.new_zeros(1, KV_HEADS, S + W, x.shape[3]) for x in (k, v)]
         table = angles(torch.arange(q.shape[2]))[None]
@@ -65,10 +68,11 @@ def test_texts(backend, device, block_size):
 
 
 def run_texts(backend, device, dtype, block_size):
-    texts = [Text(n, dtype) for n in (118, 41, 97)]
+    dims = (64, 64) if backend == "cuda" else (16, 24)
+    texts = [Text(n, dtype, dims) for n in (118, 41, 97)]
     chunks = [[40, 30, *[1] * 48], [0, *[1] * 20, 0, 0, *[1] * 21], [3, 1, 64, *[1] * 29]]
     blocks = 3 * (118 // block_size + 2)
-    pages = torch.full((blocks, KV_HEADS, block_size, DIM + V_DIM), torch.nan, dtype=dtype, device=device)
+    pages = torch.full((blocks, KV_HEADS, block_size, sum(dims)), torch.nan, dtype=dtype, device=device)
     free = torch.randperm(blocks).tolist()
     found = [[] for _ in texts]
     while any(chunks):
@@ -99,7 +103,7 @@ def run_texts(backend, device, dtype, block_size):
         lengths = torch.tensor([texts[i].done for i in rows], dtype=torch.int32)
         given = (x.to(device) for x in (starts, lengths, table, rotation))
         out = ops.attend_pages(
-            *(x.to(device) for x in (q, k, v)), *pages.split((DIM, V_DIM), dim=-1), *given, **SIZES,
+            *(x.to(device) for x in (q, k, v)), *pages.split(dims, dim=-1), *given, **SIZES,
             max_tokens=max(counts) if padding % 2 else 0, backend=backend,
         )  # fmt: skip
         *parts, rest = out.cpu().split([*counts, padding])
@@ -193,6 +197,7 @@ def copies(tensors, dtype=None, device=None) -> list:
 
 def check(backend, device, dtype, case):
     """One call: the output, the new slots and all others."""
+    case = fitted(case, backend)
     tensors = case.tensors(dtype, device)
     before = copies(tensors, device="cpu")
     exact, low = copies(before, torch.float64), copies(before)
@@ -397,6 +402,50 @@ def test_compile(device):
     out = torch.compile(function, fullgraph=True, backend="aot_eager")(*compiled)
     torch.testing.assert_close(out, function(*eager), rtol=0, atol=0)
     assert all(same(x, y).all() for x, y in zip(compiled[3:5], eager[3:5], strict=True))
+
+
+@pytest.mark.gpu
+@with_cuda_library
+def test_opcheck_of_one_token_a_text():
+    case = Case((3, 40, 17), (1, 1, 0), head_dim=64, padding=1)
+    tensors = [x.nan_to_num(0) if x.is_floating_point() else x for x in case.tensors(torch.float16, GPU)]
+    torch.library.opcheck(torch.ops.sinkattn.attend_pages_cuda.default, (*tensors, *case.sizes.values()))
+
+
+@pytest.mark.gpu
+@with_cuda_library
+@pytest.mark.parametrize("heads", [(2, 2), (10, 2), (24, 2)])
+@pytest.mark.parametrize(
+    "splits, cluster", [*((n, False) for n in (1, 2, 3, 8, 25, 64)), *((n, True) for n in (1, 2, 3, 5, 8))]
+)
+def test_splits(splits, cluster, heads):
+    """However many blocks share a key head, whichever of them new token and sinks fall to, wherever they meet."""
+    for dtype, lengths, sink in (torch.float16, (5000, 150, 430, 9), 4), (torch.bfloat16, (100, 10**7, 3, 70), 70):
+        case = Case(lengths, (1, 1, 1, 0), *heads, 64, sink=sink, window=371, softcap=3.0, padding=2, block_size=32)
+        tensors = case.tensors(dtype, GPU)
+        before = copies(tensors, device="cpu")
+        exact, low, again = copies(before, torch.float64), copies(before), copies(tensors)
+        exact_out, low_out = (reference.attend_pages(*x, **case.sizes) for x in (exact, low))
+        op = functools.partial(torch.ops.sinkattn.attend_pages_cuda, **case.sizes, splits=splits, cluster=cluster)
+        out = op(*tensors)
+        assert_close(out.cpu(), exact_out, low_out, dtype)
+        assert same_bits(tensors[4].cpu(), low[4])
+        counters = torch.zeros(len(out) * heads[1], dtype=torch.int32, device=GPU)
+        for given in (None, counters, counters, None, counters):  # they are zero again, whoever arrives last
+            assert same_bits(op(*again, overlap=True, arrivals=given), out)
+        assert not counters.any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "device"), GPU_BACKENDS)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("heads", [(8, 8), (32, 8), (28, 4), (16, 1)])
+def test_large(backend, device, heads, head_dim):
+    """As models have it: one text and many, and prompts beside them."""
+    lengths = (500, 1024, 4_000_000, 1019, 1020, 3000, 70_000)
+    for dtype in (torch.float16, torch.bfloat16):
+        for some, counts in ((lengths[:1], (1,)), (9 * lengths, (1,) * 63), (lengths, (1, 300, 1, 0, 777, 1, 1))):
+            check(backend, device, dtype, Case(some, counts, *heads, head_dim, window=1020))
 
 
 @pytest.mark.gpu

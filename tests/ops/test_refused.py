@@ -126,6 +126,19 @@ def test_what_serves_which_gpu(monkeypatch, capability, shared, decode, prefill)
     assert chosen("prefill", "auto", few) == f"sinkattn::{decode}".replace("decode", "prefill")  # by the same kernel
     assert chosen("prefill", "triton") == "sinkattn::prefill_triton"
 
+    def over_pages(backend, max_tokens):
+        with FakeTensorMode():
+            x, pages = (torch.empty(*n, 8, *dim, dtype=torch.bfloat16, device="cuda:0")
+                        for n, dim in (((3,), (128,)), ((9,), (16, 128))))  # fmt: skip
+        tensors = backends.Paged(x, x, x, pages, pages, None, x, None)
+        sizes = backends.Sizes(4, 60, 1.0, max_tokens=max_tokens)
+        return backends.chosen("attend_pages", backend, tensors, sizes).name()
+
+    for backend in ("auto", "cuda"):
+        assert over_pages(backend, 1) == f"sinkattn::{decode}".replace("decode", "attend_pages")
+        assert over_pages(backend, 0) == over_pages(backend, 7) == "sinkattn::attend_pages_triton"
+    assert over_pages("triton", 1) == "sinkattn::attend_pages_triton"
+
 
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=["int8", "float8"])
 @pytest.mark.parametrize("capability", [(9, 0), (10, 0), (8, 9), (8, 0)], ids=str)

@@ -259,7 +259,7 @@ def test_batch():
         block_table_tensor=torch.arange(60, dtype=torch.int32).view(6, 10),
     )  # fmt: skip
     builder = object.__new__(backend.SinkBuilder)
-    builder.sizes = settings.Sizes(S, W)
+    builder.sizes, builder.arrivals = settings.Sizes(S, W), None
     batch = builder.build(0, given)
     assert batch.positions.tolist() == [99, 10, 11, 12, 0, 1]
     assert batch.lengths.tolist() == [99, 10, 7, 0] and batch.starts.tolist() == [0, 1, 4, 4, 6]
