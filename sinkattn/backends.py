@@ -1,7 +1,6 @@
 """The backends of the ops: what each needs, which calls it takes, and what runs then.
 
-`torch.ops.sinkattn.decode`, `.prefill` and `.attend_pages` choose as "auto" does. The schemas are defined here; csrc
-only registers what it implements.
+`torch.ops.sinkattn.decode`, `.prefill` and `.attend_pages`, which `schemas` defines, choose as "auto" does.
 """
 
 import ctypes
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .schemas import OWN_SIZES, Call, Paged, Sizes, Tensors
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -22,145 +22,6 @@ CUDA_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 19
 CUDA_MAX_GROUP = 16
 CUDA_PREFILL_HEAD_DIMS, CUDA_PREFILL_MAX_SINKS = (64, 128), 128
 CUDA_FEW = 16  # tokens of a row that its decode takes, where the ring has room for all of them beside the window
-
-
-class Tensors(NamedTuple):
-    """The tensors of a call of `ops.decode` or `ops.prefill`, in the order of the schema."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    lengths: Tensor
-    counts: Tensor | None = None
-    rotation: Tensor | None = None
-    learned_logits: Tensor | None = None
-    alibi_slopes: Tensor | None = None
-    k_scales: Tensor | None = None
-    v_scales: Tensor | None = None
-
-
-class Paged(NamedTuple):
-    """The tensors of a call of `ops.attend_pages`, in the order of the schema; the caches are pages."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    starts: Tensor
-    lengths: Tensor
-    block_table: Tensor
-    rotation: Tensor | None = None
-
-
-_OWN_SIZES = {
-    "prefill": ["dense_window"],
-    "attend_pages": ["max_tokens"],
-}  # of one op alone, behind those that all have
-
-
-class Sizes(NamedTuple):
-    """The sizes of a call, in the order of the schema."""
-
-    sink_size: int
-    window_size: int
-    scale: float
-    softcap: float = 0.0
-    rotary_start: int = 0
-    interleaved: bool = False
-    dense_window: int = 0
-    max_tokens: int = 0
-
-    def of(self, op: str) -> tuple:
-        """Those that an op takes."""
-        return (*self[:6], *(getattr(self, own) for own in _OWN_SIZES.get(op, ())))
-
-
-_SCHEMA = (
-    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths, Tensor? counts, "
-    "Tensor? rotation, Tensor? learned_logits, Tensor? alibi_slopes, Tensor(c!)? k_scales, Tensor(d!)? v_scales, "
-    "int sink_size, int window_size, float scale, float softcap=0., int rotary_start=0, bool interleaved=False"
-    "{more}) -> Tensor"
-)
-_JOINED = ", Tensor? joined_values=None, Tensor? joined_logits=None"
-_ARRIVALS = ", Tensor(e!)? arrivals=None"  # of those whose blocks meet in memory
-_OVERLAP = ", bool overlap=False"  # csrc/cuda's own, as what follows it; splits -1: both are chosen
-_SHARING = _OVERLAP + ", int splits=-1, bool cluster=False"
-_DENSE = ", int dense_window=0"
-ATTENTION = {
-    "decode": _JOINED, "decode_cuda": _JOINED + _ARRIVALS + _SHARING, "decode_triton": _JOINED + _ARRIVALS,
-    "prefill": _DENSE, "prefill_cuda": _DENSE + _ARRIVALS + _OVERLAP, "prefill_triton": _DENSE,
-}  # fmt: skip
-for _name, _more in ATTENTION.items():
-    torch.library.define(f"sinkattn::{_name}", _SCHEMA.format(more=_more))
-torch.library.define(
-    "sinkattn::attend_shared",
-    "(Tensor q, Tensor k_shared, Tensor v_shared, Tensor lengths, Tensor? rotation, Tensor? alibi_slopes, "
-    "int window_size, float scale, float softcap, int rotary_start, bool interleaved, int parts) -> (Tensor, Tensor)",
-)
-_PAGES = (
-    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor starts, Tensor lengths, "
-    "Tensor block_table, Tensor? rotation, int sink_size, int window_size, float scale, float softcap=0., "
-    "int rotary_start=0, bool interleaved=False, int max_tokens=0{more}) -> Tensor"
-)
-OVER_PAGES = {"attend_pages": "", "attend_pages_cuda": _ARRIVALS + _SHARING, "attend_pages_triton": ""}
-for _name, _more in OVER_PAGES.items():
-    torch.library.define(f"sinkattn::{_name}", _PAGES.format(more=_more))
-torch.library.define(
-    "sinkattn::linear",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, float norm_shift, Tensor? residual, "
-    "str activation) -> Tensor",
-)
-
-torch.library.define(
-    "sinkattn::stack_state",
-    "(Tensor x, int inner, int num_heads, int num_kv_heads, int head_dim, int layers, int slots) -> Tensor",
-)
-torch.library.define(  # of fuse/stack.py alone: the table holds addresses
-    "sinkattn::stack",
-    "(Tensor x, Tensor table, Tensor lengths, Tensor? counts, Tensor? rotation, Tensor(a!) state, int inner, "
-    "int num_heads, int num_kv_heads, int head_dim, int slots, float scale, int rotary_start, bool interleaved, "
-    "float norm_eps, float norm_shift, float head_eps, float head_shift, str activation) -> Tensor",
-)
-
-
-def check_devices(tensors: tuple) -> None:
-    """Raise ValueError if not all tensors among the items are where the first is."""
-    for x in tensors:
-        if isinstance(x, Tensor) and x.device != tensors[0].device:
-            raise ValueError(f"tensors on {x.device} and {tensors[0].device}: all must be on one device")
-
-
-def _fake(q, k, v, *args, **kwargs):
-    check_devices((q, k, v, *args, *kwargs.values()))  # one meta tensor among others is enough to get here
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-
-
-for _name in ATTENTION:
-    torch.library.register_fake(f"sinkattn::{_name}", _fake)
-
-
-def _fake_pages(q, k, v, *args, **kwargs):
-    check_devices((q, k, v, *args, *kwargs.values()))
-    return q.new_empty(*q.shape[:2], v.shape[2])
-
-
-for _name in OVER_PAGES:
-    torch.library.register_fake(f"sinkattn::{_name}", _fake_pages)
-
-
-@torch.library.register_fake("sinkattn::attend_shared")
-def _fake_shared(q, k_shared, v_shared, lengths, *args):
-    wide, parts = torch.promote_types(q.dtype, torch.float32), args[-1]
-    values = q.new_empty(parts, *q.shape[:2], v_shared.shape[3], dtype=wide)
-    return values, q.new_empty(parts, *q.shape[:2], dtype=wide)
-
-
-@torch.library.register_fake("sinkattn::linear")
-def _fake_linear(x, weight, bias, norm_weight, norm_eps, norm_shift, residual, activation):
-    return x.new_empty(x.shape[0], weight.shape[0] // (2 if activation else 1))
 
 
 # What there is.
@@ -205,7 +66,7 @@ def _triton(op: str, module: str = "") -> Callable:
 
 
 def _chosen_anew(op: str) -> Callable:
-    kind, own = Paged if op == "attend_pages" else Tensors, _OWN_SIZES.get(op, ())
+    kind, own = Paged if op == "attend_pages" else Tensors, OWN_SIZES.get(op, ())
     first = len(kind._fields)
 
     def run(*args):  # the tensors, the sizes, what decode alone takes; those at the end may be missing
@@ -267,8 +128,8 @@ class Backend(NamedTuple):
     """
 
     missing: Callable[[str], str | None]
-    refusal: Callable[[str, Tensors], str | None]
-    run: Callable[[str, Tensors, Sizes], Callable]
+    refusal: Callable[[str, Call], str | None]
+    run: Callable[[str, Call, Sizes], Callable]
 
 
 def _missing_cuda(device_type: str) -> str | None:
@@ -293,7 +154,7 @@ def _missing_cpu(device_type: str) -> str | None:
     return None if HAS_CPU_LIBRARY else "the compiled CPU ops were not built; see `sinkattn info`"
 
 
-def _refused_by_kernels(op: str, t: Tensors) -> str | None:
+def _refused_by_kernels(op: str, t: Call) -> str | None:
     dtype, head_dim = t.q.dtype, max(t.q.shape[-1], t.v.shape[-1])
     if dtype in DTYPES and head_dim <= MAX_HEAD_DIM:
         return None
@@ -303,14 +164,14 @@ def _refused_by_kernels(op: str, t: Tensors) -> str | None:
     )
 
 
-def _without_float8(t: Tensors) -> str | None:
+def _without_float8(t: Call) -> str | None:
     """Why a GPU does not take the caches: it cannot convert them."""
     if t.k_cache.dtype == torch.float8_e4m3fn and t.q.is_cuda and not has_float8(t.q.device.index):
         return "float8_e4m3fn caches on GPUs of compute capability 8.9 and later; int8 serves on all"
     return None
 
 
-def _refused_by_cuda(op: str, t: Tensors) -> str | None:
+def _refused_by_cuda(op: str, t: Call) -> str | None:
     if reason := _without_float8(t):
         return reason
     if (reason := _refused_by_kernels(op, t)) or op != "decode":  # of others, Triton runs what csrc/cuda does not
@@ -330,7 +191,7 @@ def _refused_by_cuda(op: str, t: Tensors) -> str | None:
     return reason and f"{reason}; backend='triton' takes more"
 
 
-def _refused_by_triton(op: str, t: Tensors) -> str | None:
+def _refused_by_triton(op: str, t: Call) -> str | None:
     if t.q.device.type == "cpu" and t.q.dtype == torch.bfloat16:
         return "float32 and float16 on the CPU: Triton's interpreter multiplies bfloat16 wrongly"
     return _without_float8(t) or _refused_by_kernels(op, t)
@@ -368,8 +229,9 @@ def _op(name: str) -> Callable:
     return getattr(torch.ops.sinkattn, name).default
 
 
-def _run_cuda(op: str, t: Tensors, s: Sizes) -> Callable:
-    is_compiled = {"prefill": _is_in_cuda_prefill, "attend_pages": _is_in_cuda_pages}.get(op, lambda t, s: True)(t, s)
+def _run_cuda(op: str, t: Call, s: Sizes) -> Callable:
+    in_pages = isinstance(t, Paged) and _is_in_cuda_pages(t, s)
+    is_compiled = in_pages or op == "decode" or (isinstance(t, Tensors) and _is_in_cuda_prefill(t, s))
     return _op(f"{op}_cuda" if is_compiled else f"{op}_triton")
 
 
@@ -418,7 +280,7 @@ def missing(backend: str, device_type: str) -> str | None:
     return BACKENDS[backend].missing(device_type)
 
 
-def chosen(op: str, backend: str, t: Tensors, s: Sizes) -> Callable:
+def chosen(op: str, backend: str, t: Call, s: Sizes) -> Callable:
     """What runs a call: an op of `torch.ops.sinkattn`, or a function of `reference`.
 
     Raises ValueError if the backend was asked for by name and does not take the call.

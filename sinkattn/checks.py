@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .backends import Paged, Sizes, Tensors, check_devices
+from .schemas import Paged, Sizes, Tensors, check_devices
 
 LINEAR_MAX_ROWS, LINEAR_MAX_ROWS_ELSEWHERE = 64, 16  # on Hopper and the CPU, on other GPUs
 

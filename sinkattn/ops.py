@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from . import backends, reference
-from .backends import CPU_ISA, DTYPES, HAS_CPU_LIBRARY, HAS_CUDA_LIBRARY, Paged, Sizes, Tensors  # noqa: F401
+from .backends import CPU_ISA, DTYPES, HAS_CPU_LIBRARY, HAS_CUDA_LIBRARY  # noqa: F401
 from .checks import LINEAR_MAX_ROWS, check_call, check_joined, check_linear, check_pages, check_shared
+from .schemas import Paged, Sizes, Tensors
 
 logger = logging.getLogger(__name__)
 BACKENDS = ("auto", *backends.BACKENDS)
@@ -61,13 +62,16 @@ def _run(
         raise ValueError(f"decode takes one token a row, q has {q.shape[2]}; use prefill")
     if reason := missing_backend(backend, q.device.type):
         raise RuntimeError(f"backend {backend!r} is not available: {reason}")
-    (check_pages if op == "attend_pages" else check_call)(tensors, sizes)
-    if any(x is not None for x in joined):
-        check_joined(tensors, joined)
+    if isinstance(tensors, Paged):
+        check_pages(tensors, sizes)
+    else:
+        check_call(tensors, sizes)
+        if any(x is not None for x in joined):
+            check_joined(tensors, joined)
     run = backends.chosen(op, backend, tensors, sizes)
     if kind is not None:
         if kind not in _compiled:
-            by = f"torch.ops.{run}" if isinstance(run, torch._ops.OpOverload) else "reference.attention"
+            by = f"torch.ops.{run}" if isinstance(run, torch._ops.OpOverload) else f"reference.{run.__name__}"
             logger.info(
                 "%s, backend %r, %s on %s, (heads, dim) %s and %s: %s",
                 *kind[:2],

@@ -243,10 +243,12 @@ def attend_pages(
         for pages, cache in zip((k_pages, v_pages), caches, strict=True):
             held = pages[block_table[row, old // block_size].long(), :, old % block_size]
             cache[0, :, slot_of(old, sink_size, ring_size)] = held.transpose(0, 1)
-        given = (x[tokens].transpose(0, 1)[None] for x in (q, k, v))
+        new_q, new_k, new_v = (x[tokens].transpose(0, 1)[None] for x in (q, k, v))
         turned = None if rotation is None else rotation[None, tokens]
-        sizes = sink_size, window_size, scale, softcap, rotary_start, interleaved
-        out[tokens] = attention(*given, *caches, lengths[row : row + 1].long(), None, turned, *[None] * 4, *sizes)[0]
+        out[tokens] = attention(
+            new_q, new_k, new_v, caches[0], caches[1], lengths[row : row + 1].long(), None, turned,
+            None, None, None, None, sink_size, window_size, scale, softcap, rotary_start, interleaved,
+        )[0]  # fmt: skip
         for pages, cache in zip((k_pages, v_pages), caches, strict=True):
             held = cache[0, :, slot_of(new, sink_size, ring_size)].transpose(0, 1)
             pages[block_table[row, new // block_size].long(), :, new % block_size] = held

@@ -88,7 +88,7 @@ def test_what_serves_a_call_is_told_once(backend, told):
             q, q[:, :1], q[:, :1], cache, cache.clone(), torch.zeros(1, dtype=torch.int64), sink_size=1, window_size=7,
             scale=1.0, backend=backend,
         )  # fmt: skip
-    by = "torch.ops.sinkattn.decode.default" if backend == "auto" else "reference.attention"
+    by = "torch.ops.sinkattn.decode.default" if backend == "auto" else "reference.decode"
     line = f"decode, backend {backend!r}, torch.float32 on cpu, (heads, dim) (2, 24) and (1, 24): {by}"
     assert told(".ops") == [("INFO", line)]
 
