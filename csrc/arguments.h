@@ -1,4 +1,4 @@
-// The arguments of decode and prefill, as the schema in sinkattn/backends.py has them, and what both backends refuse.
+// The arguments of decode and prefill, as the schema in sinkattn/schemas.py has them, and what both backends refuse.
 #pragma once
 
 #include <optional>

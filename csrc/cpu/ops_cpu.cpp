@@ -1,5 +1,5 @@
-// The ops decode, prefill, attend_pages and linear for CPU tensors: checks, unpacking, threads. LibTorch's stable ABI is all that is
-// used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/backends.py, which loads this.
+// The ops decode, prefill, attend_pages and linear for CPU tensors: checks, unpacking, threads. LibTorch's stable ABI is
+// all that is used, so one library serves every torch from 2.10 on. Schemas are defined in sinkattn/schemas.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #if defined(__x86_64__) && defined(__linux__)

@@ -1,6 +1,6 @@
 // sinkattn::decode_cuda, prefill_cuda, attend_pages_cuda and linear for CUDA tensors: checks, unpacking, stream. LibTorch's
 // stable ABI is all that is used, so one library serves every torch from 2.10 on. Schemas are defined in
-// sinkattn/backends.py, which loads this.
+// sinkattn/schemas.py.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 

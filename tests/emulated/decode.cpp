@@ -61,7 +61,7 @@ extern "C" int run_pages(const int64_t* sizes, const double* scale, const void* 
   const double LOG2E = 1.4426950408889634;
   p.softcap = float(scale[1]), p.query_scale = float(LOG2E * (scale[1] > 0 ? 2 * scale[0] / scale[1] : scale[0]));
   Device device;
-  device.multiprocessors = 16, device.shared_bytes = emulated::SHARED_BYTES, device.compute_major = 8, device.compute_minor = 9;
+  device.multiprocessors = 16, device.shared_bytes = emulated::SHARED_BYTES, device.compute_major = 8;
   const Sharing sharing = {int(sizes[14]), false};
   return serves(p, sharing, device) ? int(decode(p, sharing, device, nullptr)) : -1;
 }
