@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import real
@@ -70,15 +71,22 @@ class Server:
         blocks = int(re.search(r'num_gpu_blocks="(\d+)"', self.get("/metrics"))[1]) - 1  # one is nobody's
         return round(self.metric("kv_cache_usage_perc") * blocks)
 
-    def resident_bytes(self) -> int:
-        """Of all its processes, what they share counted once."""
-        total = 0
+    def _processes(self) -> Iterator[tuple[Path, list[str]]]:
+        """Its processes' folders in /proc, and what `stat` says behind their names."""
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
-                if session == self.process.pid:
-                    total += int(re.search(r"^Pss:\s+(\d+)", (folder / "smaps_rollup").read_text(), re.M)[1]) * 1024
-        return total
+                told = (folder / "stat").read_text().rpartition(")")[2].split()
+                if int(told[3]) == self.process.pid:
+                    yield folder, told
+
+    def resident_bytes(self) -> int:
+        """Of all its processes, what they share counted once."""
+        texts = [(folder / "smaps_rollup").read_text() for folder, _ in self._processes()]
+        return sum(int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1]) * 1024 for text in texts)
+
+    def cpu_seconds(self) -> float:
+        """That all its processes have computed for."""
+        return sum(int(told[11]) + int(told[12]) for _, told in self._processes()) / os.sysconf("SC_CLK_TCK")
 
     def complete(self, prompt: list[int], tokens: int) -> list[int]:
         """The ids that greedy decoding adds to a prompt."""
