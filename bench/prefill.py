@@ -4,6 +4,7 @@ A prompt of T tokens into an empty cache of C = 4 + (C - 4) tokens. sinkattn's f
 rotation of q and k, attention over sinks and window, the ring written. The peers are given rotated keys and write no
 cache:
 
+    triton                          sinkattn's Triton kernels, with heads other than 128
     flex                            FlexAttention, compiled, block mask of sinks and window
     flashinfer_fa2, flashinfer_fa3  single_prefill_with_kv_cache, that backend, window of C tokens and no sinks
     sdpa_cudnn, sdpa_flash          scaled_dot_product_attention, that backend forced, causal over all T tokens
@@ -28,7 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sinkattn import ops
 
-PROVIDERS = ("sinkattn", "flex", "flashinfer_fa2", "flashinfer_fa3", "sdpa_cudnn", "sdpa_flash")
+PROVIDERS = ("sinkattn", "triton", "flex", "flashinfer_fa2", "flashinfer_fa3", "sdpa_cudnn", "sdpa_flash")
 COLUMNS = (
     "num_heads", "num_kv_heads", "head_dim", "batch", "tokens", "capacity", "dtype", "provider", "ms", "tflops"
 )  # fmt: skip
@@ -45,10 +46,10 @@ def pairs_seen(provider: str, tokens: int, capacity: int) -> int:
 def call(provider, num_heads, num_kv_heads, head_dim, batch, tokens, capacity, dtype):
     """A function that runs the provider once; raises what the provider raises where it cannot."""
     q, k, v, rotation = operands(num_heads, num_kv_heads, batch, tokens, head_dim, dtype)
-    if provider == "sinkattn":
+    if provider in ("sinkattn", "triton"):
         caches = tuple(q.new_zeros(batch, num_kv_heads, capacity, head_dim) for _ in range(2))
         lengths = torch.zeros(batch, device="cuda", dtype=torch.int64)
-        more = sizes(capacity, head_dim)
+        more = sizes(capacity, head_dim) | {"backend": "triton" if provider == "triton" else "auto"}
         return lambda: ops.prefill(q, k, v, *caches, lengths, None, rotation, **more)
     if provider == "flex":
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -98,7 +99,7 @@ def cases(tables_only: bool) -> list[tuple[str, int, int, int, int, int]]:
             ("bfloat16", 128, 8, batch, tokens, 1024)
             for batch, tokens in ((8, 2048), (16, 2048), (128, 512), (256, 512))
         ]
-        rows += [("bfloat16", dim, 8, 1, *size) for dim in (64, 256) for size in sizes[:2]]
+        rows += [("bfloat16", dim, 8, 1, *size) for dim in (64, 80, 96, 192, 256) for size in sizes[:2]]
         rows += [("float16", 128, 8, 1, *size) for size in sizes]
     return rows
 
@@ -107,21 +108,22 @@ def plot(rows: list[tuple], ceiling: float, path: Path) -> None:
     """Share of the floor, a group a shape and a bar per peer; heads of 128 in bfloat16, one row of tokens."""
     shown = [row for row in rows if row[2:4] == (128, 1) and row[6] == "bfloat16"]
     groups = list(dict.fromkeys((row[1], *row[4:6]) for row in shown))
+    providers = [provider for provider in PROVIDERS if any(row[7] == provider for row in shown)]
     figure = Figure(figsize=(11, 4.2))
     axis = figure.subplots()
-    for i, provider in enumerate(PROVIDERS):
+    for i, provider in enumerate(providers):
         x, shares = [], []
         for row in shown:
             if row[7] == provider:
                 floor_ms = 4 * 128 * row[0] * pairs_seen("sinkattn", *row[4:6]) / ceiling * 1e-9
-                x.append(groups.index((row[1], *row[4:6])) + (i - 2.5) * 0.14)
+                x.append(groups.index((row[1], *row[4:6])) + (i - (len(providers) - 1) / 2) * 0.14)
                 shares.append(floor_ms / float(row[8]))
         axis.bar(x, shares, width=0.13, label=provider, alpha=1 if i == 0 else 0.6)
     axis.set_xticks(
         range(len(groups)), [f"32/{kv} heads\nT {tokens}\nC {capacity}" for kv, tokens, capacity in groups], fontsize=8
     )
     finish(axis, "y", ylabel="share of the floor reached", ylim=(0, 1))
-    figure.legend(ncols=len(PROVIDERS), loc="outside upper center")
+    figure.legend(ncols=len(providers), loc="outside upper center")
     figure.savefig(path)
 
 
@@ -135,8 +137,10 @@ def main(
     for case in cases(tables_only):
         dtype, head_dim, num_kv_heads, batch, tokens, capacity = case
         shape, times = (32, num_kv_heads, head_dim, batch, tokens, capacity), {}
-        common = (dtype, head_dim, batch) == ("bfloat16", 128, 1)  # FlashInfer's call takes one row
+        common = (dtype, batch) == ("bfloat16", 1) and head_dim in (64, 128, 256)  # FlashInfer's call takes one row
         for provider in worth(providers, case in in_tables, common):
+            if provider == "triton" and head_dim == 128:
+                continue
             ms = tried(case, measure, provider, *shape, getattr(torch, dtype))
             if ms is not None:
                 tflops = 4 * head_dim * 32 * batch * pairs_seen(provider, tokens, capacity) / ms * 1e-9

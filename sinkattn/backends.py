@@ -20,7 +20,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 CUDA_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))  # of csrc/cuda
 CUDA_MAX_GROUP = 16
-CUDA_PREFILL_HEAD_DIMS, CUDA_PREFILL_MAX_SINKS = (64, 128), 128
+CUDA_PREFILL_MAX_SINKS = (128, 48)  # with heads of up to 128, and with larger ones
 CUDA_FEW = 16  # tokens of a row that its decode takes, where the ring has room for all of them beside the window
 
 
@@ -210,9 +210,9 @@ def _is_in_cuda_prefill(t: Tensors, s: Sizes) -> bool:
     return _is_few(t, s) or (
         t.q.dtype in (torch.float16, torch.bfloat16)
         and t.k_cache.dtype == t.q.dtype
-        and t.q.shape[3] == t.v.shape[3] in CUDA_PREFILL_HEAD_DIMS
-        and s.sink_size <= CUDA_PREFILL_MAX_SINKS
-        and t.alibi_slopes is None
+        and t.q.shape[3] == t.v.shape[3]
+        and t.q.shape[3] % 8 == 0 < t.q.shape[3] <= MAX_HEAD_DIM
+        and s.sink_size <= CUDA_PREFILL_MAX_SINKS[t.q.shape[3] > 128]
         and (t.rotation is None or s.rotary_start % 4 == t.rotation.shape[4] % 4 == 0)
         and all(_is_aligned(x) for x in t[:5])
         and is_hopper(t.q.device.index)

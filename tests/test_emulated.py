@@ -23,8 +23,13 @@ from sinkattn import reference
 
 ROOT = Path(__file__).parent.parent
 EMULATED = ROOT / "tests" / "emulated"
-SHARED = re.compile(r"extern __shared__ (__align__\(128\) )?uint4 shared\[\];")
-OURS = "uint4* const shared = static_cast<uint4*>(emulated::dynamic_shared());"
+INSTRUCTIONS = {  # files of csrc, and what stands in for them
+    "cuda/instructions.h": "instructions.h",
+    "cuda/sm80/instructions.h": "ampere.h",
+    "cuda/sm90/hopper.h": "hopper.h",
+}
+SHARED = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?(uint4|char) shared\[\];")
+OURS = r"\1* const shared = static_cast<\1*>(emulated::dynamic_shared());"
 ACTIVATIONS = {1: F.silu, 2: lambda x: F.gelu(x, approximate="tanh"), 3: F.gelu}  # as Activation of csrc counts them
 DIMS = [(64, 64), (128, 128), (192, 128)]  # head_dim and v_head_dim of decode
 KINDS = [None, torch.int8, torch.float8_e4m3fn]  # of its caches, as Stored of csrc/cuda counts them
@@ -38,10 +43,10 @@ def build(tmp_path_factory):
     """Builds a file of tests/emulated, over the source with the instructions of a GPU exchanged for emulated ones."""
     folder = tmp_path_factory.mktemp("emulated")
     shutil.copytree(ROOT / "csrc", folder, dirs_exist_ok=True)
-    for path in ("cuda/instructions.h", "cuda/sm80/instructions.h"):
-        (folder / path).write_text(f'#include "{EMULATED / "instructions.h"}"\n')
-    for name in ("stack.cu", "linear.cu", "decode_kernel.h"):
-        source = folder / "cuda/sm80" / name
+    for path, name in INSTRUCTIONS.items():
+        (folder / path).write_text(f'#include "{EMULATED / name}"\n')
+    for name in ("sm80/stack.cu", "sm80/linear.cu", "sm80/decode_kernel.h", "sm90/prefill_kernel.h"):
+        source = folder / "cuda" / name
         text, count = SHARED.subn(OURS, source.read_text())
         assert count == 1
         source.write_text(text)
@@ -71,6 +76,13 @@ def linear(build):
 @pytest.fixture(scope="module")
 def decode(build):
     return build("decode")
+
+
+@pytest.fixture(scope="module")
+def prefill(build):
+    library = build("prefill")
+    library.run_prefill.restype = ctypes.c_int64
+    return library
 
 
 @dataclass
@@ -516,3 +528,64 @@ def check_pages(decode, num_heads, kv_heads, sinks, window, page_size, texts, co
     assert (error <= 16 * torch.finfo(dtype).eps * expected.abs().amax(-1)).all()
     assert torch.equal(pages.isnan(), exact.isnan())
     assert (pages.double() - exact).nan_to_num(0.0).abs().max() < 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dim", [8, 40, 64, 72, 80, 96, 112, 128, 160, 192, 200, 256])
+def test_prefill(dim, prefill):
+    """A chunk of tokens, at random lengths: tiles of every kind, of which some are begun before others are put away."""
+    most = 128 if dim <= 128 else 48
+    for _ in range(4):
+        kv_heads, group = random.choice([1, 2]), random.choice([1, 3])
+        sinks, window = random.choice([0, 1, 4, 37, most]), random.choice([1, 2, 60, 300])
+        ring, tokens = window + random.choice([0, 0, 5, 170]), random.choice([1, 70, 129, 300])
+        edge, rows = sinks + ring, random.choice([1, 2])
+        lengths = torch.tensor(random.choices([0, 1, sinks, edge - 1, edge + 1, 3 * edge + 7, 4_000_000], k=rows))
+        counts = torch.randint(0, tokens + 1, (rows,)) if random.random() < 0.5 else None
+        check_prefill(prefill, (kv_heads * group, kv_heads), tokens, dim, (sinks, ring, window), lengths, counts)
+
+
+def check_prefill(prefill, heads, tokens, dim, sizes, lengths, counts) -> None:
+    """Against the definition in float64. Dtype, rotation and what else a call has are random."""
+    dtype, rows, (num_heads, kv_heads), (sinks, ring, window) = (
+        random.choice([torch.float16, torch.bfloat16]), len(lengths), heads, sizes
+    )  # fmt: skip
+    half = random.choice([0, min(8, dim // 2), dim // 8 * 4])
+    start = random.choice([0, (dim - 2 * half) // 4 * 4])
+    q, k, v = (torch.randn(rows, n, tokens, dim).to(dtype) for n in (num_heads, kv_heads, kv_heads))
+    caches = [torch.randn(rows, kv_heads, sinks + ring, dim).to(dtype) for _ in range(2)]
+    empty = (reference.held_positions(lengths, sinks, ring) < 0)[:, None, :, None]
+    angles = 6 * torch.rand(rows, tokens, 2, 1, max(half, 1))
+    rotation = torch.cat((angles.cos(), angles.sin()), dim=3)
+    padding = torch.arange(tokens) < tokens - (torch.full_like(lengths, tokens) if counts is None else counts)[:, None]
+    for x in caches:
+        x.masked_fill_(empty, torch.nan)
+    for x in (q, k, v):
+        x.masked_fill_(padding[:, None, :, None], torch.nan)
+    rotation.masked_fill_(padding[:, :, None, None, None], torch.nan)
+    learned = torch.randn(num_heads) if random.random() < 0.3 else None
+    slopes = 2 * torch.rand(num_heads) / window if random.random() < 0.5 else None
+    scale, softcap, dense = dim**-0.5, random.choice([0.0, 0.0, 5.0]), random.choice([0, 0, 100, 10**15])
+    interleaved = random.random() < 0.3
+    exact, low = [cache.double() for cache in caches], [cache.clone() for cache in caches]
+    more = learned, slopes, None, None, sinks, window, scale, softcap, start, interleaved, dense
+    turned = rotation if half else None
+    expected = reference.attention(*(x.double() for x in (q, k, v)), *exact, lengths, counts, turned, *more)
+    reference.attention(q, k, v, *low, lengths, counts, turned, *more)
+
+    numbers = [
+        rows, num_heads, kv_heads, tokens, dim, sinks, ring, window, start, half, interleaved, dtype == torch.bfloat16,
+        dense, random.choice([1, 3]), random.randrange(1 << 30),
+    ]  # fmt: skip
+    out = torch.full((rows, tokens, num_heads, dim), torch.nan, dtype=dtype)
+    tensors = q, k, v, *caches, out, lengths, counts, rotation, learned, slopes
+
+    def run(scratch):
+        pointers = [ctypes.c_void_p(_number(x)) for x in (*tensors, scratch)]
+        return prefill.run_prefill(_all(numbers), _all((scale, softcap), ctypes.c_double), *pointers)
+
+    assert run(torch.full((run(None),), torch.nan, dtype=dtype)) == 0
+    error = (out.double() - expected).abs().max() / expected.abs().max().clamp(min=1)
+    assert error < 16 * torch.finfo(dtype).eps
+    for cache, rounded in zip(caches, low, strict=True):
+        difference = (cache.double().nan_to_num(7.0) - rounded.double().nan_to_num(7.0)).abs()
+        assert difference.max() <= 8 * torch.finfo(dtype).eps

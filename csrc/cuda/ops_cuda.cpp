@@ -214,7 +214,6 @@ const char* refused_by_prefill(const Tensors& x, const Prefill& p, const Device&
   if (!is_aligned(x.q) || !is_aligned(x.k) || !is_aligned(x.v)) return "q, k or v that are not aligned to 16 bytes";
   if (reinterpret_cast<uintptr_t>(p.rotation) % 16 != 0) return "a rotation that is not aligned to 16 bytes";
   if (p.rotary_start % 4 != 0 || p.rotary_half % 4 != 0) return "an r / 2 or a rotary_start that is no multiple of 4";
-  if (x.alibi_slopes) return "ALiBi";
   if (p.v_dim != p.head_dim || !serves(p)) return "these head dims, or so many sinks";
   return device.compute_major == 9 ? nullptr : "GPUs but those of compute capability 9.0";
 }
@@ -239,6 +238,8 @@ Tensor prefill_op(const Tensors& x, const Sizes& sizes, int64_t dense_window, Op
   p.q_token = x.q.stride(2), p.k_token = x.k.stride(2), p.v_token = x.v.stride(2);
   const int64_t reach = dense_window > 0 ? dense_window : sizes.window_size;
   p.reach = int(std::min(reach, sizes.window_size + p.tokens));  // beyond, nothing is
+  p.furthest = dense_window > 0 ? 1 << 30 : p.sink_size + p.window_size - 1;
+  if (x.alibi_slopes) p.alibi_slopes = data_of<float>(*x.alibi_slopes, ScalarType::Float, copies);
   if (p.batch == 0 || p.tokens == 0) return out;
   torch::stable::accelerator::DeviceGuard guard(index);
   Tensor scratch = empty_like(x.q, {scratch_elements(p)});

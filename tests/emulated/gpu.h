@@ -87,6 +87,8 @@ inline float __uint_as_float(uint32_t x) {
   memcpy(&y, &x, 4);
   return y;
 }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __expf(float x) { return std::exp(x); }
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
@@ -175,12 +177,15 @@ inline void run_block(dim3 place, int count, const std::function<void()>& f) {
     makecontext(&fiber.context, enter, 0);
   }
   int left = count;
+  unsigned slow = 0;  // a warp that hardly gets on, for a while
   for (long turns = 0; left > 0; ++turns) {
     if (turns > most_turns) {
       fprintf(stderr, "block %u %u %u hangs\n", place.x, place.y, place.z);
       abort();
     }
     const unsigned warp = random() % (count / 32);
+    if (turns % 1024 == 0) slow = warp;
+    if (warp == slow && random() % 64 != 0) continue;
     if (random() % 64 == 0) std::this_thread::yield();
     for (int i = 0; i < 32; ++i) {
       current = warp * 32 + i;
@@ -198,6 +203,8 @@ inline void __syncthreads() { emulated::meet(emulated::block, emulated::threads)
 inline void __syncwarp() { emulated::meet(emulated::warps[emulated::current / 32], 32); }
 template <typename T>
 T __shfl_xor_sync(unsigned, T x, int apart) { return emulated::exchange(x)[emulated::lane() ^ apart]; }
+template <typename T>
+T __shfl_sync(unsigned, T x, int from) { return emulated::exchange(x)[from]; }
 inline bool __any_sync(unsigned, bool x) {
   for (bool y : emulated::exchange(x))
     if (y) return true;

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from cases import GPU_BACKENDS, MIXED, SHAPES, Case, check, dtypes, edges, every_backend
+from cases import GPU_BACKENDS, MIXED, SHAPES, Case, check, dtypes, edges, every_backend, with_cuda_library
+from helpers import GPU
 from sinkattn import ops
 
 
@@ -98,12 +99,16 @@ PREFILL_SHAPES = {
     "no rotation": {"rotary": 0},
     "no sinks": {"sink": 0},
     "many sinks": {"sink": 37},
+    "48 sinks": {"sink": 48},
     "128 sinks": {"sink": 128},
     "window 1": {"window": 1},
     "window 2": {"window": 2},
     "window beyond all": {"window": 5000, "lengths": (0, 100, 4999, 5004, 5005, 123_456)},
     "slack slots": {"ring": 177},
     "learned logits, softcap": {"learned": True, "softcap": 20.0},
+    "alibi": {"alibi": True, "rotary": 0},
+    "alibi, softcap, many sinks": {"alibi": True, "softcap": 20.0, "sink": 37},
+    "alibi, dense": {"alibi": True, "dense": 200, "tokens": 400},
     "dense": {"dense": 10**15},
     "dense, banded": {"dense": 200, "tokens": 400},
     "padding": {"tokens": 777, "counts": (777, 300, 776, 0, 1, 128)},
@@ -113,12 +118,29 @@ PREFILL_SHAPES = {
 }
 
 
+# Triton compiles each anew.
+LARGE = [(*param.values, dim) for param in GPU_BACKENDS for dim in (64, 128)]
+LARGE += [("cuda", GPU, dim) for dim in (40, 72, 80, 96, 112, 160, 192, 200, 256)] if ops.HAS_CUDA_LIBRARY else []
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(("backend", "device"), GPU_BACKENDS)
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("backend", "device", "head_dim"), LARGE)
 @pytest.mark.parametrize("shape", PREFILL_SHAPES)
 def test_large_shapes(backend, device, shape, head_dim):
     """Rows of every age, several tiles of queries and keys."""
     case = {"lengths": (0, 3, 16, 55, 700, 4_000_000), "tokens": 150, "heads": 4, "window": 140}
     for dtype in (torch.float16, torch.bfloat16):
         check("prefill", backend, device, dtype, Case(**case | {"head_dim": head_dim} | PREFILL_SHAPES[shape]))
+
+
+@pytest.mark.gpu
+@with_cuda_library
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("edge", [48, 128])
+def test_edges_of_tiles(head_dim, edge):
+    """Chunks and windows that end a token before the edge of a tile, at it, or behind it."""
+    for tokens in (edge - 1, edge, edge + 1, 3 * edge + 1):
+        for window in (edge, edge + 1, edge + 2, 2 * edge + 1):
+            lengths = (0, 1, edge - 4, window + 3, window + 4, 5 * edge + 7)
+            case = Case(lengths, None, tokens, 2, 1, head_dim, window=window, alibi=tokens == edge)
+            check("prefill", "cuda", GPU, torch.bfloat16, case)

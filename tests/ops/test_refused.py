@@ -169,3 +169,21 @@ def test_what_serves_8_bits(monkeypatch, capability, stored):
             assert chosen("auto") is reference.decode
             with pytest.raises(ValueError, match="8.9 and later; int8 serves on all"):
                 chosen("triton")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "v_dim", "sinks", "is_served"),
+    [(8, 8, 4, True), (80, 80, 128, True), (96, 96, 129, False), (256, 256, 48, True), (256, 256, 49, False)]
+    + [(192, 128, 4, False), (68, 68, 4, False), (264, 264, 4, False)],
+)
+def test_heads_of_prefill_on_hopper(monkeypatch, head_dim, v_dim, sinks, is_served):
+    """What csrc/cuda takes, with slopes as well."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    with FakeTensorMode():
+        q, v, keys, values = (
+            torch.empty(1, 8, n, dim, dtype=torch.bfloat16, device="cuda:0")
+            for n, dim in ((200, head_dim), (200, v_dim), (500, head_dim), (500, v_dim))
+        )
+        slopes = torch.empty(8, device="cuda:0")
+    tensors, sizes = backends.Tensors(q, q, v, keys, values, None, alibi_slopes=slopes), backends.Sizes(sinks, 300, 1.0)
+    assert backends._is_in_cuda_prefill(tensors, sizes) == is_served

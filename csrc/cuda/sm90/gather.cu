@@ -49,23 +49,23 @@ struct Part {
 };
 
 // The key of a token of the chunk to scratch, or zeros to the output of one that is padding.
-template <typename T, int DIM>
+template <typename T>
 __device__ void gather_token(const Prefill& p, int token, int64_t row, int first_head, const Fours& at, int job) {
   const int heads = min(p.num_kv_heads - first_head, TURNS);
   if (token >= p.tokens) return;
   if (token < p.tokens - count_of(p, row)) {  // nobody else writes what padding gives
-    const int per_token = p.num_kv_heads * p.group * DIM;
-    T* out = static_cast<T*>(p.out) + (row * p.tokens + token) * per_token + first_head * p.group * DIM + job * 8;
+    const int per_head = p.group * p.head_dim;
+    const int64_t begin = ((row * p.tokens + token) * p.num_kv_heads + first_head) * per_head + job * 8;
     for (int head = 0; head < heads * p.group; ++head)
-      *reinterpret_cast<uint4*>(out + head * DIM) = make_uint4(0, 0, 0, 0);
+      *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + begin + head * p.head_dim) = make_uint4(0, 0, 0, 0);
     return;
   }
   if (!p.rotation) return;
   Part<T, TURNS> k;
   k.load(p.k, row * p.k_row + token * p.k_token + first_head * p.k_head, p.k_head, heads, at);
   k.turned(p, row, token, at);
-  k.store(Scratch<T>(p).turned, ((row * p.num_kv_heads + first_head) * p.tokens + token) * DIM, int64_t(p.tokens) * DIM,
-          heads, at);
+  const int64_t begin = ((row * p.num_kv_heads + first_head) * p.tokens + token) * p.head_dim;
+  k.store(Scratch<T>(p).turned, begin, int64_t(p.tokens) * p.head_dim, heads, at);
 }
 
 __host__ __device__ int ring_units(const Prefill& p) {
@@ -75,7 +75,7 @@ __host__ __device__ int ring_units(const Prefill& p) {
 
 // What is seen of a slot of the ring to scratch, and what the chunk leaves there to the slot: whoever has a slot copies
 // it before it is written, and nobody else reads or writes it, in this launch or the next. Then the same for sinks.
-template <typename T, int DIM>
+template <typename T>
 __device__ void gather_slot(const Prefill& p, int unit, int64_t row, int first_head, const Fours& at) {
   const int heads = min(p.num_kv_heads - first_head, HEADS);
   const int padding = p.tokens - count_of(p, row);
@@ -90,7 +90,7 @@ __device__ void gather_slot(const Prefill& p, int unit, int64_t row, int first_h
     const int64_t written = max(length - p.sink_size, int64_t(0));
     const int seen = int(min(written, int64_t(p.window_size - 1)));
     holds = age < seen;
-    if (age / KEYS * KEYS < seen) target = ring_rows(p) - 1 - age;  // else in a tile that nobody takes
+    if (age - age % keys_of(p.head_dim) < seen) target = ring_rows(p) - 1 - age;  // else in a tile that nobody takes
     if (age < p.ring_size) {
       // Tokens that are no sinks come into slots of the ages R - 1, R - 2, ..., 0, R - 1, ...: the last for this one.
       const int first = padding + int(written + p.sink_size - length), count = max(p.tokens - first, 0);
@@ -112,7 +112,8 @@ __device__ void gather_slot(const Prefill& p, int unit, int64_t row, int first_h
   Part<T, HEADS> k, v;
   auto to_scratch = [&] {
     const int rows = is_ring ? ring_rows(p) : sink_rows(p);
-    const int64_t begin = ((row * p.num_kv_heads + first_head) * rows + target) * DIM, head = int64_t(rows) * DIM;
+    const int64_t head = int64_t(rows) * p.head_dim;
+    const int64_t begin = (row * p.num_kv_heads + first_head) * head + target * p.head_dim;
     k.store(is_ring ? to.ring_k : to.sink_k, begin, head, heads, at);
     v.store(is_ring ? to.ring_v : to.sink_v, begin, head, heads, at);
   };
@@ -137,40 +138,36 @@ __device__ void gather_slot(const Prefill& p, int unit, int64_t row, int first_h
 }
 
 // Blocks for slots come first, as they have most to wait for: `slot_blocks` for each HEADS of the TURNS heads.
-template <typename T, int DIM>
+template <typename T>
 __global__ void __launch_bounds__(MOVERS, 4) gather_kernel(const __grid_constant__ Prefill p, int slot_blocks) {
   let_next_launch();
-  constexpr int JOBS = DIM / 8, UNITS = MOVERS / JOBS;
-  const int block = blockIdx.x, unit = threadIdx.x / JOBS, job = threadIdx.x % JOBS;
+  const int jobs = p.head_dim / 8, units = MOVERS / jobs;
+  const int block = blockIdx.x, unit = threadIdx.x / jobs, job = threadIdx.x % jobs;
+  if (unit == units) return;  // a rest that is no unit
   const int first_head = blockIdx.z * TURNS, slots = slot_blocks * (TURNS / HEADS);
   const Fours at = fours_of(p, job);
   if (block >= slots) {
-    gather_token<T, DIM>(p, (block - slots) * UNITS + unit, blockIdx.y, first_head, at, job);
+    gather_token<T>(p, (block - slots) * units + unit, blockIdx.y, first_head, at, job);
   } else {
     const int head = first_head + block / slot_blocks * HEADS;
-    if (head < p.num_kv_heads) gather_slot<T, DIM>(p, block % slot_blocks * UNITS + unit, blockIdx.y, head, at);
+    if (head < p.num_kv_heads) gather_slot<T>(p, block % slot_blocks * units + unit, blockIdx.y, head, at);
   }
 }
 
-template <typename T, int DIM>
+template <typename T>
 cudaError_t launch(const Prefill& p, cudaStream_t stream) {
-  constexpr int UNITS = MOVERS / (DIM / 8);
-  const int slot_blocks = (ring_units(p) + sink_rows(p) + UNITS - 1) / UNITS;
-  const int token_blocks = p.rotation || p.counts ? (p.tokens + UNITS - 1) / UNITS : 0;
+  const int units = MOVERS / (p.head_dim / 8);
+  const int slot_blocks = (ring_units(p) + sink_rows(p) + units - 1) / units;
+  const int token_blocks = p.rotation || p.counts ? (p.tokens + units - 1) / units : 0;
   const dim3 blocks(slot_blocks * (TURNS / HEADS) + token_blocks, p.batch, (p.num_kv_heads + TURNS - 1) / TURNS);
   const Grid grid(blocks, MOVERS, 0, stream);
-  return cudaLaunchKernelEx(&grid.config, gather_kernel<T, DIM>, p, slot_blocks);
-}
-
-template <typename T>
-cudaError_t launch_as(const Prefill& p, cudaStream_t stream) {
-  return (p.head_dim == 64 ? launch<T, 64> : launch<T, 128>)(p, stream);
+  return cudaLaunchKernelEx(&grid.config, gather_kernel<T>, p, slot_blocks);
 }
 
 }  // namespace
 
 cudaError_t gather(const Prefill& p, cudaStream_t stream) {
-  return (p.is_bfloat16 ? launch_as<__nv_bfloat16> : launch_as<__half>)(p, stream);
+  return (p.is_bfloat16 ? launch<__nv_bfloat16> : launch<__half>)(p, stream);
 }
 
 }  // namespace sinkattn::cuda

@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(THREADS, 1)
       open_barrier(&at.out[stage], 4);  // warps
     }
     open_barrier(&at.found, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    publish_barriers();
     publish();
     if (split > 1) expect_bytes(&at.found, (split - 1) * (p.rows * (TILE / split) + (has_norm ? X_ROWS : 0)) * 4);
 #pragma unroll 1
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads();
 
   if (warp >= CONSUMERS / 32) {  // the others get its registers
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    leave_registers<40>();
     wait_for_launch();
     if (threadIdx.x != CONSUMERS) return;
     asked_tile = first_tile, asked_chunk = 0, asked = {0, 0};
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(THREADS, 1)
     return;
   }
 
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+  take_registers<232>();
   const int group = warp / 4, g = lane / 4, c = lane % 4, row = warp % 4 * 16 + g;  // rows of the lane: and row + 8
   const unsigned x_rows = shared_address(ring) + TILE * KC * 2 + warp % 4 * 16 * 128;
   Place tile_at = {0, 0};

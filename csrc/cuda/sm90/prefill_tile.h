@@ -8,16 +8,38 @@ namespace sinkattn::cuda {
 namespace {
 
 constexpr int QUERIES = 128;  // of a tile
-constexpr int STAGES = 2;
-constexpr int HELPERS = 256, TURNERS = HELPERS - 32, CONSUMERS = 2, THREADS = HELPERS + 128 * CONSUMERS;
+constexpr int STAGES = 2, CONSUMERS = 2;
+
+struct Barriers {
+  uint64_t queries_in[2], queries_out[2], sink_queries_in, sink_queries_out;
+  uint64_t keys_in[STAGES], keys_out[STAGES], values_in[STAGES], values_out[STAGES];
+};
+
+template <int DIM>  // a multiple of 16; a head may have less
+struct Shape {
+  static constexpr int KEYS = keys_of(DIM);  // of a tile
+  // Whether warps of their own turn the queries of the tile that comes next, for which there is room.
+  static constexpr bool AHEAD = DIM <= 192;
+  static constexpr int QUERY_TILES = AHEAD ? 2 : 1;
+  static constexpr int HELPERS = AHEAD ? 256 : 128, TURNERS = HELPERS - 32, THREADS = HELPERS + 128 * CONSUMERS;
+  static constexpr int FEW_REGISTERS = AHEAD ? 48 : 32, MANY_REGISTERS = AHEAD ? 208 : 240;  // of helpers, of consumers
+  // In bytes: a column of 64 dims, and all columns, of a tile of queries and of keys; a column of 16 sinks.
+  static constexpr int COLUMNS = (DIM + 63) / 64, QUERY_COLUMN = QUERIES * 128, QUERY_TILE = COLUMNS * QUERY_COLUMN;
+  static constexpr int COLUMN = KEYS * 128, TILE = COLUMNS * COLUMN, SINK_COLUMN = SINKS * 128;
+  static constexpr int SHARED = (QUERY_TILES + 1) * QUERY_TILE + 2 * STAGES * TILE + int(sizeof(Barriers));
+  static_assert(DIM % 16 == 0 && KEYS % 16 == 0 && SHARED <= 227 * 1024);
+  static_assert(HELPERS * FEW_REGISTERS + 128 * CONSUMERS * MANY_REGISTERS <= 1 << 16);
+};
 
 // A tile of queries, and the tiles of keys that it sees. Queries and keys are counted from the row's first token in
 // this chunk: 0, 1, ...; what the cache holds goes back -1, -2, ...
+template <int KEYS>
 struct Tile {
   int number, total;
   int row, head, padding;
   int first;   // query
   int held;    // sinks in the cache
+  int from;    // where the sinks see query 0
   int oldest;  // key, no sink, that the row has
   int begin, end;
   __device__ explicit Tile(const Prefill& p) : number(blockIdx.x) {
@@ -39,16 +61,18 @@ struct Tile {
       const int64_t length = p.lengths[row], written = length - p.sink_size;
       padding = p.tokens - count;
       held = int(min(length, int64_t(p.sink_size)));
+      from = int(min(length, int64_t(p.sink_size + p.window_size - 1)));
       oldest = written < 0 ? int(-written) : -int(min(written, int64_t(p.window_size - 1)));
       const int low = max(oldest, first - p.reach + 1), high = min(first + QUERIES, count);
-      begin = min(low, high - 1) >> 7, end = ((high - 1) >> 7) + 1;
+      const int key = min(low, high - 1);
+      begin = (key < 0 ? key - KEYS + 1 : key) / KEYS, end = (high - 1) / KEYS + 1;
       return;
     }
   }
 };
 
 struct Maps {
-  CUtensorMap keys, values, ring_keys, ring_values, sink_keys, sink_values, out;
+  CUtensorMap keys, values, ring_keys, ring_values, sink_keys, sink_values;
 };
 
 // Where one is in a row of buffers that is gone through again and again.
@@ -58,32 +82,6 @@ struct Turnstile {
     if (++stage == stages) stage = 0, phase ^= 1;
   }
 };
-
-struct Barriers {
-  uint64_t queries_in[2], queries_out[2], sink_queries_in, sink_queries_out;
-  uint64_t keys_in[STAGES], keys_out[STAGES], values_in[STAGES], values_out[STAGES];
-};
-
-template <int DIM>
-struct Shape {
-  // In bytes: a column of 64 dims and 128 rows, and all columns. Those of 16 sinks.
-  static constexpr int COLUMNS = DIM / 64, COLUMN = 128 * 128, TILE = COLUMNS * COLUMN, SINK_COLUMN = SINKS * 128;
-  static constexpr int SHARED = TILE * (3 + 2 * STAGES) + int(sizeof(Barriers));
-};
-
-__device__ void copy_in(char* shared, const CUtensorMap& map, int dim, int token, int head, int row,
-                        uint64_t* barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], "
-      "[%6];" ::"r"(shared_address(shared)),
-      "l"(&map), "r"(dim), "r"(token), "r"(head), "r"(row), "r"(shared_address(barrier))
-      : "memory");
-}
-__device__ void copy_out(const CUtensorMap& map, int dim, int token, int head, int row, const char* shared) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3, %4}], [%5];" ::"l"(&map),
-               "r"(dim), "r"(token), "r"(head), "r"(row), "r"(shared_address(shared))
-               : "memory");
-}
 
 }  // namespace
 }  // namespace sinkattn::cuda

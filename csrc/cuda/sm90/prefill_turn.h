@@ -7,23 +7,25 @@
 namespace sinkattn::cuda {
 namespace {
 
-// The queries of a tile, turned by both angles: the share of one of so many threads.
-template <typename T, int DIM>
-__device__ void turn_queries(const Prefill& p, const Tile& tile, int thread, int threads, char* to,
-                             char* sink_queries) {
-  constexpr int JOBS = DIM / 8, AT_ONCE = 1;  // jobs whose loads are in flight
+// Queries of a tile, `low` to `high`, turned by both angles: the share of one of so many threads. Dims that the head does
+// not have become zero. AT_ONCE: jobs whose loads are in flight.
+template <typename T, int DIM, int AT_ONCE>
+__device__ void turn_queries(const Prefill& p, const Tile<Shape<DIM>::KEYS>& tile, int low, int high, int thread,
+                             int threads, char* to, char* sink_queries) {
+  constexpr int JOBS = DIM / 8;
   const int start = tile.padding + tile.first;
   const T* q = static_cast<const T*>(p.q) + tile.row * p.q_row + tile.head * p.q_head + start * p.q_token;
   const float* angles = p.rotation + (int64_t(tile.row) * p.tokens + start) * 4 * p.rotary_half;
 #pragma unroll 1
-  for (int begin = thread; begin < QUERIES * JOBS; begin += threads * AT_ONCE) {
+  for (int begin = low * JOBS + thread; begin < high * JOBS; begin += threads * AT_ONCE) {
     uint2 first[AT_ONCE], second[AT_ONCE];
     float4 cos[AT_ONCE][2], sin[AT_ONCE][2];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
       const int query = (begin + i * threads) / JOBS;
-      const Fours fours = fours_of(p, (begin + i * threads) % JOBS);
-      const bool inside = query < QUERIES && start + query < p.tokens;
+      const int job = (begin + i * threads) % JOBS;
+      const Fours fours = fours_of(p, job);
+      const bool inside = query < high && start + query < p.tokens && job < p.head_dim / 8;
       const uint2* x = reinterpret_cast<const uint2*>(q + query * p.q_token);
       first[i] = inside ? __ldg(x + fours.first) : make_uint2(0, 0);
       second[i] = inside ? __ldg(x + fours.second) : make_uint2(0, 0);
@@ -40,9 +42,9 @@ __device__ void turn_queries(const Prefill& p, const Tile& tile, int thread, int
     for (int i = 0; i < AT_ONCE; ++i) {
       const int query = (begin + i * threads) / JOBS;
       const Fours fours = fours_of(p, (begin + i * threads) % JOBS);
-      if (query >= QUERIES) break;
+      if (query >= high) break;
       auto place = [&](int four) {
-        return four / 16 * Shape<DIM>::COLUMN + query * 128 + (four / 2 % 8 ^ query % 8) * 16 + four % 2 * 8;
+        return four / 16 * Shape<DIM>::QUERY_COLUMN + query * 128 + (four / 2 % 8 ^ query % 8) * 16 + four % 2 * 8;
       };
       const int first_place = place(fours.first), second_place = place(fours.second);
 #pragma unroll

@@ -11,13 +11,16 @@ cudaError_t gather(const Prefill&, cudaStream_t);  // the first launch
 
 namespace {
 
-constexpr int KEYS = 128, SINKS = 16;  // of a tile of keys, or of sinks
+constexpr int SINKS = 16;  // of a tile of sinks
+// Of a tile of keys, by the head dim: with wide heads no more of them fit into shared memory.
+__host__ __device__ constexpr int keys_of(int head_dim) { return head_dim > 128 ? 48 : 128; }
 
 // What lies in scratch, each (batch, num_kv_heads, tokens or rows, dim): the chunk's keys, turned, if there is a
 // rotation; the window before the chunk, in the order of the text, up to its last token; the sinks. Of the last two,
 // what is not there is zero.
 __host__ __device__ int ring_rows(const Prefill& p) {
-  return p.window_size < 2 ? KEYS : (p.window_size + KEYS - 2) / KEYS * KEYS;
+  const int keys = keys_of(p.head_dim);
+  return p.window_size < 2 ? keys : (p.window_size + keys - 2) / keys * keys;
 }
 __host__ __device__ int sink_rows(const Prefill& p) {
   return p.sink_size == 0 ? SINKS : (p.sink_size + SINKS - 1) / SINKS * SINKS;
