@@ -212,7 +212,7 @@ def _is_in_cuda_prefill(t: Tensors, s: Sizes) -> bool:
         and t.k_cache.dtype == t.q.dtype
         and t.q.shape[3] == t.v.shape[3]
         and t.q.shape[3] % 8 == 0 < t.q.shape[3] <= MAX_HEAD_DIM
-        and s.sink_size <= CUDA_PREFILL_MAX_SINKS[t.q.shape[3] > 128]
+        and s.sink_size <= CUDA_PREFILL_MAX_SINKS[0 if t.q.shape[3] <= 128 else 1]
         and (t.rotation is None or s.rotary_start % 4 == t.rotation.shape[4] % 4 == 0)
         and all(_is_aligned(x) for x in t[:5])
         and is_hopper(t.q.device.index)
