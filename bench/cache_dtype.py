@@ -231,6 +231,7 @@ def steps(output_dir: Path, name: str, batch: int, capacity: int, tokens: int = 
             for _ in stream.generate(tokens, do_sample=False, eos_token_id=[]):
                 times.append(now(DEVICE))
             held = stream.cache.nbytes
+            del stream
         ms = 1e3 * median(b - a for a, b in itertools.pairwise(times[4:]))  # the first ones are captured
         rows.append((name, batch, capacity, kind, ms, held))
     rows = [(*row[:4], f"{row[4]:.3f}", f"{row[4] / rows[0][4]:.2f}", f"{row[5] / 1e9:.3f}") for row in rows]

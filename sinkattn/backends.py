@@ -209,7 +209,6 @@ def _is_in_cuda_prefill(t: Tensors, s: Sizes) -> bool:
     """Whether csrc/cuda takes a prefill."""
     return _is_few(t, s) or (
         t.q.dtype in (torch.float16, torch.bfloat16)
-        and t.k_cache.dtype == t.q.dtype
         and t.q.shape[3] == t.v.shape[3]
         and t.q.shape[3] % 8 == 0 < t.q.shape[3] <= MAX_HEAD_DIM
         and s.sink_size <= CUDA_PREFILL_MAX_SINKS[0 if t.q.shape[3] <= 128 else 1]

@@ -1,10 +1,11 @@
 """CUDA kernels without a GPU: their source, compiled for the host (tests/emulated), against float64.
 
-csrc/cuda/sm80/stack.cu (all layers as one kernel), linear.cu and decode.cu. Blocks are threads, warps run in random
-order, what is not written yet is not a number.
+csrc/cuda/sm80/stack.cu (all layers as one kernel), linear.cu and decode.cu, and of prefill, csrc/cuda/sm90, what comes
+before its products. Blocks are threads, warps run in random order, what is not written yet is not a number.
 """
 
 import ctypes
+import itertools
 import random
 import re
 import shutil
@@ -83,6 +84,11 @@ def prefill(build):
     library = build("prefill")
     library.run_prefill.restype = ctypes.c_int64
     return library
+
+
+@pytest.fixture(scope="module")
+def gather(build):
+    return build("gather")
 
 
 @dataclass
@@ -589,3 +595,91 @@ def check_prefill(prefill, heads, tokens, dim, sizes, lengths, counts) -> None:
     for cache, rounded in zip(caches, low, strict=True):
         difference = (cache.double().nan_to_num(7.0) - rounded.double().nan_to_num(7.0)).abs()
         assert difference.max() <= 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@every_kind
+def test_gather(stored, dim, gather):
+    """What prefill's products find in scratch: window and sinks in the order of the text, the chunk as it is stored;
+    and what the chunk leaves in the cache."""
+    for _ in range(6):
+        rows, kv_heads, tokens = 2, random.choice([1, 3, 9]), random.choice([1, 17, 40])
+        sinks, window, half = random.choice([0, 4, 20]), random.choice([1, 7, 140]), random.choice([0, 8, dim // 2])
+        ring, edge = window + random.choice([0, 5]), sinks + window
+        lengths = torch.tensor(random.choices([0, 1, sinks, edge - 1, edge, edge + 1, 3 * edge + 7], k=rows))
+        counts = torch.randint(0, tokens + 1, (rows,)) if random.random() < 0.5 else None
+        check_gather(gather, rows, kv_heads, tokens, dim, sinks, window, ring, half, lengths, counts, stored)
+
+
+def check_gather(gather, rows, kv_heads, tokens, dim, sinks, window, ring, half, lengths, counts, stored) -> None:
+    dtype, slots, interleaved = random.choice([torch.float16, torch.bfloat16]), sinks + ring, random.random() < 0.5
+    start = random.choice([0, 4]) if 2 * half < dim else 0
+
+    def new(tokens):  # keys, by angles like these, turn exactly
+        return ((32 * torch.randn(rows, kv_heads, tokens, dim)).round().clamp(-127, 127) / 32).to(dtype)
+
+    k, v, caches, scales = new(tokens), new(tokens), [new(slots), new(slots)], [None, None]
+    rotation = (4 * torch.randn(rows, tokens, 2, 2, max(half, 1))).round() / 4
+    held = reference.held_positions(lengths, sinks, ring)
+    is_seen = (held >= 0) & ((held < sinks) | (held > (lengths - window)[:, None]))
+    dead = ~is_seen[:, None].expand(rows, kv_heads, slots)
+    if stored is None:
+        for cache in caches:
+            cache[dead] = torch.nan
+    else:
+        caches, scales = map(list, zip(*(reference.quantised(x, stored) for x in caches), strict=True))
+        for cache, scale in zip(caches, scales, strict=True):
+            cache.view(torch.int8)[dead], scale[dead] = 127, torch.nan
+
+    def as_seen(cache, scale):  # of slots, in 16 bits
+        return cache.clone() if scale is None else (cache.float() * scale[..., None]).to(dtype)
+
+    before = [as_seen(*both) for both in zip(caches, scales, strict=True)]
+    exact = [x if x is None else x.clone() for x in (*caches, *scales)]
+    turned = rotation if half else None
+    sizes = dict(sink_size=sinks, window_size=window, scale=1.0, rotary_start=start, interleaved=interleaved)
+    reference.attention(k, k, v, *exact[:2], lengths, counts, turned, None, None, *exact[2:], **sizes)
+
+    numbers = [
+        rows, 2 * kv_heads, kv_heads, tokens, dim, sinks, ring, window, start, half, interleaved,
+        dtype == torch.bfloat16, random.randrange(1 << 30), KINDS.index(stored),
+    ]  # fmt: skip
+    places, out = _all([0] * 7), torch.full((rows, tokens, 2 * kv_heads, dim), torch.nan, dtype=dtype)
+
+    def run(*tensors):
+        return gather.run_gather(_all(numbers), places, *(ctypes.c_void_p(_number(x)) for x in tensors))
+
+    assert run(*[None] * 7, rotation, *[None] * 3) == 0  # how much scratch there has to be
+    scratch = torch.full((places[6],), torch.nan, dtype=dtype)
+    assert run(k, v, *caches, out, lengths, counts, rotation, *scales, scratch) == 0
+    for found, expected in zip((*caches, *scales), exact, strict=True):
+        assert found is None or same_bits(found, expected)
+
+    parts = [scratch[begin:end].view(rows, kv_heads, -1, dim) for begin, end in itertools.pairwise(places)
+             if end > begin]  # fmt: skip
+    after = [as_seen(*both) for both in zip(exact[:2], exact[2:], strict=True)]
+    ring_rows, sink_rows = max(-(-(window - 1) // 128), 1) * 128, max(-(-sinks // 16), 1) * 16
+    padding = torch.zeros(rows, dtype=torch.int64) if counts is None else tokens - counts
+    for row in range(rows):
+        length, end = lengths[row].item(), (lengths + tokens - padding)[row].item()
+        assert (out[row, : padding[row]] == 0).all() and out[row, padding[row] :].isnan().all()
+        for which, x in enumerate((k, v)):
+            of_ring, of_sinks = parts[which - 4][row], parts[which - 2][row]
+            assert of_ring.shape[1] == ring_rows and of_sinks.shape[1] == sink_rows
+            seen = min(max(length - sinks, 0), window - 1)
+            for age in range(-(-seen // 128) * 128):
+                slot = reference.slot_of(torch.tensor(length - 1 - age), sinks, ring)
+                expected = before[which][row, :, slot] if age < seen else torch.zeros(kv_heads, dim, dtype=dtype)
+                assert torch.equal(of_ring[:, ring_rows - 1 - age], expected)
+            for n in range(sink_rows):
+                source = before if n < length else after
+                is_there = n < min(sinks, end)
+                expected = source[which][row, :, n] if is_there else torch.zeros(kv_heads, dim, dtype=dtype)
+                assert torch.equal(of_sinks[:, n], expected)
+            if which == 0 and (half or stored) or which == 1 and stored:
+                new = x[row].float()
+                if which == 0 and half:
+                    cos, sin = rotation[row, :, 0].unbind(1)
+                    new = reference.rotate(new, cos, sin, start, interleaved)
+                expected = as_seen(*reference.quantised(new, stored)) if stored else new.to(dtype)
+                assert torch.equal(parts[which][row, :, padding[row] :], expected[:, padding[row] :])

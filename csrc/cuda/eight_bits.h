@@ -1,4 +1,4 @@
-// Numbers in 8 bits that caches hold: as pairs of 16 bits for products, which have all of them, and rounded. No torch in here.
+// Numbers in 8 bits that caches hold: as 16 bits, which have all of them, for products, and rounded. No torch in here.
 #pragma once
 
 #include "numbers.h"
@@ -50,6 +50,14 @@ __device__ uint2 widened(uint32_t x) {
   }
 }
 
+// Four numbers of a row as they are with its scale, rounded to T.
+template <typename T, typename C>
+__device__ uint2 scaled(uint32_t x, float scale) {
+  const uint2 both = widened<__half, C>(x);
+  const float2 low = unpack<__half>(both.x), high = unpack<__half>(both.y);
+  return make_uint2(pack<T>(low.x * scale, low.y * scale), pack<T>(high.x * scale, high.y * scale));
+}
+
 // The nearest number, ties to even, of one within LARGEST.
 template <typename C>
 __device__ uint8_t nearest(float x) {
@@ -63,12 +71,18 @@ __device__ uint8_t nearest(float x) {
   }
 }
 
-// What a row is to be multiplied by, from its largest number; NaN if one is not finite.
-template <typename C>
-__device__ float scale_of(float most, bool is_finite) {
-  return is_finite ? most / LARGEST<C> : __uint_as_float(0x7fc00000);
+// What a row is to be multiplied by, NaN if a number is not finite. The lanes of a warp have the numbers, N each.
+template <typename C, int N>
+__device__ float scale_of(const float (&x)[N]) {
+  float most = 0;
+  bool is_finite = true;
+#pragma unroll
+  for (int i = 0; i < N; ++i) most = fmaxf(most, fabsf(x[i])), is_finite = is_finite && fabsf(x[i]) < INFINITY;
+#pragma unroll
+  for (int apart = 16; apart > 0; apart /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, apart));
+  return __any_sync(~0u, !is_finite) ? __uint_as_float(0x7fc00000) : most / LARGEST<C>;
 }
-// A number of it, 0 where the scale is 0 or NaN: as `quantised` of sinkattn/reference.py.
+// Such a number, 0 where the scale is 0 or NaN: as `quantised` of sinkattn/reference.py.
 template <typename C>
 __device__ uint8_t rounded(float x, float scale) {
   return scale > 0 ? nearest<C>(fminf(fmaxf(x / scale, -LARGEST<C>), LARGEST<C>)) : 0;

@@ -14,8 +14,8 @@
 //   a cluster in memory, where the last to arrive combines what all found.
 // * Of a few tokens a row, as many share a block as have 16 query heads: a tile is read once for all of them. The block
 //   lays them and those before them over the tiles: nobody waits for what another one appends.
-// * Tiles in 8 bits become 16 in registers, exactly. Scores are multiplied by the scales of their keys, weights by those of
-//   the values: two numbers a key, for all heads of a group.
+// * Tiles in 8 bits become 16 in registers, exactly. Scores are multiplied by the scales of their keys, weights by those
+//   of the values: two numbers a key, for all heads of a group.
 // * The next kernel may launch at once. Where `overlap` says that the cache is settled, its first tiles are asked for
 //   before the kernel ahead is done.
 //
@@ -67,10 +67,12 @@ bool serves(const Params& p, Sharing sharing, const Device& device) {
   if (p.stored != Stored::same && device.compute_major < 9) return false;
   return with_dims(p, false, [&](auto dims) {
     constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
-    using Half = uint16_t;
-    const auto of_8_bits = sharing.cluster ? shared_bytes<int8_t, K, V, true> : shared_bytes<int8_t, K, V, false>;
-    const auto of_16_bits = sharing.cluster ? shared_bytes<Half, K, V, true> : shared_bytes<Half, K, V, false>;
-    const int bytes = (p.stored == Stored::same ? of_16_bits : of_8_bits)(sharing.splits, width_of(p) * p.group, p.tokens);
+    const auto of = [&](auto number) {
+      using C = decltype(number);
+      const auto of_shape = sharing.cluster ? shared_bytes<C, K, V, true> : shared_bytes<C, K, V, false>;
+      return of_shape(sharing.splits, width_of(p) * p.group, p.tokens);
+    };
+    const int bytes = p.stored == Stored::same ? of(uint16_t()) : of(uint8_t());
     return bytes + 1024 + 128 <= device.shared_bytes;  // and what is not dynamic
   });
 }

@@ -69,11 +69,12 @@ __device__ __forceinline__ void mask(float (&x)[ROWS][2][2], bool (&hidden)[2][2
   }
 }
 
-// One step of the online softmax: scores to weights, of T. A lane sums the weights of its own keys. In 8 bits it leaves
-// the sum as it is and multiplies the weights by what the values have to be multiplied by (factors).
+// One step of the online softmax: scores to weights, of T. A lane sums the weights of its own keys. In 8 bits it then
+// multiplies them by what the values have to be multiplied by (factors).
 template <typename T, bool EIGHT_BITS, int ROWS, int N>
-__device__ __forceinline__ void soften(const float (&x)[ROWS][2][2], const float (&factors)[2][2], uint32_t (&weights)[4],
-                                       float (&top)[ROWS], float (&total)[ROWS], float (&acc)[N][4]) {
+__device__ __forceinline__ void soften(const float (&x)[ROWS][2][2], const float (&factors)[2][2],
+                                       uint32_t (&weights)[4], float (&top)[ROWS], float (&total)[ROWS],
+                                       float (&acc)[N][4]) {
   constexpr bool WIDE = ROWS == 2;
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
@@ -111,11 +112,10 @@ struct Attention {
   using KeyRows = typename B::KeyRows;
   using ValueRows = typename B::ValueRows;
   using Eight = typename KeyRows::Eight;
-  static constexpr bool EIGHT_BITS = B::EIGHT_BITS;
-  using W = std::conditional_t<EIGHT_BITS, __half, T>;  // of weights and values in products
+  using W = std::conditional_t<B::EIGHT_BITS, __half, T>;  // of weights and values in products
   static constexpr int HEAD_DIM = B::HEAD_DIM, V_DIM = B::V_DIM;
   static constexpr int ROWS = B::WIDE ? 2 : 1;  // softmax rows of a lane: members g and g + 8
-  static constexpr bool WIDE = B::WIDE, FEW = B::FEW, KEEP = HEAD_DIM <= (S::BLOCKS > 2 ? 64 : 128);
+  static constexpr bool EIGHT_BITS = B::EIGHT_BITS, WIDE = B::WIDE, FEW = B::FEW, KEEP = HEAD_DIM <= (S::BLOCKS > 2 ? 64 : 128);
 
   const B& b;
   const Params& p;
@@ -161,7 +161,8 @@ struct Attention {
 #pragma unroll
     for (int s = 0; s < K_LINE; ++s) key_at[s] = KeyRows::eight(row_of(b.g), 4 * s + b.c);
 #pragma unroll
-    for (int i = 0; i < 2 * V_LINE; ++i) value_at[i / 2][i % 2] = ValueRows::eight(row_of(2 * b.c + i % 2), i / 2 * 8 + b.g);
+    for (int i = 0; i < 2 * V_LINE; ++i)
+      value_at[i / 2][i % 2] = ValueRows::eight(row_of(2 * b.c + i % 2), i / 2 * 8 + b.g);
   }
 
   // Zero for heads that are not there, or past the last dim.
@@ -180,8 +181,8 @@ struct Attention {
       int slot = new_slot - back;
       if (FEW && slot < p.sink_size && t - back >= p.sink_size) slot += p.ring_size;
       if (FEW && unsigned(slot - first) >= KEYS) continue;
-      const auto *of_key = b.new_keys + (b.last_token - back) * HEAD_DIM, *of_value = b.new_values + (b.last_token - back) * V_DIM;
-      const uint4 *new_key = reinterpret_cast<const uint4*>(of_key), *new_value = reinterpret_cast<const uint4*>(of_value);
+      const auto *key = b.new_keys + (b.last_token - back) * HEAD_DIM, *value = b.new_values + (b.last_token - back) * V_DIM;
+      const uint4 *new_key = reinterpret_cast<const uint4*>(key), *new_value = reinterpret_cast<const uint4*>(value);
       constexpr int NUMBERS = KeyRows::NUMBERS;
       const auto place = b.place_of(slot);
       for (int i = b.lane; i < KeyRows::PIECES; i += 32) {
@@ -194,7 +195,7 @@ struct Attention {
       }
       if constexpr (EIGHT_BITS) {
         if (row_of(b.lane % KEYS) != slot - first) continue;
-        scale_rows[b.lane] = b.lane < KEYS ? of_key[HEAD_DIM / 4] : of_value[V_DIM / 4];
+        scale_rows[b.lane] = b.lane < KEYS ? key[HEAD_DIM / 4] : value[V_DIM / 4];
         if (back < b.own) *b.scale_in_cache(slot) = scale_rows[b.lane];
       }
     }
@@ -220,8 +221,7 @@ struct Attention {
       for (int j = 0; j < 2; ++j) {
         const bool inside = HEAD_DIM % 32 == 0 || s * 32 + b.c * 8 < HEAD_DIM;
         const int place = key_at[s % K_LINE] + (s / K_LINE * KEYS + j * 8) * KeyRows::LINE;
-        const Eight found = inside ? reinterpret_cast<const Eight*>(key_rows)[place] : Eight{};
-        const uint4 key = numbers_of(found);
+        const uint4 key = numbers_of(inside ? reinterpret_cast<const Eight*>(key_rows)[place] : Eight{});
         multiply<T>(score[j], a.x, d.x, a.y, d.y, key.x, key.y);
         multiply<T>(more[j], a.z, d.z, a.w, d.w, key.z, key.w);
       }
@@ -268,7 +268,8 @@ struct Attention {
       for (int r = 0; r < ROWS; ++r) x[r][j][0] *= by.x, x[r][j][1] *= by.y;
     }
   }
-  __device__ __forceinline__ void find_factors(float (&factors)[2][2], const float* scale_rows, const bool (&hidden)[2][2]) {
+  __device__ __forceinline__ void find_factors(float (&factors)[2][2], const float* scale_rows,
+                                               const bool (&hidden)[2][2]) {
     float largest = 0;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -278,21 +279,14 @@ struct Attention {
     }
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-    if (largest > 16 * unit) {  // the same in all lanes; weights reach 2^8, so 2^12 at most
-      const float fade = __fdividef(unit, largest);
-#pragma unroll
-      for (int i = 0; i < S::V_STEPS * 32; ++i) acc[i / 4][i % 4] *= fade;
-      unit = largest, inverse = __fdividef(1, largest);
-    }
+    if (largest > 16 * unit)  // the same in all lanes; weights reach 2^8, so 2^12 at most
+      multiply_sums(__fdividef(unit, largest)), unit = largest, inverse = __fdividef(1, largest);
 #pragma unroll
     for (int i = 0; i < 4; ++i) factors[i / 2][i % 2] *= inverse;
   }
-  // Sums as they are.
-  __device__ __forceinline__ void finish() {
-    if constexpr (EIGHT_BITS) {
+  __device__ __forceinline__ void multiply_sums(float by) {
 #pragma unroll
-      for (int i = 0; i < S::V_STEPS * 32; ++i) acc[i / 4][i % 4] *= unit;
-    }
+    for (int i = 0; i < S::V_STEPS * 32; ++i) acc[i / 4][i % 4] *= by;
   }
 
   // Numbers 2 n and 2 n + 1 of eights of two values, each with its like.

@@ -35,8 +35,8 @@ struct Block {
   const int* table;  // the text's row
   int64_t pair;
   // Shared memory: tiles of all warps, and those of this one; queries as fragments, text then sink; (tokens, HEAD_DIM),
-  // (tokens, V_DIM), in 8 bits rounded before they are used: a row begins with its numbers, behind which its scale is; of
-  // all blocks of the cluster (splits, group, V_DIM), (splits, group, 2).
+  // (tokens, V_DIM), in 8 bits rounded before they are used, so that a row begins with its numbers and then its scale;
+  // of all blocks of the cluster (splits, group, V_DIM), (splits, group, 2).
   uint4 *shared, *staged;
   T* queries;
   New *new_keys, *new_values;

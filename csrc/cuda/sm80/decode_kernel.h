@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(Shape<C, HEAD_DIM, V_DIM, LARGE>::THREADS, Sha
     b.fetch(tile + S::STAGES * B::WARPS, stage);
     stage = stage + 1 == S::STAGES ? 0 : stage + 1;
   }
-  attention.finish();
+  if constexpr (B::EIGHT_BITS) attention.multiply_sums(attention.unit);
   wait_for_copies<0>();
   __syncwarp();  // for the lanes' copies are each other's place
 

@@ -1,4 +1,5 @@
-// How the kernel of decode is launched, for every form of a call: a file for each kind of cache makes them. No torch in here.
+// How the kernel of decode is launched, for every form of a call. A file for each kind of cache makes the kernels. No
+// torch in here.
 #pragma once
 
 #include "decode_kernel.h"

@@ -9,16 +9,16 @@ namespace sinkattn::cuda {
 namespace {
 
 // A tile is 16 rows of keys and 16 of values, in pieces of 16 bytes. Its columns are 8 pieces wide, and their rows are
-// swizzled. A lane takes 8 numbers at a time, an eight, which is a piece, or half of one in 8 bits. Which row is number n in
-// a product is free: with g = lane / 4 and c = lane % 4, a lane takes eights 4 s + c of key number g (and g + 8), and eights
-// 8 j + g of values number 2 c, 2 c + 1 (and 8 more), and `row_of` is such that the lanes that read at a time, 8, or 16 of
-// them in 8 bits, meet 32 different banks.
+// swizzled. A lane takes 8 numbers at a time, an eight, which is a piece, or half of one in 8 bits. Which row is number n
+// in a product is free: with g = lane / 4 and c = lane % 4, a lane takes eights 4 s + c of key number g (and g + 8), and
+// eights 8 j + g of values number 2 c, 2 c + 1 (and 8 more), and `row_of` is such that the lanes that read at a time, 8,
+// or 16 in 8 bits, meet 32 different banks.
 __device__ int row_of(int n) { return (n & 8) | ((n >> 2 ^ n) & 1) << 2 | (n & 2) | (n >> 2 & 1); }
 
 // Of numbers of so many bytes.
 template <int DIM, int BYTES>
 struct Rows {
-  static constexpr int NUMBERS = 16 / BYTES;                                                                 // of a piece
+  static constexpr int NUMBERS = 16 / BYTES;  // of a piece
   static constexpr int PIECES = DIM / NUMBERS, COLUMNS = (PIECES + 7) / 8, COLUMN = KEYS * 8, SIZE = COLUMNS * COLUMN;
   __device__ static int place(int row, int piece) { return piece / 8 * COLUMN + row * 8 + (piece % 8 ^ row % 8); }
 
@@ -27,12 +27,12 @@ struct Rows {
   __device__ static int eight(int row, int n) { return place(row, n / EIGHTS) * EIGHTS + n % EIGHTS; }
 };
 
-// Large blocks come in clusters and have a multiprocessor each. Of small ones two or, in 8 bits, three share one: while one
-// of them starts or ends, or makes 16 bits of 8, the others keep the memory busy. C: what the cache holds.
+// Large blocks come in clusters and have a multiprocessor each. Of small ones two or, in 8 bits, three share one: while
+// one of them starts or ends, or makes 16 bits of 8, the others keep the memory busy. C: what the cache holds.
 template <typename C, int HEAD_DIM, int V_DIM, bool LARGE>
 struct Shape {
   static constexpr int WARPS = LARGE ? 8 : 4, THREADS = WARPS * 32;
-  static constexpr int BLOCKS = LARGE ? 1 : IN_8_BITS<C> && HEAD_DIM <= 128 ? 3 : 2;  // of a multiprocessor, by their registers
+  static constexpr int BLOCKS = LARGE ? 1 : IN_8_BITS<C> && HEAD_DIM <= 128 ? 3 : 2;  // of a multiprocessor
   static constexpr int K_STEPS = (HEAD_DIM + 31) / 32, V_STEPS = (V_DIM + 63) / 64;
   // Pieces, as all that follows: keys and values, then the scales of both.
   static constexpr int ROWS = Rows<HEAD_DIM, sizeof(C)>::SIZE + Rows<V_DIM, sizeof(C)>::SIZE;

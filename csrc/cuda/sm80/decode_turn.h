@@ -1,31 +1,11 @@
 // Phase `turn` of decode: the new queries and key, by their angles. No torch in here.
 #pragma once
 
+#include "../turn.h"
 #include "decode_block.h"
 
 namespace sinkattn::cuda {
 namespace {
-
-// A dim of the heads of a row, its partner in the rotation, and the angles for text and sinks. 1 and 0 turn nothing.
-struct Turn {
-  int other;
-  float cos[2], sin[2];
-  __device__ Turn() {}
-  __device__ Turn(const Call& p, int64_t row, int dim) : other(dim), cos{1, 1}, sin{0, 0} {
-    const int i = dim - p.rotary_start, half = p.rotary_half;
-    if (!p.rotation || i < 0 || i >= 2 * half) return;
-    const bool is_first = p.interleaved ? i % 2 == 0 : i < half;
-    const int pair = p.interleaved ? i / 2 : is_first ? i : i - half, apart = p.interleaved ? 1 : half;
-    const float* angles = p.rotation + row * (4 * half) + pair;
-    other = dim + (is_first ? apart : -apart);
-    cos[0] = angles[0], cos[1] = angles[2 * half];
-    sin[0] = is_first ? -angles[half] : angles[half], sin[1] = is_first ? -angles[3 * half] : angles[3 * half];
-  }
-  template <typename T>
-  __device__ float operator()(const T (&x)[2], int angle) const {  // a dim and its partner
-    return to_float(x[0]) * cos[angle] + to_float(x[1]) * sin[angle];
-  }
-};
 
 // The queries as fragments: piece (step * 2 + half) * 32 + lane holds 8 dims of a row of the products.
 template <bool WIDE, typename T>
@@ -51,16 +31,10 @@ __device__ typename B::New new_number(X x) {
 template <typename C, int DIM>
 __device__ __forceinline__ void round_row(float* row, int lane) {
   constexpr int DIMS = (DIM + 31) / 32;
-  float x[DIMS], most = 0;
-  bool is_finite = true;
+  float x[DIMS];
 #pragma unroll
-  for (int i = 0; i < DIMS; ++i) {
-    x[i] = lane + i * 32 < DIM ? row[lane + i * 32] : 0;
-    most = fmaxf(most, fabsf(x[i])), is_finite = is_finite && fabsf(x[i]) < INFINITY;
-  }
-#pragma unroll
-  for (int apart = 16; apart > 0; apart /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, apart));
-  const float scale = scale_of<C>(most, !__any_sync(~0u, !is_finite));  // all have read
+  for (int i = 0; i < DIMS; ++i) x[i] = lane + i * 32 < DIM ? row[lane + i * 32] : 0;
+  const float scale = scale_of<C>(x);  // all have read
 #pragma unroll
   for (int i = 0; i < DIMS; ++i)
     if (lane + i * 32 < DIM) reinterpret_cast<uint8_t*>(row)[lane + i * 32] = rounded<C>(x[i], scale);

@@ -1,11 +1,13 @@
 // The first launch of prefill, `gather`, for Hopper (sm_90a): it turns the chunk's keys, appends them to the cache, and
-// puts what ring and sinks held before into scratch, in the order of the text.
+// puts what ring and sinks held before into scratch, in the order of the text. Of a cache in 8 bits it puts that there
+// in 16, and leaves the chunk to `round`.
 //
 // Floor: the bytes of what is copied, read once and written once. What it takes to get near it:
 //
 // * Nothing else reads the ring, so whoever has copied what a slot held also writes what the chunk leaves there, and
 //   turns the key once more: no block waits for another.
 // * A thread takes 8 dims of several heads, whose loads are in flight together.
+#include "../eight_bits.h"
 #include "../launch.h"
 #include "scratch.h"
 #include "turn.h"
@@ -29,6 +31,23 @@ struct Part {
       if (i < heads) first[i] = fours[at.first], second[i] = fours[at.second];
     }
   }
+  // The same of a cache of C, in 8 bits multiplied by its scales.
+  template <typename C>
+  __device__ void load(const void* x, int64_t begin, int64_t head, const float* scales, int64_t scale_head, int heads,
+                       const Fours& at) {
+    if constexpr (!IN_8_BITS<C>) {
+      load(x, begin, head, heads, at);
+    } else {
+      const C* from = static_cast<const C*>(x) + begin;
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        if (i >= heads) break;
+        const uint32_t* fours = reinterpret_cast<const uint32_t*>(from + i * head);
+        first[i] = scaled<T, C>(fours[at.first], scales[i * scale_head]);
+        second[i] = scaled<T, C>(fours[at.second], scales[i * scale_head]);
+      }
+    }
+  }
   __device__ void store(void* x, int64_t begin, int64_t head, int heads, const Fours& at) const {
     T* to = static_cast<T*>(x) + begin;
 #pragma unroll
@@ -49,7 +68,7 @@ struct Part {
 };
 
 // The key of a token of the chunk to scratch, or zeros to the output of one that is padding.
-template <typename T>
+template <typename T, typename C>
 __device__ void gather_token(const Prefill& p, int token, int64_t row, int first_head, const Fours& at, int job) {
   const int heads = min(p.num_kv_heads - first_head, TURNS);
   if (token >= p.tokens) return;
@@ -60,7 +79,7 @@ __device__ void gather_token(const Prefill& p, int token, int64_t row, int first
       *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + begin + head * p.head_dim) = make_uint4(0, 0, 0, 0);
     return;
   }
-  if (!p.rotation) return;
+  if (!p.rotation || IN_8_BITS<C>) return;
   Part<T, TURNS> k;
   k.load(p.k, row * p.k_row + token * p.k_token + first_head * p.k_head, p.k_head, heads, at);
   k.turned(p, row, token, at);
@@ -75,7 +94,7 @@ __host__ __device__ int ring_units(const Prefill& p) {
 
 // What is seen of a slot of the ring to scratch, and what the chunk leaves there to the slot: whoever has a slot copies
 // it before it is written, and nobody else reads or writes it, in this launch or the next. Then the same for sinks.
-template <typename T>
+template <typename T, typename C>
 __device__ void gather_slot(const Prefill& p, int unit, int64_t row, int first_head, const Fours& at) {
   const int heads = min(p.num_kv_heads - first_head, HEADS);
   const int padding = p.tokens - count_of(p, row);
@@ -123,12 +142,14 @@ __device__ void gather_slot(const Prefill& p, int unit, int64_t row, int first_h
   if (target >= 0 && !is_new) {
     k = v = {};
     if (holds) {
-      k.load(p.k_cache, k_slot(), p.k_cache_head, heads, at);
-      v.load(p.v_cache, v_slot(), p.v_cache_head, heads, at);
+      const float* k_scales = p.k_scales + row * p.k_scale_row + slot * p.k_scale_slot + first_head * p.k_scale_head;
+      const float* v_scales = p.v_scales + row * p.v_scale_row + slot * p.v_scale_slot + first_head * p.v_scale_head;
+      k.template load<C>(p.k_cache, k_slot(), p.k_cache_head, k_scales, p.k_scale_head, heads, at);
+      v.template load<C>(p.v_cache, v_slot(), p.v_cache_head, v_scales, p.v_scale_head, heads, at);
     }
     to_scratch();
   }
-  if (token < 0) return;
+  if (token < 0 || IN_8_BITS<C>) return;
   k.load(p.k, row * p.k_row + token * p.k_token + first_head * p.k_head, p.k_head, heads, at);
   v.load(p.v, row * p.v_row + token * p.v_token + first_head * p.v_head, p.v_head, heads, at);
   k.turned(p, row, token, at);
@@ -138,7 +159,7 @@ __device__ void gather_slot(const Prefill& p, int unit, int64_t row, int first_h
 }
 
 // Blocks for slots come first, as they have most to wait for: `slot_blocks` for each HEADS of the TURNS heads.
-template <typename T>
+template <typename T, typename C>
 __global__ void __launch_bounds__(MOVERS, 4) gather_kernel(const __grid_constant__ Prefill p, int slot_blocks) {
   let_next_launch();
   const int jobs = p.head_dim / 8, units = MOVERS / jobs;
@@ -147,27 +168,32 @@ __global__ void __launch_bounds__(MOVERS, 4) gather_kernel(const __grid_constant
   const int first_head = blockIdx.z * TURNS, slots = slot_blocks * (TURNS / HEADS);
   const Fours at = fours_of(p, job);
   if (block >= slots) {
-    gather_token<T>(p, (block - slots) * units + unit, blockIdx.y, first_head, at, job);
+    gather_token<T, C>(p, (block - slots) * units + unit, blockIdx.y, first_head, at, job);
   } else {
     const int head = first_head + block / slot_blocks * HEADS;
-    if (head < p.num_kv_heads) gather_slot<T>(p, block % slot_blocks * units + unit, blockIdx.y, head, at);
+    if (head < p.num_kv_heads) gather_slot<T, C>(p, block % slot_blocks * units + unit, blockIdx.y, head, at);
   }
 }
 
-template <typename T>
+template <typename T, typename C>
 cudaError_t launch(const Prefill& p, cudaStream_t stream) {
   const int units = MOVERS / (p.head_dim / 8);
   const int slot_blocks = (ring_units(p) + sink_rows(p) + units - 1) / units;
   const int token_blocks = p.rotation || p.counts ? (p.tokens + units - 1) / units : 0;
   const dim3 blocks(slot_blocks * (TURNS / HEADS) + token_blocks, p.batch, (p.num_kv_heads + TURNS - 1) / TURNS);
   const Grid grid(blocks, MOVERS, 0, stream);
-  return cudaLaunchKernelEx(&grid.config, gather_kernel<T>, p, slot_blocks);
+  return cudaLaunchKernelEx(&grid.config, gather_kernel<T, C>, p, slot_blocks);
+}
+
+template <typename T>
+cudaError_t launch_as(const Prefill& p, cudaStream_t stream) {
+  return (p.stored == Stored::same ? launch<T, T> : p.stored == Stored::int8 ? launch<T, int8_t> : launch<T, E4m3>)(p, stream);
 }
 
 }  // namespace
 
 cudaError_t gather(const Prefill& p, cudaStream_t stream) {
-  return (p.is_bfloat16 ? launch<__nv_bfloat16> : launch<__half>)(p, stream);
+  return (p.is_bfloat16 ? launch_as<__nv_bfloat16> : launch_as<__half>)(p, stream);
 }
 
 }  // namespace sinkattn::cuda

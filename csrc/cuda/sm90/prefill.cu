@@ -1,4 +1,5 @@
-// A chunk of new tokens per row, for Hopper (sm_90a), in two launches: `gather`, in gather.cu, and `attend`, here.
+// A chunk of new tokens per row, for Hopper (sm_90a), in two launches: `gather`, in gather.cu, and `attend`, here. With a
+// cache in 8 bits `round`, in round.cu, comes between them, and nothing here knows.
 //
 // Floor: 4 * head_dim FLOPs for each query head and visible pair of query and key, at the speed of the tensor cores.
 // What it takes to get near it:
@@ -51,10 +52,13 @@ cudaError_t launch(const Prefill& p, int multiprocessors, cudaStream_t stream) {
       packed(maps.ring_values, scratch.ring_v, ring_rows(p), KEYS) &&
       packed(maps.sink_keys, scratch.sink_k, sink_rows(p), SINKS) &&
       packed(maps.sink_values, scratch.sink_v, sink_rows(p), SINKS) &&
-      map_of<T>(maps.values, p, p.v, kv_heads, p.tokens, p.v_row, p.v_head, p.v_token, KEYS);
+      (p.stored != Stored::same
+           ? packed(maps.values, scratch.values, p.tokens, KEYS)
+           : map_of<T>(maps.values, p, p.v, kv_heads, p.tokens, p.v_row, p.v_head, p.v_token, KEYS));
   mapped =
-      mapped && (p.rotation ? packed(maps.keys, scratch.turned, p.tokens, KEYS)
-                            : map_of<T>(maps.keys, p, p.k, kv_heads, p.tokens, p.k_row, p.k_head, p.k_token, KEYS));
+      mapped && (p.rotation || p.stored != Stored::same
+                     ? packed(maps.keys, scratch.turned, p.tokens, KEYS)
+                     : map_of<T>(maps.keys, p, p.k, kv_heads, p.tokens, p.k_row, p.k_head, p.k_token, KEYS));
   if (!mapped) return cudaErrorInvalidValue;
 
   const auto kernel = attend_kernel<T, DIM, ADJUSTED>;
@@ -63,6 +67,7 @@ cudaError_t launch(const Prefill& p, int multiprocessors, cudaStream_t stream) {
   grid.overlap();
   cudaError_t error = grid.allow_shared(kernel);
   if (error == cudaSuccess) error = gather(p, stream);  // from here on the cache changes, and nothing is refused
+  if (error == cudaSuccess && p.stored != Stored::same) error = round(p, stream);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&grid.config, kernel, p, maps);
   return error;
 }
