@@ -107,7 +107,7 @@ template <typename T>
 float number_at(uint64_t tile, int offset) {
   T x;
   memcpy(&x, at(swizzled(uint32_t(tile & 0x3fff) * 16 + offset)), 2);
-  return widened(x);
+  return to_float(x);
 }
 // Number k, of what is summed over, of a row, where such numbers lie side by side, and where they are rows themselves.
 template <typename T>
@@ -160,7 +160,7 @@ __device__ void multiply(float (&c)[N], const uint32_t* a, uint64_t b) {
         const uint16_t bits = uint16_t(all[lane / 4 * 4 + k % 8 / 2][r + k / 8 * 2] >> k % 2 * 16);
         T x;
         memcpy(&x, &bits, 2);
-        rows[r][k] = widened(x);
+        rows[r][k] = to_float(x);
       }
     for (int i = 0; i < N; ++i)
       for (int k = 0; k < 16; ++k) c[i] += rows[i % 4 / 2][k] * in_column<T>(b, i / 4 * 8 + lane % 4 * 2 + i % 2, k);
