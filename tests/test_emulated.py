@@ -541,9 +541,9 @@ def test_prefill(dim, prefill):
     """A chunk of tokens, at random lengths: tiles of every kind, of which some are begun before others are put away."""
     most = 128 if dim <= 128 else 48
     for _ in range(4):
-        kv_heads, group = random.choice([1, 2]), random.choice([1, 3])
+        kv_heads, group = random.choice([1, 2]), random.choice([1, 2, 3, 4, 8])
         sinks, window = random.choice([0, 1, 4, 37, most]), random.choice([1, 2, 60, 300])
-        ring, tokens = window + random.choice([0, 0, 5, 170]), random.choice([1, 70, 129, 300])
+        ring, tokens = window + random.choice([0, 0, 5, 170]), random.choice([1, 32, 70, 129, 300])
         edge, rows = sinks + ring, random.choice([1, 2])
         lengths = torch.tensor(random.choices([0, 1, sinks, edge - 1, edge + 1, 3 * edge + 7, 4_000_000], k=rows))
         counts = torch.randint(0, tokens + 1, (rows,)) if random.random() < 0.5 else None

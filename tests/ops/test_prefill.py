@@ -112,7 +112,10 @@ PREFILL_SHAPES = {
     "dense": {"dense": 10**15},
     "dense, banded": {"dense": 200, "tokens": 400},
     "padding": {"tokens": 777, "counts": (777, 300, 776, 0, 1, 128)},
+    "mha": {"heads": 3, "kv_heads": 3},
+    "gqa 4, learned logits, alibi": {"heads": 8, "learned": True, "alibi": True},
     "gqa 7": {"heads": 7, "kv_heads": 1},
+    "gqa 8, padding": {"heads": 8, "kv_heads": 1, "tokens": 333, "counts": (333, 300, 31, 0, 1, 33)},
     "one token": {"tokens": 1},
     "many tiles": {"tokens": 2000, "heads": 32, "kv_heads": 4, "lengths": (0, 1000)},
 }
@@ -140,7 +143,7 @@ def test_large_shapes(backend, device, shape, head_dim):
 def test_edges_of_tiles(head_dim, edge):
     """Chunks and windows that end a token before the edge of a tile, at it, or behind it."""
     for tokens in (edge - 1, edge, edge + 1, 3 * edge + 1):
-        for window in (edge, edge + 1, edge + 2, 2 * edge + 1):
+        for window, group in ((edge, 1), (edge + 1, 2), (edge + 2, 4), (2 * edge + 1, 6)):
             lengths = (0, 1, edge - 4, window + 3, window + 4, 5 * edge + 7)
-            case = Case(lengths, None, tokens, 2, 1, head_dim, window=window, alibi=tokens == edge)
+            case = Case(lengths, None, tokens, group, 1, head_dim, window=window, alibi=tokens == edge)
             check("prefill", "cuda", GPU, torch.bfloat16, case)

@@ -9,6 +9,8 @@
 // * A block keeps a multiprocessor and takes tiles of 128 queries, one after the other. One warp asks the copy engine
 //   for tiles of 128 keys and values, seven turn queries by both angles ahead of their use, and two warpgroups of 64
 //   queries multiply: both products by wgmma, weights as registers.
+// * A tile has the queries of up to four heads that share a key head: they need the same angles, which are four times as
+//   many bytes as a query.
 // * Heads wider than 128 meet 48 keys at a time, which is what fits beside the queries. With more than 192 dims there is
 //   no room for the next tile's queries, nor registers for those who turn them: the warpgroups turn their own.
 // * Heads are columns of 64 dims, of which products take as many as there are, in steps of 16. The copy engine fills a
@@ -62,7 +64,7 @@ cudaError_t launch(const Prefill& p, int multiprocessors, cudaStream_t stream) {
   if (!mapped) return cudaErrorInvalidValue;
 
   const auto kernel = attend_kernel<T, DIM, ADJUSTED>;
-  const int64_t tiles = int64_t(p.tokens + QUERIES - 1) / QUERIES * p.batch * kv_heads * p.group;
+  const int64_t tiles = tiles_of(p);
   Grid grid(dim3(tiles < multiprocessors ? tiles : multiprocessors), Shape<DIM>::THREADS, Shape<DIM>::SHARED, stream);
   grid.overlap();
   cudaError_t error = grid.allow_shared(kernel);
@@ -93,9 +95,8 @@ cudaError_t launch_as(const Prefill& p, int multiprocessors, cudaStream_t stream
 }  // namespace
 
 bool serves(const Prefill& p) {
-  const int64_t tiles = int64_t(p.tokens + QUERIES - 1) / QUERIES * p.batch * p.num_kv_heads * p.group;
   return p.head_dim > 0 && p.head_dim % 8 == 0 && p.head_dim <= 256 && p.sink_size <= keys_of(p.head_dim) &&
-         p.batch <= 65535 && tiles < (1 << 30);
+         p.batch <= 65535 && tiles_of(p) < (1 << 30);
 }
 
 int64_t scratch_elements(const Prefill& p) {

@@ -97,14 +97,14 @@ __device__ uint4 piece_of(const uint32_t (&x)[4], int c) {
   return high ? make_uint4(got.x, got.y, kept.x, kept.y) : make_uint4(kept.x, kept.y, got.x, got.y);
 }
 
-// The warp's rows g and g + 8, times `factor`, to the output; `first` is the query of row 0.
+// The warp's rows g and g + 8, times `factor`, to the output; `first` is the token of row 0.
 template <typename T, int DIM, int KEYS>
-__device__ __forceinline__ void put_away(const float (&sum)[DIM / 2], const float (&factor)[2], int first,
+__device__ __forceinline__ void put_away(const float (&sum)[DIM / 2], const float (&factor)[2], int first, int head,
                                          const Tile<KEYS>& tile, const Prefill& p, int g, int c) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int token = tile.padding + first + g + 8 * r;
-    const int64_t row = (int64_t(tile.row) * p.tokens + token) * p.num_kv_heads * p.group + tile.head;
+    const int64_t row = (int64_t(tile.row) * p.tokens + token) * p.num_kv_heads * p.group + head;
     uint4* out = reinterpret_cast<uint4*>(static_cast<T*>(p.out) + row * p.head_dim);
 #pragma unroll
     for (int i = 0; i < DIM; i += 32) {

@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
   // The queries of the first tile are turned by all.
   if (S::AHEAD && warp > 0) {
     if (const Tile<S::KEYS> tile(p); tile.exists())
-      turn_queries<T, DIM, 1>(p, tile, 0, QUERIES, threadIdx.x - 32, S::THREADS - 32, queries, sink_queries);
+      turn_queries<T, DIM, 1, 4>(p, tile, 0, tokens_of_tile(p), threadIdx.x - 32, S::THREADS - 32, queries,
+                                 sink_queries);
     publish();
     meet(5, S::THREADS - 32);
   }
@@ -88,21 +89,21 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
       wait(&at.keys_out[key_at.stage], key_at.phase ^ 1);
       arrive(&at.keys_in[key_at.stage]);
     } else if (S::AHEAD) {
-      Turnstile query_at, sink_query_at;
       Tile<S::KEYS> tile(p);
-      for (bool turned = true;; turned = false) {
-        if (!turned) {
-          wait(&at.queries_out[query_at.stage], query_at.phase ^ 1);
-          wait(&at.sink_queries_out, sink_query_at.phase ^ 1);
+      for (int n = 0;; ++n) {
+        const int stage = n % S::QUERY_TILES;
+        if (n > 0) {  // the first tile is there
+          wait(&at.queries_out[stage], n / S::QUERY_TILES % 2 ^ 1);
+          wait(&at.sink_queries_out, n % 2 ^ 1);
           if (tile.exists())
-            turn_queries<T, DIM, 1>(p, tile, 0, QUERIES, threadIdx.x - 32, S::TURNERS,
-                                    queries + query_at.stage * S::QUERY_TILE, sink_queries);
+            turn_queries<T, DIM, 1, 4>(p, tile, 0, tokens_of_tile(p), threadIdx.x - 32, S::TURNERS,
+                                       queries + stage * S::QUERY_TILE, sink_queries);
           publish();
         }
-        arrive(&at.queries_in[query_at.stage]);
+        arrive(&at.queries_in[stage]);
         arrive(&at.sink_queries_in);
         if (!tile.exists()) break;
-        query_at.advance(S::QUERY_TILES), sink_query_at.advance(1), tile.advance(p);
+        tile.advance(p);
       }
     }
     return;
@@ -111,6 +112,9 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
   take_registers<S::MANY_REGISTERS>();
   const int group = (warp - S::HELPERS / 32) / 4, g = lane / 4, c = lane % 4;
   const int upper = group * 64;  // first query of the warpgroup in the tile
+  // The warp's head, of the tile's, and its first token, from the tile's.
+  const int heads = heads_of_tile(p), of_head = (warp - S::HELPERS / 32) % heads;
+  const int of_warp = (warp - S::HELPERS / 32) / heads * 16;
   // Barriers of threads: 1 and 2 for a warpgroup's turn to multiply, 3 and 4 for a warpgroup alone.
   const int turn_of_ours = 1 + group, turn_of_others = 2 - group, ours = 3 + group;
   if (group == 1) pass(turn_of_others, 256);
@@ -123,7 +127,7 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
   const float scale = ADJUSTED ? 1 : p.query_scale;
   float slope = 0;  // of the tile's head, in base 2
 
-  auto query = [&] { return tile.first + upper + warp % 4 * 16; };  // first of the warp
+  auto query = [&] { return tile.first + of_warp; };  // the warp's first
 
   auto release = [&](uint64_t* barrier) {
     if (lane == 0) arrive(barrier);
@@ -187,7 +191,7 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
     for (int i = 0; i < S::KEYS / 4; ++i) weight[i] = pack<T>(score[2 * i], score[2 * i + 1]);
   };
   auto soften_scores = [&](int n) {
-    mask(score, n, p, tile, upper + warp % 4 * 16, g, c);
+    mask(score, n, p, tile, of_warp, g, c);
     if (ADJUSTED) {
       const int from[2] = {query() + g - n * S::KEYS, query() + g + 8 - n * S::KEYS};
       adjust(score, from, slope, p, c);
@@ -201,7 +205,9 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
       wait(&at.queries_in[query_at.stage], query_at.phase);
     } else {
       meet(ours, 128);  // for who still reads the last tile's
-      turn_queries<T, DIM, 8>(p, tile, upper, upper + 64, threadIdx.x % 128, 128, queries, sink_queries);
+      const int half = tokens_of_tile(p) / 2;  // the warpgroup's tokens, of all heads
+      turn_queries<T, DIM, 4, 4>(p, tile, group * half, group * half + half, threadIdx.x % 128, 128, queries,
+                                 sink_queries);
       publish();
       meet(ours, 128);
     }
@@ -216,10 +222,10 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
     if (!S::AHEAD) open_tile();
     top[0] = top[1] = LOWEST, total[0] = total[1] = 0;
     if (p.learned_logits) {
-      top[0] = top[1] = p.learned_logits[tile.head] * LOG2E;
+      top[0] = top[1] = p.learned_logits[tile.head + of_head] * LOG2E;
       if (c == 0) total[0] = total[1] = 1;  // threads of a row add up in the end
     }
-    if (ADJUSTED) slope = p.alibi_slopes ? p.alibi_slopes[tile.head] * LOG2E : 0;
+    if (ADJUSTED) slope = p.alibi_slopes ? p.alibi_slopes[tile.head + of_head] * LOG2E : 0;
 #pragma unroll
     for (int i = 0; i < DIM / 2; ++i) sum[i] = 0;
 
@@ -292,7 +298,7 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
       total[r] += __shfl_xor_sync(~0u, total[r], 2);
       total[r] = __fdividef(1, total[r]);
     }
-    put_away<T, DIM>(sum, total, done.first + upper + warp % 4 * 16, done, p, g, c);
+    put_away<T, DIM>(sum, total, done.first + of_warp, done.head + of_head, done, p, g, c);
     if (!tile.exists()) break;
   }
   wait_for_products<0>();

@@ -22,7 +22,7 @@ struct Shape {
   static constexpr bool AHEAD = DIM <= 192;
   static constexpr int QUERY_TILES = AHEAD ? 2 : 1;
   static constexpr int HELPERS = AHEAD ? 256 : 128, TURNERS = HELPERS - 32, THREADS = HELPERS + 128 * CONSUMERS;
-  static constexpr int FEW_REGISTERS = AHEAD ? 48 : 32, MANY_REGISTERS = AHEAD ? 208 : 240;  // of helpers, of consumers
+  static constexpr int FEW_REGISTERS = AHEAD ? 56 : 32, MANY_REGISTERS = AHEAD ? 200 : 240;  // of helpers, of consumers
   // In bytes: a column of 64 dims, and all columns, of a tile of queries and of keys; a column of 16 sinks.
   static constexpr int COLUMNS = (DIM + 63) / 64, QUERY_COLUMN = QUERIES * 128, QUERY_TILE = COLUMNS * QUERY_COLUMN;
   static constexpr int COLUMN = KEYS * 128, TILE = COLUMNS * COLUMN, SINK_COLUMN = SINKS * 128;
@@ -31,31 +31,37 @@ struct Shape {
   static_assert(HELPERS * FEW_REGISTERS + 128 * CONSUMERS * MANY_REGISTERS <= 1 << 16);
 };
 
-// A tile of queries, and the tiles of keys that it sees. Queries and keys are counted from the row's first token in
+// A tile's queries are those of some tokens and so many heads of one key head, for all of which an angle is read at
+// once: 16 tokens of the first head, the same of the next, ..., then the next 16 tokens. A warp has 16 of one head.
+__host__ __device__ int heads_of_tile(const Prefill& p) { return p.group % 4 == 0 ? 4 : p.group % 2 == 0 ? 2 : 1; }
+__host__ __device__ int tokens_of_tile(const Prefill& p) { return QUERIES / heads_of_tile(p); }
+__host__ __device__ int64_t tiles_of(const Prefill& p) {
+  const int heads = heads_of_tile(p), tokens = tokens_of_tile(p);
+  return int64_t((p.tokens + tokens - 1) / tokens) * p.batch * p.num_kv_heads * (p.group / heads);
+}
+
+// A tile of queries, and the tiles of keys that it sees. Tokens and keys are counted from the row's first token in
 // this chunk: 0, 1, ...; what the cache holds goes back -1, -2, ...
 template <int KEYS>
 struct Tile {
-  int number, total;
-  int row, head, padding;
-  int first;   // query
+  int number;  // from the last one, which is the longest, down to 0
+  int row, head, padding;  // its first head
+  int first;   // its first token
   int held;    // sinks in the cache
   int from;    // where the sinks see query 0
   int oldest;  // key, no sink, that the row has
   int begin, end;
-  __device__ explicit Tile(const Prefill& p) : number(blockIdx.x) {
-    total = (p.tokens + QUERIES - 1) / QUERIES * p.batch * p.num_kv_heads * p.group;
-    find(p);
-  }
-  __device__ bool exists() const { return number < total; }
-  __device__ void advance(const Prefill& p) { number += gridDim.x, find(p); }
+  __device__ explicit Tile(const Prefill& p) : number(int(tiles_of(p)) - 1 - int(blockIdx.x)) { find(p); }
+  __device__ bool exists() const { return number >= 0; }
+  __device__ void advance(const Prefill& p) { number -= gridDim.x, find(p); }
 
  private:
-  __device__ void find(const Prefill& p) {  // from here on; the longest come first
-    const int heads = p.num_kv_heads * p.group;
-    for (; number < total; number += gridDim.x) {
-      const int pair = number % (p.batch * heads);
-      first = (total - 1 - number) / (p.batch * heads) * QUERIES;
-      head = pair % heads, row = pair / heads;
+  __device__ void find(const Prefill& p) {  // from here on
+    const int tokens = tokens_of_tile(p), parts = p.num_kv_heads * p.group / heads_of_tile(p), pairs = p.batch * parts;
+    for (; number >= 0; number -= gridDim.x) {
+      const int pair = number % pairs;
+      first = number / pairs * tokens;
+      head = pair % parts * heads_of_tile(p), row = pair / parts;
       const int count = count_of(p, row);
       if (first >= count) continue;
       const int64_t length = p.lengths[row], written = length - p.sink_size;
@@ -63,7 +69,7 @@ struct Tile {
       held = int(min(length, int64_t(p.sink_size)));
       from = int(min(length, int64_t(p.sink_size + p.window_size - 1)));
       oldest = written < 0 ? int(-written) : -int(min(written, int64_t(p.window_size - 1)));
-      const int low = max(oldest, first - p.reach + 1), high = min(first + QUERIES, count);
+      const int low = max(oldest, first - p.reach + 1), high = min(first + tokens, count);
       const int key = min(low, high - 1);
       begin = (key < 0 ? key - KEYS + 1 : key) / KEYS, end = (high - 1) / KEYS + 1;
       return;
