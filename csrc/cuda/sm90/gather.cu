@@ -4,8 +4,8 @@
 //
 // Floor: the bytes of what is copied, read once and written once. What it takes to get near it:
 //
-// * Nothing else reads the ring, so whoever has copied what a slot held also writes what the chunk leaves there, and
-//   turns the key once more: no block waits for another.
+// * Nothing else reads the ring, so whoever has copied what a slot held also writes what the chunk leaves there: no
+//   block waits for another. That key goes to scratch as well, so that none is read and turned twice.
 // * A thread takes 8 dims of several heads, whose loads are in flight together.
 #include "../eight_bits.h"
 #include "../launch.h"
@@ -67,24 +67,34 @@ struct Part {
   }
 };
 
-// The key of a token of the chunk to scratch, or zeros to the output of one that is padding.
+// The turned key of a token of the chunk to scratch.
+template <typename T, int N>
+__device__ void store_turned(const Prefill& p, const Part<T, N>& k, int token, int64_t row, int first_head, int heads,
+                             const Fours& at) {
+  const int64_t begin = ((row * p.num_kv_heads + first_head) * p.tokens + token) * p.head_dim;
+  k.store(Scratch<T>(p).turned, begin, int64_t(p.tokens) * p.head_dim, heads, at);
+}
+
+// The key of a token of the chunk that gets no slot to scratch, or zeros to the output of one that is padding.
 template <typename T, typename C>
 __device__ void gather_token(const Prefill& p, int token, int64_t row, int first_head, const Fours& at, int job) {
   const int heads = min(p.num_kv_heads - first_head, TURNS);
   if (token >= p.tokens) return;
-  if (token < p.tokens - count_of(p, row)) {  // nobody else writes what padding gives
+  const int padding = p.tokens - count_of(p, row);
+  if (token < padding) {  // nobody else writes what padding gives
     const int per_head = p.group * p.head_dim;
     const int64_t begin = ((row * p.tokens + token) * p.num_kv_heads + first_head) * per_head + job * 8;
     for (int head = 0; head < heads * p.group; ++head)
       *reinterpret_cast<uint4*>(static_cast<T*>(p.out) + begin + head * p.head_dim) = make_uint4(0, 0, 0, 0);
     return;
   }
-  if (!p.rotation || IN_8_BITS<C>) return;
+  if (!p.rotation || IN_8_BITS<C> || p.tokens - token <= p.ring_size) return;
+  const int nth = token - padding;
+  if (nth < p.sink_size && p.lengths[row] + nth < p.sink_size) return;
   Part<T, TURNS> k;
   k.load(p.k, row * p.k_row + token * p.k_token + first_head * p.k_head, p.k_head, heads, at);
   k.turned(p, row, token, at);
-  const int64_t begin = ((row * p.num_kv_heads + first_head) * p.tokens + token) * p.head_dim;
-  k.store(Scratch<T>(p).turned, begin, int64_t(p.tokens) * p.head_dim, heads, at);
+  store_turned(p, k, token, row, first_head, heads, at);
 }
 
 __host__ __device__ int ring_units(const Prefill& p) {
@@ -99,7 +109,6 @@ __device__ void gather_slot(const Prefill& p, int unit, int64_t row, int first_h
   const int heads = min(p.num_kv_heads - first_head, HEADS);
   const int padding = p.tokens - count_of(p, row);
   const int64_t length = p.lengths[row];
-  const Scratch<T> to(p);
   // A token, a slot of the cache and a row of scratch, -1 for none; whether the slot holds what is seen.
   int token = -1, slot = -1, target = -1;
   bool holds;
@@ -130,6 +139,7 @@ __device__ void gather_slot(const Prefill& p, int unit, int64_t row, int first_h
 
   Part<T, HEADS> k, v;
   auto to_scratch = [&] {
+    const Scratch<T> to(p);
     const int rows = is_ring ? ring_rows(p) : sink_rows(p);
     const int64_t head = int64_t(rows) * p.head_dim;
     const int64_t begin = (row * p.num_kv_heads + first_head) * head + target * p.head_dim;
@@ -153,6 +163,7 @@ __device__ void gather_slot(const Prefill& p, int unit, int64_t row, int first_h
   k.load(p.k, row * p.k_row + token * p.k_token + first_head * p.k_head, p.k_head, heads, at);
   v.load(p.v, row * p.v_row + token * p.v_token + first_head * p.v_head, p.v_head, heads, at);
   k.turned(p, row, token, at);
+  if (p.rotation) store_turned(p, k, token, row, first_head, heads, at);
   if (is_new) to_scratch();
   k.store(p.k_cache, k_slot(), p.k_cache_head, heads, at);
   v.store(p.v_cache, v_slot(), p.v_cache_head, heads, at);
@@ -179,7 +190,9 @@ template <typename T, typename C>
 cudaError_t launch(const Prefill& p, cudaStream_t stream) {
   const int units = MOVERS / (p.head_dim / 8);
   const int slot_blocks = (ring_units(p) + sink_rows(p) + units - 1) / units;
-  const int token_blocks = p.rotation || p.counts ? (p.tokens + units - 1) / units : 0;
+  const int kept = p.tokens < p.ring_size ? p.tokens : p.ring_size;  // tokens at the end that have slots
+  const int others = p.counts ? p.tokens : p.rotation ? p.tokens - kept : 0;
+  const int token_blocks = (others + units - 1) / units;
   const dim3 blocks(slot_blocks * (TURNS / HEADS) + token_blocks, p.batch, (p.num_kv_heads + TURNS - 1) / TURNS);
   const Grid grid(blocks, MOVERS, 0, stream);
   return cudaLaunchKernelEx(&grid.config, gather_kernel<T, C>, p, slot_blocks);

@@ -9,8 +9,8 @@
 // * A block keeps a multiprocessor and takes tiles of 128 queries, one after the other. One warp asks the copy engine
 //   for tiles of 128 keys and values, seven turn queries by both angles ahead of their use, and two warpgroups of 64
 //   queries multiply: both products by wgmma, weights as registers.
-// * A tile has the queries of up to four heads that share a key head: they need the same angles, which are four times as
-//   many bytes as a query.
+// * A tile has the queries of up to four heads that share a key head: they need the same angles, which are four times
+//   as many bytes as a query.
 // * Heads wider than 128 meet 48 keys at a time, which is what fits beside the queries. With more than 192 dims there is
 //   no room for the next tile's queries, nor registers for those who turn them: the warpgroups turn their own.
 // * Heads are columns of 64 dims, of which products take as many as there are, in steps of 16. The copy engine fills a
