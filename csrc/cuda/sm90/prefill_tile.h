@@ -22,13 +22,15 @@ struct Shape {
   static constexpr bool AHEAD = DIM <= 192;
   static constexpr int QUERY_TILES = AHEAD ? 2 : 1;
   static constexpr int HELPERS = AHEAD ? 256 : 128, TURNERS = HELPERS - 32, THREADS = HELPERS + 128 * CONSUMERS;
-  static constexpr int FEW_REGISTERS = AHEAD ? 56 : 32, MANY_REGISTERS = AHEAD ? 200 : 240;  // of helpers, of consumers
+  static constexpr int FEW_REGISTERS = AHEAD ? 56 : 24, MANY_REGISTERS = AHEAD ? 200 : 240;  // of helpers, of consumers
+  static constexpr int REGISTERS = (1 << 16) / THREADS / 8 * 8;  // of a thread when the block starts
   // In bytes: a column of 64 dims, and all columns, of a tile of queries and of keys; a column of 16 sinks.
   static constexpr int COLUMNS = (DIM + 63) / 64, QUERY_COLUMN = QUERIES * 128, QUERY_TILE = COLUMNS * QUERY_COLUMN;
   static constexpr int COLUMN = KEYS * 128, TILE = COLUMNS * COLUMN, SINK_COLUMN = SINKS * 128;
   static constexpr int SHARED = (QUERY_TILES + 1) * QUERY_TILE + 2 * STAGES * TILE + int(sizeof(Barriers));
   static_assert(DIM % 16 == 0 && KEYS % 16 == 0 && SHARED <= 227 * 1024);
-  static_assert(HELPERS * FEW_REGISTERS + 128 * CONSUMERS * MANY_REGISTERS <= 1 << 16);
+  // What the consumers ask for is what the helpers leave; they would wait forever for more.
+  static_assert(HELPERS * FEW_REGISTERS + 128 * CONSUMERS * MANY_REGISTERS <= THREADS * REGISTERS);
 };
 
 // A tile's queries are those of some tokens and so many heads of one key head, for all of which an angle is read at
