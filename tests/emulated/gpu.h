@@ -205,6 +205,10 @@ template <typename T>
 T __shfl_xor_sync(unsigned, T x, int apart) { return emulated::exchange(x)[emulated::lane() ^ apart]; }
 template <typename T>
 T __shfl_sync(unsigned, T x, int from) { return emulated::exchange(x)[from]; }
+inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+  for (int apart = 16; apart > 0; apart /= 2) x = std::max(x, emulated::exchange(x)[emulated::lane() ^ apart]);
+  return x;
+}
 inline bool __any_sync(unsigned, bool x) {
   for (bool y : emulated::exchange(x))
     if (y) return true;

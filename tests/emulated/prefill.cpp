@@ -1,6 +1,7 @@
-// csrc/cuda/sm90/gather.cu and prefill.cu, emulated, for ctypes.
+// csrc/cuda/sm90/gather.cu, prefill.cu and round.cu, emulated, for ctypes.
 #include "cuda/sm90/gather.cu"
 #include "cuda/sm90/prefill.cu"
+#include "cuda/sm90/round.cu"
 
 using namespace sinkattn;
 using namespace sinkattn::cuda;

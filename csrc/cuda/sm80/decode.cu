@@ -69,8 +69,8 @@ bool serves(const Params& p, Sharing sharing, const Device& device) {
     constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
     const auto of = [&](auto number) {
       using C = decltype(number);
-      const auto of_shape = sharing.cluster ? shared_bytes<C, K, V, true> : shared_bytes<C, K, V, false>;
-      return of_shape(sharing.splits, width_of(p) * p.group, p.tokens);
+      if (is_wide(p)) return (sharing.cluster ? shared_bytes<C, K, V, true, true> : shared_bytes<C, K, V, true, false>)(p, sharing.splits);
+      return (sharing.cluster ? shared_bytes<C, K, V, false, true> : shared_bytes<C, K, V, false, false>)(p, sharing.splits);
     };
     const int bytes = p.stored == Stored::same ? of(uint16_t()) : of(uint8_t());
     return bytes + 1024 + 128 <= device.shared_bytes;  // and what is not dynamic

@@ -112,10 +112,13 @@ struct Attention {
   using KeyRows = typename B::KeyRows;
   using ValueRows = typename B::ValueRows;
   using Eight = typename KeyRows::Eight;
-  using W = std::conditional_t<B::EIGHT_BITS, __half, T>;  // of weights and values in products
+  using W = std::conditional_t<B::EIGHT_BITS, __half, T>;  // in products, but for those of int8 queries and keys
   static constexpr int HEAD_DIM = B::HEAD_DIM, V_DIM = B::V_DIM;
   static constexpr int ROWS = B::WIDE ? 2 : 1;  // softmax rows of a lane: members g and g + 8
-  static constexpr bool EIGHT_BITS = B::EIGHT_BITS, WIDE = B::WIDE, FEW = B::FEW, KEEP = HEAD_DIM <= (S::BLOCKS > 2 ? 64 : 128);
+  static constexpr bool EIGHT_BITS = B::EIGHT_BITS, WIDE = B::WIDE, FEW = B::FEW;
+  static constexpr bool INTEGERS = std::is_same_v<C, int8_t>;
+  static constexpr int PARTS = INTEGERS && !WIDE ? 1 : 2;  // of a step's queries
+  static constexpr bool KEEP = HEAD_DIM * PARTS <= (S::BLOCKS > 2 ? 128 : 256);
 
   const B& b;
   const Params& p;
@@ -127,8 +130,9 @@ struct Attention {
   const int new_slot, spread;  // ages of the block's own tokens, at most
   const bool wraps, is_plain;  // whether new tokens lie at both ends
   const uint4* query_pieces;
-  uint4 kept[KEEP ? S::K_STEPS : 1][2];
+  uint4 kept[KEEP ? S::K_STEPS : 1][PARTS];
   float top[ROWS], total[ROWS], slope[ROWS], acc[S::V_STEPS * 8][4];
+  float scale[ROWS];  // of products of queries and keys
   // In 8 bits acc is in this unit: about the largest scale of a value so far, so that float16 has weights by scales.
   float unit = 1e-30f, inverse = 1e30f;
   // Where the lane's eights are, in the steps of a line: of key number g; of values number 2 c and 2 c + 1.
@@ -144,14 +148,14 @@ struct Attention {
       for (int r = 0; r < ROWS; ++r) seen[r] = Seen(p, t - max(b.own - 1 - (b.g + 8 * r) / p.group, 0));
       if (any.reach > 0) any.reach = int(min(int64_t(p.window_size) + spread, t - p.sink_size + 1));
     }
-    query_pieces = reinterpret_cast<uint4*>(b.queries) + b.lane;
+    query_pieces = b.queries + (EIGHT_BITS ? b.g * S::QUERY_ROW : b.lane);
     if constexpr (KEEP) {
 #pragma unroll
-      for (int i = 0; i < 2 * S::K_STEPS; ++i) kept[i / 2][i % 2] = query_piece(0, i / 2, i % 2);
+      for (int i = 0; i < S::K_STEPS; ++i) find_queries(kept[i], 0, i);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      top[r] = LOWEST, total[r] = 0;
+      top[r] = LOWEST, total[r] = 0, scale[r] = scale_of_queries(0, r);
       const int member = b.g + 8 * r;
       const bool has_slope = p.alibi_slopes && member < b.members;
       slope[r] = has_slope ? p.alibi_slopes[b.head * p.group + (FEW ? member % p.group : member)] * LOG2E : 0;
@@ -165,10 +169,34 @@ struct Attention {
       value_at[i / 2][i % 2] = ValueRows::eight(row_of(2 * b.c + i % 2), i / 2 * 8 + b.g);
   }
 
-  // Zero for heads that are not there, or past the last dim.
-  __device__ __forceinline__ uint4 query_piece(int angle, int step, int half) const {
-    const bool inside = b.g + (WIDE ? 8 * half : 0) < b.members && (HEAD_DIM % 32 == 0 || step * 32 + b.c * 8 < HEAD_DIM);
-    return inside ? query_pieces[angle * S::QUERIES + step * 64 + half * 32] : make_uint4(0, 0, 0, 0);
+  // Fragments of a step's queries, rows g and g + 8: of the first and of the last half of an eight of dims, or with int8 of
+  // the numbers and of what rounding left of them. Zero for heads that are not there, or past the last dim.
+  __device__ __forceinline__ void find_queries(uint4 (&query)[PARTS], int angle, int step) const {
+    const uint4* pieces = query_pieces + angle * S::QUERIES;
+    const auto piece = [&](int half, int place) {
+      const bool inside = b.g + 8 * half < b.members && (HEAD_DIM % 32 == 0 || step * 32 + b.c * 8 < HEAD_DIM);
+      return inside ? pieces[half * 8 * S::QUERY_ROW + place] : make_uint4(0, 0, 0, 0);
+    };
+    if constexpr (!EIGHT_BITS) {
+      const uint4 x = piece(0, step * 64), y = WIDE ? piece(1, step * 64 + 32 - 8 * S::QUERY_ROW) : piece(0, step * 64 + 32);
+      query[0] = make_uint4(x.x, y.x, x.y, y.y), query[1] = make_uint4(x.z, y.z, x.w, y.w);
+    } else if constexpr (!WIDE) {
+#pragma unroll
+      for (int i = 0; i < PARTS; ++i) query[i] = piece(0, (step * 4 + b.c) * PARTS + i);
+    } else if constexpr (INTEGERS) {
+      const uint4 x = piece(0, step * 4 + b.c), y = piece(1, step * 4 + b.c);
+      query[0] = make_uint4(x.x, y.x, x.z, y.z), query[1] = make_uint4(x.y, y.y, x.w, y.w);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint4 x = piece(0, (step * 4 + b.c) * 2 + i), y = piece(1, (step * 4 + b.c) * 2 + i);
+        query[i] = make_uint4(x.x, y.x, x.z, y.z);
+      }
+    }
+  }
+  __device__ __forceinline__ float scale_of_queries(int angle, int r) const {
+    if (!EIGHT_BITS) return WIDE ? p.query_scale : 1;
+    return b.g + 8 * r < b.members ? b.units[angle * MAX_GROUP + b.g + 8 * r] : 0;
   }
 
   // New tokens take the place of what their slots held, the block's own in the cache as well. What others append there
@@ -196,58 +224,80 @@ struct Attention {
       if constexpr (EIGHT_BITS) {
         if (row_of(b.lane % KEYS) != slot - first) continue;
         scale_rows[b.lane] = b.lane < KEYS ? key[HEAD_DIM / 4] : value[V_DIM / 4];
-        if (back < b.own) *b.scale_in_cache(slot) = scale_rows[b.lane];
+        if (back < b.own) b.scales[slot * b.scale_stride] = scale_rows[b.lane];
       }
     }
   }
 
-  // Eight numbers of a key, as products take them.
+  // Eight numbers of a key, as products of 16 bits take them.
   __device__ static uint4 numbers_of(const uint4& x) { return x; }
   __device__ static uint4 numbers_of(const uint2& x) {
-    const uint2 low = widened<T, C>(x.x), high = widened<T, C>(x.y);
+    const uint2 low = widened<C>(x.x), high = widened<C>(x.y);
     return make_uint4(low.x, low.y, high.x, high.y);
   }
 
   // Products of the queries of an angle, 0 of text and 1 of sinks, with the tile's keys: product j is of keys number
-  // 8 j ... + 7, of which a lane gets 2 c and 2 c + 1.
-  template <int ANGLE>
-  __device__ __forceinline__ void multiply_keys(float (&score)[2][4], const uint4* key_rows) const {
-    float more[2][4] = {};  // sums of their own, as products wait for the sum they add to
+  // 8 j ... + 7, of which a lane gets 2 c and 2 c + 1. N: of the second half of an eight, or of the second part of
+  // queries, sums of their own, as products wait for the sum they add to.
+  template <int ANGLE, typename N>
+  __device__ __forceinline__ void multiply_keys(N (&sum)[2][4], N (&more)[2][4], const uint4* key_rows) const {
 #pragma unroll
     for (int s = 0; s < S::K_STEPS; ++s) {
-      const uint4 a = KEEP && ANGLE == 0 ? kept[KEEP ? s : 0][0] : query_piece(ANGLE, s, 0);
-      const uint4 d = KEEP && ANGLE == 0 ? kept[KEEP ? s : 0][1] : query_piece(ANGLE, s, 1);
+      uint4 query[PARTS];
+      if constexpr (KEEP && ANGLE == 0) {
+#pragma unroll
+        for (int i = 0; i < PARTS; ++i) query[i] = kept[s][i];
+      } else {
+        find_queries(query, ANGLE, s);
+      }
+      const uint4 &a = query[0], &d = query[PARTS - 1];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const bool inside = HEAD_DIM % 32 == 0 || s * 32 + b.c * 8 < HEAD_DIM;
         const int place = key_at[s % K_LINE] + (s / K_LINE * KEYS + j * 8) * KeyRows::LINE;
-        const uint4 key = numbers_of(inside ? reinterpret_cast<const Eight*>(key_rows)[place] : Eight{});
-        multiply<T>(score[j], a.x, d.x, a.y, d.y, key.x, key.y);
-        multiply<T>(more[j], a.z, d.z, a.w, d.w, key.z, key.w);
+        const Eight eight = inside ? reinterpret_cast<const Eight*>(key_rows)[place] : Eight{};
+        if constexpr (INTEGERS) {
+          multiply(sum[j], a.x, a.y, a.z, a.w, eight.x, eight.y);
+          if (WIDE) multiply(more[j], d.x, d.y, d.z, d.w, eight.x, eight.y);
+        } else {
+          const uint4 key = numbers_of(eight);
+          multiply<W>(sum[j], a.x, a.y, a.z, a.w, key.x, key.y);
+          multiply<W>(more[j], d.x, d.y, d.z, d.w, key.z, key.w);
+        }
       }
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) score[i / 4][i % 4] += more[i / 4][i % 4];
   }
-  __device__ __forceinline__ void score_keys(float (&x)[ROWS][2][2], int first, const uint4* key_rows) const {
-    float score[2][4] = {};
-    multiply_keys<0>(score, key_rows);
-    if (first < p.sink_size) {
-      float of_sinks[2][4] = {};
-      multiply_keys<1>(of_sinks, key_rows);
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (first + row_of(j * 8 + b.c * 2 + i % 2) < p.sink_size) score[j][i] = of_sinks[j][i];
-    }
+  template <int ANGLE>
+  __device__ __forceinline__ void score_keys(float (&x)[ROWS][2][2], const float (&scale)[ROWS],
+                                             const uint4* key_rows) const {
+    using N = std::conditional_t<INTEGERS, int, float>;
+    N sum[2][4] = {}, more[2][4] = {};
+    multiply_keys<ANGLE>(sum, more, key_rows);
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r)
-          x[r][j][e] = WIDE ? score[j][2 * r + e] * p.query_scale : score[j][e] + score[j][2 + e];
+        for (int r = 0; r < ROWS; ++r) {
+          const N first = sum[j][2 * r + e], last = INTEGERS ? 0 : more[j][2 * r + e];
+          if (INTEGERS)
+            x[r][j][e] = float(first * 256 + (WIDE ? more : sum)[j][WIDE ? 2 * r + e : 2 + e]) * scale[r];
+          else if (WIDE)
+            x[r][j][e] = (first + last) * scale[r];
+          else
+            x[r][j][e] = ((first + last) + (sum[j][2 + e] + more[j][2 + e])) * scale[r];
+        }
+  }
+  __device__ __forceinline__ void score(float (&x)[ROWS][2][2], int first, const uint4* key_rows) const {
+    score_keys<0>(x, scale, key_rows);
+    if (first >= p.sink_size) return;
+    float of_sinks[ROWS][2][2], by[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) by[r] = scale_of_queries(1, r);
+    score_keys<1>(of_sinks, by, key_rows);
+#pragma unroll
+    for (int i = 0; i < ROWS * 4; ++i)
+      if (first + row_of(i % 4 / 2 * 8 + b.c * 2 + i % 2) < p.sink_size) x[i / 4][i % 4 / 2][i % 2] = of_sinks[i / 4][i % 4 / 2][i % 2];
   }
 
   // Whether all of a tile is visible to all members: to the last token the oldest slot of its ring is, no age within it
@@ -260,7 +310,7 @@ struct Attention {
   }
 
   // In 8 bits: scores by the scales of the tile's keys, and what its weights are to be multiplied by.
-  __device__ __forceinline__ void scale(float (&x)[ROWS][2][2], const float* scale_rows) const {
+  __device__ __forceinline__ void multiply_scores(float (&x)[ROWS][2][2], const float* scale_rows) const {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const float2 by = *reinterpret_cast<const float2*>(scale_rows + j * 8 + b.c * 2);
@@ -268,14 +318,13 @@ struct Attention {
       for (int r = 0; r < ROWS; ++r) x[r][j][0] *= by.x, x[r][j][1] *= by.y;
     }
   }
-  __device__ __forceinline__ void find_factors(float (&factors)[2][2], const float* scale_rows,
-                                               const bool (&hidden)[2][2]) {
+  __device__ __forceinline__ void find_factors(float (&factors)[2][2], const float* scale_rows) {
     float largest = 0;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const float2 by = *reinterpret_cast<const float2*>(scale_rows + KEYS + j * 8 + b.c * 2);
-      factors[j][0] = hidden[j][0] ? 0 : by.x, factors[j][1] = hidden[j][1] ? 0 : by.y;
-      largest = fmaxf(largest, fmaxf(factors[j][0], factors[j][1]));
+      factors[j][0] = by.x, factors[j][1] = by.y;
+      largest = fmaxf(largest, fmaxf(by.x, by.y));
     }
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
@@ -296,12 +345,23 @@ struct Attention {
   }
   __device__ static uint2 pairs_of(const uint2& x, const uint2& y, int n) {
     const uint32_t a = n < 2 ? x.x : x.y, b = n < 2 ? y.x : y.y;
-    return widened<W, C>(__byte_perm(a, b, n % 2 ? 0x7362 : 0x5140));
+    return widened<C>(__byte_perm(a, b, n % 2 ? 0x7362 : 0x5140));
   }
 
-  // Adds the tile's values. What is not visible may hold NaN, which a weight of zero would not undo.
-  __device__ __forceinline__ void add_values(const uint32_t (&weights)[4], const uint4* value_rows, bool all,
-                                             const bool (&hidden)[2][2]) {
+  // Values that are not visible may hold NaN, which a weight of zero would not undo: they become zero.
+  __device__ __forceinline__ void hide_values(uint4* value_rows, float* scale_rows, const bool (&hidden)[2][2]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (!hidden[i / 2][i % 2]) continue;
+      const int number = i / 2 * 8 + b.c * 2 + i % 2, row = row_of(number);
+      for (int piece = b.g; piece < ValueRows::PIECES; piece += 8)
+        value_rows[ValueRows::place(row, piece)] = make_uint4(0, 0, 0, 0);
+      if (EIGHT_BITS && b.g == 0) scale_rows[KEYS + number] = 0;
+    }
+    __syncwarp();
+  }
+  // Adds the tile's values.
+  __device__ __forceinline__ void add_values(const uint32_t (&weights)[4], const uint4* value_rows) {
 #pragma unroll
     for (int j = 0; j < S::V_STEPS; ++j) {
       Eight rows[4];
@@ -310,11 +370,6 @@ struct Attention {
         const bool inside = V_DIM % 64 == 0 || j * 64 + b.g * 8 < V_DIM;
         const int place = value_at[j % V_LINE][r % 2] + (j / V_LINE * KEYS + r / 2 * 8) * ValueRows::LINE;
         rows[r] = inside ? reinterpret_cast<const Eight*>(value_rows)[place] : Eight{};
-      }
-      if (!all) {
-#pragma unroll
-        for (int r = 0; r < 4; ++r)
-          if (hidden[r / 2][r % 2]) rows[r] = Eight{};
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -332,15 +387,16 @@ struct Attention {
     append(first, key_rows, value_rows, scale_rows);
     __syncwarp();
     float x[ROWS][2][2], factors[2][2];
-    score_keys(x, first, key_rows);
-    if constexpr (EIGHT_BITS) scale(x, scale_rows);
+    score(x, first, key_rows);
+    if constexpr (EIGHT_BITS) multiply_scores(x, scale_rows);
     const bool all = sees_all(first);
     bool hidden[2][2] = {};
     if (!all || !is_plain) mask(x, hidden, slope, p, seen, any, first, b.c);
-    if constexpr (EIGHT_BITS) find_factors(factors, scale_rows, hidden);
+    if (!all) hide_values(value_rows, scale_rows, hidden);
+    if constexpr (EIGHT_BITS) find_factors(factors, scale_rows);
     uint32_t weights[4];
     soften<W, EIGHT_BITS>(x, factors, weights, top, total, acc);
-    add_values(weights, value_rows, all, hidden);
+    add_values(weights, value_rows);
     __syncwarp();  // all have read
   }
 };

@@ -17,7 +17,7 @@ struct Block {
   static_assert(WIDE_ || FORM != Form::few);
   using T = T_;
   using C = C_;
-  using S = Shape<C, HEAD_DIM_, V_DIM_, LARGE_>;
+  using S = Shape<C, HEAD_DIM_, V_DIM_, WIDE_, LARGE_>;
   using KeyRows = Rows<HEAD_DIM_, sizeof(C)>;
   using ValueRows = Rows<V_DIM_, sizeof(C)>;
   using New = std::conditional_t<IN_8_BITS<C>, float, T>;  // of new keys and values, turned
@@ -35,14 +35,17 @@ struct Block {
   const int* table;  // the text's row
   int64_t pair;
   // Shared memory: tiles of all warps, and those of this one; queries as fragments, text then sink; (tokens, HEAD_DIM),
-  // (tokens, V_DIM), in 8 bits rounded before they are used, so that a row begins with its numbers and then its scale;
-  // of all blocks of the cluster (splits, group, V_DIM), (splits, group, 2).
-  uint4 *shared, *staged;
-  T* queries;
+  // (tokens, V_DIM); of all blocks of the cluster (splits, group, V_DIM), (splits, group, 2). In 8 bits queries, keys and
+  // values are float32 until they are rounded where they are: a row of a key or value begins with its numbers and then
+  // its scale, and what queries are to be multiplied by is in `units`, (angles, MAX_GROUP).
+  uint4 *shared, *staged, *queries;
+  float* units;
   New *new_keys, *new_values;
   float* handed;
   C *keys, *values;  // of the key head in the cache
-  float* scales;     // of its keys for the first 16 lanes of a warp, of its values for the others
+  int64_t my_key, my_value;  // from a tile's first to what the lane copies first
+  float *scales, *my_scale;  // of its keys for the first 16 lanes of a warp, of its values for the others
+  int64_t scale_stride;  // of slots
 
   __device__ __forceinline__ Block(const Params& p, uint4* shared, int share, int width) : p(p), shared(shared) {
     rank = blockIdx.x, splits = gridDim.x, head = blockIdx.y, number = blockIdx.z;
@@ -63,26 +66,28 @@ struct Block {
     }
 
     staged = shared + warp * S::WARP;
-    queries = reinterpret_cast<T*>(shared + S::BLOCK);
-    new_keys = reinterpret_cast<New*>(queries + 2 * S::QUERIES * 8);
+    queries = shared + S::BLOCK, units = reinterpret_cast<float*>(queries + 2 * S::QUERIES);
+    new_keys = reinterpret_cast<New*>(queries + 2 * S::QUERIES + S::UNITS);
     new_values = new_keys + tokens * HEAD_DIM;
     handed = reinterpret_cast<float*>(new_values + tokens * V_DIM);
     keys = static_cast<C*>(p.k_cache) + head * p.k_cache_head;
     values = static_cast<C*>(p.v_cache) + head * p.v_cache_head;
     if (!PAGED) keys += int64_t(row) * p.k_cache_row, values += int64_t(row) * p.v_cache_row;
-    if constexpr (EIGHT_BITS)
+    my_key = lane / KeyRows::PIECES * p.k_cache_slot + lane % KeyRows::PIECES * KeyRows::NUMBERS;
+    my_value = lane / ValueRows::PIECES * p.v_cache_slot + lane % ValueRows::PIECES * ValueRows::NUMBERS;
+    if constexpr (EIGHT_BITS) {
       scales = lane < KEYS ? p.k_scales + int64_t(row) * p.k_scale_row + head * p.k_scale_head
                            : p.v_scales + int64_t(row) * p.v_scale_row + head * p.v_scale_head;
+      scale_stride = lane < KEYS ? p.k_scale_slot : p.v_scale_slot;
+      my_scale = scales + row_of(lane % KEYS) * scale_stride;
+    }
   }
 
   __device__ bool is_clustered() const { return LARGE && splits > 1; }
   __device__ uint4* key_rows(int stage) const { return staged + stage * S::TILE; }
   __device__ uint4* value_rows(int stage) const { return key_rows(stage) + KeyRows::SIZE; }
-  // In 8 bits a lane has the scale of key, or value, number lane % KEYS of a tile.
+  // In 8 bits a lane has the scale of key, or value, number lane % KEYS of a tile, in tile 0 my_scale.
   __device__ float* scale_rows(int stage) const { return reinterpret_cast<float*>(key_rows(stage) + S::ROWS); }
-  __device__ float* scale_in_cache(int slot) const {
-    return scales + slot * (lane < KEYS ? p.k_scale_slot : p.v_scale_slot);
-  }
 
   // Over pages: what the text `number` has. Its tiles are those of its sinks, and `skipped` further on those of its window.
   __device__ __forceinline__ void find_text() {
@@ -116,14 +121,14 @@ struct Block {
   __device__ __forceinline__ void fetch(int tile, int stage) const {
     if (PAGED && tile < end) {
       const Place place = place_of(slot_of(tile));
-      copy_rows<HEAD_DIM>(place.key, p.k_cache_slot, 0, KEYS, lane, key_rows(stage));
-      copy_rows<V_DIM>(place.value, p.v_cache_slot, 0, KEYS, lane, value_rows(stage));
+      copy_rows<HEAD_DIM>(place.key, place.key + my_key, p.k_cache_slot, 0, KEYS, lane, key_rows(stage));
+      copy_rows<V_DIM>(place.value, place.value + my_value, p.v_cache_slot, 0, KEYS, lane, value_rows(stage));
     } else if (tile < end) {
-      copy_rows<HEAD_DIM>(keys, p.k_cache_slot, tile * KEYS, slots, lane, key_rows(stage));
-      copy_rows<V_DIM>(values, p.v_cache_slot, tile * KEYS, slots, lane, value_rows(stage));
+      copy_rows<HEAD_DIM>(keys, keys + my_key, p.k_cache_slot, tile * KEYS, slots, lane, key_rows(stage));
+      copy_rows<V_DIM>(values, values + my_value, p.v_cache_slot, tile * KEYS, slots, lane, value_rows(stage));
       if constexpr (EIGHT_BITS) {
-        const int slot = tile * KEYS + row_of(lane % KEYS);
-        if (slot < slots) copy_word(scale_rows(stage) + lane, scale_in_cache(slot));
+        if (tile * KEYS + row_of(lane % KEYS) < slots)
+          copy_word(scale_rows(stage) + lane, my_scale + tile * KEYS * scale_stride);
       }
     }
     end_of_copies();

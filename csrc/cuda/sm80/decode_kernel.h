@@ -10,7 +10,8 @@ namespace {
 
 // share: tiles of a block at least. width: of a few tokens a row (FEW), those of a block.
 template <typename T, typename C, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, Form FORM>
-__global__ void __launch_bounds__(Shape<C, HEAD_DIM, V_DIM, LARGE>::THREADS, Shape<C, HEAD_DIM, V_DIM, LARGE>::BLOCKS)
+__global__ void __launch_bounds__(Shape<C, HEAD_DIM, V_DIM, WIDE, LARGE>::THREADS,
+                                  Shape<C, HEAD_DIM, V_DIM, WIDE, LARGE>::BLOCKS)
     decode_kernel(const __grid_constant__ Params p, int share, int width) {
   using B = Block<T, C, HEAD_DIM, V_DIM, WIDE, LARGE, FORM>;
   using S = typename B::S;
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(Shape<C, HEAD_DIM, V_DIM, LARGE>::THREADS, Sha
   }
   __syncthreads();
   if constexpr (B::EIGHT_BITS) {  // while the first tiles are on their way
-    round_new(b);
+    round_all(b);
     __syncthreads();
   }
 

@@ -14,26 +14,28 @@ cudaError_t launch_pages(const Params&, Sharing, const Device&, cudaStream_t, in
 
 namespace {
 
+bool is_wide(const Params& p) { return p.tokens > 1 || p.group > 8; }
+
 // Dynamic shared memory in bytes: tiles, queries of both angles, new keys and values, then what blocks hand over.
-template <typename C, int HEAD_DIM, int V_DIM, bool LARGE>
-int shared_bytes(int splits, int group, int tokens) {
-  using S = Shape<C, HEAD_DIM, V_DIM, LARGE>;
+template <typename C, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE>
+int shared_bytes(const Params& p, int splits) {
+  using S = Shape<C, HEAD_DIM, V_DIM, WIDE, LARGE>;
+  const int group = width_of(p) * p.group;
   const int handed = LARGE && splits > 1 ? splits * group * (V_DIM + 2) * int(sizeof(float)) : 0;
-  return (S::BLOCK + 2 * S::QUERIES) * 16 + tokens * (HEAD_DIM + V_DIM) * (IN_8_BITS<C> ? 4 : 2) + handed;
+  return (S::BLOCK + 2 * S::QUERIES + S::UNITS) * 16 + p.tokens * (HEAD_DIM + V_DIM) * (IN_8_BITS<C> ? 4 : 2) + handed;
 }
 
 template <typename T, typename C, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, Form FORM>
 cudaError_t launch(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
   const auto kernel = decode_kernel<T, C, HEAD_DIM, V_DIM, WIDE, LARGE, FORM>;
-  const int width = width_of(p);
-  const int bytes = shared_bytes<C, HEAD_DIM, V_DIM, LARGE>(sharing.splits, width * p.group, p.tokens);
+  const int bytes = shared_bytes<C, HEAD_DIM, V_DIM, WIDE, LARGE>(p, sharing.splits);
   const dim3 blocks(sharing.splits, p.num_kv_heads, unsigned(rows_of(p)));
-  Grid grid(blocks, Shape<C, HEAD_DIM, V_DIM, LARGE>::THREADS, bytes, stream);
+  Grid grid(blocks, Shape<C, HEAD_DIM, V_DIM, WIDE, LARGE>::THREADS, bytes, stream);
   if (device.compute_major >= 9 && !clusters) grid.overlap();
   if (sharing.cluster && sharing.splits > 1) grid.cluster(sharing.splits);
   if (const cudaError_t error = grid.allow_shared(kernel)) return error;
   if (clusters) return cudaOccupancyMaxActiveClusters(clusters, kernel, &grid.config);
-  return cudaLaunchKernelEx(&grid.config, kernel, p, tiles_of(p) / sharing.splits, width);
+  return cudaLaunchKernelEx(&grid.config, kernel, p, tiles_of(p) / sharing.splits, width_of(p));
 }
 
 // f(shape) for the head dims of the call; returns what it returns, or `otherwise` for dims that are not served.
@@ -64,7 +66,7 @@ cudaError_t launch_as(const Params& p, Sharing sharing, const Device& device, cu
       constexpr bool LARGE = decltype(large)::value;
       if constexpr (ONE == Form::one)
         if (p.tokens > 1) return launch<T, C, K, V, true, LARGE, Form::few>;
-      return p.group > 8 ? launch<T, C, K, V, true, LARGE, ONE> : launch<T, C, K, V, false, LARGE, ONE>;
+      return is_wide(p) ? launch<T, C, K, V, true, LARGE, ONE> : launch<T, C, K, V, false, LARGE, ONE>;
     };
     const auto chosen = sharing.cluster ? of(std::true_type()) : of(std::false_type());
     return chosen(p, sharing, device, stream, clusters);

@@ -29,7 +29,7 @@ struct Rows {
 
 // Large blocks come in clusters and have a multiprocessor each. Of small ones two or, in 8 bits, three share one: while
 // one of them starts or ends, or makes 16 bits of 8, the others keep the memory busy. C: what the cache holds.
-template <typename C, int HEAD_DIM, int V_DIM, bool LARGE>
+template <typename C, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE>
 struct Shape {
   static constexpr int WARPS = LARGE ? 8 : 4, THREADS = WARPS * 32;
   static constexpr int BLOCKS = LARGE ? 1 : IN_8_BITS<C> && HEAD_DIM <= 128 ? 3 : 2;  // of a multiprocessor
@@ -40,26 +40,25 @@ struct Shape {
   // Tiles in flight per warp. With more, asking for them takes longer than they do.
   static constexpr int STAGES = LARGE ? (ROWS <= 256 ? 4 : ROWS <= 768 ? 2 : 1) : ROWS <= 256 && !IN_8_BITS<C> ? 6 : 3;
   static constexpr int WARP = STAGES * TILE, BLOCK = WARPS * WARP;
-  static constexpr int QUERIES = K_STEPS * 64;  // of one angle: step, (head g | its remainder or head g + 8), lane
+  // Queries of one angle: step, (head g | its remainder or head g + 8), lane; in 8 bits a row for each head, and then what
+  // the heads of both angles are to be multiplied by.
+  static constexpr int QUERY_ROW = HEAD_DIM / 4 + 1;  // lanes that read two rows at a time meet 32 banks
+  static constexpr int QUERIES = IN_8_BITS<C> ? (WIDE ? 16 : 8) * QUERY_ROW : K_STEPS * 64;
+  static constexpr int UNITS = IN_8_BITS<C> ? 2 * MAX_GROUP / 4 : 0;
   static_assert(WARP * 16 >= MAX_GROUP * V_DIM * 4, "what a warp finds takes the place of its tiles");
 };
 
-// KEYS rows from slot `first` on, by a warp; those past the last slot are left out.
+// KEYS rows from slot `first` on, by a warp; those past the last slot are left out. mine: what a lane copies of slot 0.
 template <int DIM, typename C>
-__device__ __forceinline__ void copy_rows(const C* x, int64_t stride, int first, int slots, int lane, uint4* place) {
+__device__ __forceinline__ void copy_rows(const C* x, const C* mine, int64_t stride, int first, int slots, int lane,
+                                          uint4* place) {
   using R = Rows<DIM, sizeof(C)>;
-  if (first + KEYS <= slots) {
-    x += (first + lane / R::PIECES) * stride + lane % R::PIECES * R::NUMBERS;
+  if (first + KEYS <= slots && 32 % R::PIECES == 0) {  // a lane has the same piece of rows further down
+    mine += first * stride;
+    const int at = R::place(lane / R::PIECES, lane % R::PIECES);
 #pragma unroll
-    for (int i = 0; i < (KEYS * R::PIECES + 31) / 32; ++i) {
-      const int before = i * 32 / R::PIECES, r = (lane + i * 32) / R::PIECES, piece = (lane + i * 32) % R::PIECES;
-      if (KEYS * R::PIECES % 32 && r >= KEYS) break;
-      if (32 % R::PIECES == 0)  // the same piece of rows further down
-        copy_async(place + R::place(r, piece), x + before * stride);
-      else
-        copy_async(place + R::place(r, piece),
-                   x + (r - lane / R::PIECES) * stride + (piece - lane % R::PIECES) * R::NUMBERS);
-    }
+    for (int before = 0; before < KEYS; before += 32 / R::PIECES)  // what is swizzled turns by as much
+      copy_async(place + (at ^ before % 8) + before * 8, mine + before * stride);
   } else {
 #pragma unroll 1
     for (int i = lane; i < KEYS * R::PIECES; i += 32) {

@@ -7,13 +7,21 @@
 namespace sinkattn::cuda {
 namespace {
 
-// The queries as fragments: piece (step * 2 + half) * 32 + lane holds 8 dims of a row of the products.
-template <bool WIDE, typename T>
-__device__ __forceinline__ void write_query(float x, int member, int dim, T* fragments) {
-  T* place = fragments + (dim / 32 * 64 + member % 8 * 4 + dim % 32 / 8) * 8 + dim % 8;
-  const T rounded = from_float<T>(x);
-  place[member / 8 * 256] = rounded;
-  if (!WIDE) place[256] = from_float<T>(x - to_float(rounded));
+// The queries as fragments: piece (step * 2 + half) * 32 + lane holds 8 dims of a row of the products. In 8 bits they are
+// yet to be rounded.
+template <typename B>
+__device__ __forceinline__ void write_query(const B& b, float x, int angle, int member, int dim) {
+  using T = typename B::T;
+  uint4* fragments = b.queries + angle * B::S::QUERIES;
+  if constexpr (B::EIGHT_BITS) {
+    reinterpret_cast<float*>(fragments + member * B::S::QUERY_ROW)[dim] = x;
+  } else {
+    if (!B::WIDE) x *= b.p.query_scale;  // what is rounded is not scaled before
+    T* place = reinterpret_cast<T*>(fragments + dim / 32 * 64 + member % 8 * 4 + dim % 32 / 8) + dim % 8;
+    const T rounded = from_float<T>(x);
+    place[member / 8 * 256] = rounded;
+    if (!B::WIDE) place[256] = from_float<T>(x - to_float(rounded));
+  }
 }
 
 // What is kept of a new key or value: T, or float32 where it is still to be rounded to 8 bits.
@@ -40,15 +48,50 @@ __device__ __forceinline__ void round_row(float* row, int lane) {
     if (lane + i * 32 < DIM) reinterpret_cast<uint8_t*>(row)[lane + i * 32] = rounded<C>(x[i], scale);
   if (lane == 0) row[DIM / 4] = scale;
 }
-// The block's new keys and values, a row a warp.
+// A query becomes what is multiplied, where it is: with int8 256 a + b, of four dims a and then b; with e4m3 float16, two
+// dims and then what rounding left of them. Returns what the products are to be multiplied by.
+template <typename C, int DIM>
+__device__ __forceinline__ float round_query(float* row, int lane) {
+  constexpr int DIMS = (DIM + 31) / 32;
+  constexpr float LIMIT = std::is_same_v<C, int8_t> ? 127 * 256 : 1024;
+  float x[DIMS];
+#pragma unroll
+  for (int i = 0; i < DIMS; ++i) x[i] = lane + i * 32 < DIM ? row[lane + i * 32] : 0;
+  const float unit = largest_of(x) * (1 / LIMIT), inverse = unit > 1e-36f ? __fdividef(1, unit) : 0;  // all have read
+#pragma unroll
+  for (int i = 0; i < DIMS; ++i) {
+    const int dim = lane + i * 32;
+    if (dim >= DIM) break;
+    const float y = fminf(fmaxf(x[i] * inverse, -LIMIT), LIMIT);  // if one is not finite, the unit is NaN
+    if constexpr (std::is_same_v<C, int8_t>) {
+      const int number = int(rintf(y)), high = (number + 128) >> 8;
+      int8_t* place = reinterpret_cast<int8_t*>(row) + dim / 4 * 8 + dim % 4;
+      place[0] = int8_t(high), place[4] = int8_t(number - high * 256);
+    } else {
+      const __half rounded = from_float<__half>(y);
+      __half* place = reinterpret_cast<__half*>(row) + dim / 2 * 4 + dim % 2;
+      place[0] = rounded, place[2] = from_float<__half>(y - to_float(rounded));
+    }
+  }
+  return unit;
+}
+// The block's queries, new keys and new values, a row a warp.
 template <typename B>
-__device__ __forceinline__ void round_new(const B& b) {
+__device__ __forceinline__ void round_all(const B& b) {
+  using C = typename B::C;
+  const int rows = 2 * (b.last_token + 1), queries = b.members * (b.has_sinks ? 2 : 1);
 #pragma unroll 1
-  for (int i = b.warp; i < 2 * (b.last_token + 1); i += B::WARPS) {
-    if (i % 2 == 0)
-      round_row<typename B::C, B::HEAD_DIM>(b.new_keys + i / 2 * B::HEAD_DIM, b.lane);
-    else
-      round_row<typename B::C, B::V_DIM>(b.new_values + i / 2 * B::V_DIM, b.lane);
+  for (int i = b.warp; i < rows + queries; i += B::WARPS) {
+    if (i >= rows) {
+      const int angle = i - rows >= b.members, member = i - rows - angle * b.members;
+      float* row = reinterpret_cast<float*>(b.queries + angle * B::S::QUERIES + member * B::S::QUERY_ROW);
+      const float unit = round_query<C, B::HEAD_DIM>(row, b.lane) * b.p.query_scale;
+      if (b.lane == 0) b.units[angle * MAX_GROUP + member] = unit;
+    } else if (i % 2 == 0) {
+      round_row<C, B::HEAD_DIM>(b.new_keys + i / 2 * B::HEAD_DIM, b.lane);
+    } else {
+      round_row<C, B::V_DIM>(b.new_values + i / 2 * B::V_DIM, b.lane);
+    }
   }
 }
 
@@ -96,10 +139,8 @@ __device__ __forceinline__ void turn_one(const B& b, F meanwhile) {
       for (int h = 0; h < HEADS; ++h) {
         const int member = first_head + h * SPREAD;
         if (member >= p.group) continue;
-        const float scale = B::WIDE ? 1 : p.query_scale;  // what is rounded is not scaled before
-        write_query<B::WIDE>(turns[i](query[i][h], 0) * scale, member, dim, b.queries);
-        if (b.has_sinks)
-          write_query<B::WIDE>(turns[i](query[i][h], 1) * scale, member, dim, b.queries + B::S::QUERIES * 8);
+        write_query(b, turns[i](query[i][h], 0), 0, member, dim);
+        if (b.has_sinks) write_query(b, turns[i](query[i][h], 1), 1, member, dim);
       }
     }
   }
@@ -120,8 +161,8 @@ __device__ __forceinline__ void turn_few(const B& b, F meanwhile) {
     const Turn turn(p, int64_t(b.row) * b.tokens + token, dim);
     const T* x = q + token * p.q_token + member % p.group * p.q_head;
     const T both[2] = {x[dim], x[turn.other]};
-    write_query<B::WIDE>(turn(both, 0), member, dim, b.queries);
-    if (b.has_sinks) write_query<B::WIDE>(turn(both, 1), member, dim, b.queries + B::S::QUERIES * 8);
+    write_query(b, turn(both, 0), 0, member, dim);
+    if (b.has_sinks) write_query(b, turn(both, 1), 1, member, dim);
   }
 #pragma unroll 4
   for (int i = threadIdx.x; i < (b.last_token + 1) * HEAD_DIM; i += THREADS) {

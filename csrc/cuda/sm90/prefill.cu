@@ -107,7 +107,8 @@ int64_t scratch_elements(const Prefill& p) {
 }
 
 cudaError_t prefill(const Prefill& p, int multiprocessors, cudaStream_t stream) {
-  return (p.is_bfloat16 ? launch_as<__nv_bfloat16> : launch_as<__half>)(p, multiprocessors, stream);
+  if (p.is_bfloat16) return launch_as<__nv_bfloat16>(p, multiprocessors, stream);
+  return launch_as<__half>(p, multiprocessors, stream);
 }
 
 }  // namespace sinkattn::cuda

@@ -23,7 +23,7 @@ __device__ void store_row(const float (&x)[N], int dims, int lane, T* (&copies)[
     const int dim = lane + i * 32;
     if (dim >= dims) break;
     const uint32_t number = rounded<C>(x[i], scale);
-    const T stored = from_float<T>(unpack<__half>(widened<__half, C>(number).x).x * scale);
+    const T stored = from_float<T>(unpack<__half>(widened<C>(number).x).x * scale);
     for (T* to : copies)
       if (to) to[dim] = stored;
     if (cache) reinterpret_cast<uint8_t*>(cache)[dim] = uint8_t(number);
