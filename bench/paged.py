@@ -47,16 +47,16 @@ DIM, PAGE = 128, 16
 
 def paged(batch: int, num_kv_heads: int, lengths: torch.Tensor, capacity: int) -> list[tuple[torch.Tensor, ...]]:
     """Enough (k_pages, v_pages, block_table) to exceed the L2 four times over, in turn, at least 8. Both are views of
-    one tensor, as vLLM's are. Of each text the pages of its sinks and of its window lie anywhere."""
+    one tensor, as vLLM's are, and all layers have one table. Of each text the pages of its sinks and of its window lie
+    anywhere."""
     sinks, window = -(-SINKS // PAGE), (capacity - SINKS + PAGE - 2) // PAGE + 1
     blocks = batch * (sinks + window)
     entries = (lengths // PAGE)[:, None] - torch.arange(window, device="cuda")  # of the window, back from the newest
     entries = torch.cat((torch.arange(sinks, device="cuda").expand(batch, -1), entries), dim=1)
-    found = []
-    for _ in range(max(2, cold(2 * batch * num_kv_heads * capacity * DIM * 2))):
-        table = torch.full((batch, int(lengths.max()) // PAGE + 1), -1, dtype=torch.int32, device="cuda")
-        table.scatter_(1, entries, torch.randperm(blocks, device="cuda").int().view(batch, -1))
-        found.append((*new(blocks, num_kv_heads, PAGE, 2 * DIM).split(DIM, dim=-1), table))
+    table = torch.full((batch, int(lengths.max()) // PAGE + 1), -1, dtype=torch.int32, device="cuda")
+    table.scatter_(1, entries, torch.randperm(blocks, device="cuda").int().view(batch, -1))
+    count = max(2, cold(2 * batch * num_kv_heads * capacity * DIM * 2))
+    found = [(*new(blocks, num_kv_heads, PAGE, 2 * DIM).split(DIM, dim=-1), table) for _ in range(count)]
     return [found[i % len(found)] for i in range(max(8, len(found)))]
 
 

@@ -33,6 +33,7 @@ struct Block {
   bool has_sinks;
   int t, skipped;    // over pages: where the text's token stands; tiles between those of the sinks and of the window
   const int* table;  // the text's row
+  int page, in_page;  // where a tile of this warp is, for each lane another one, of 32 that follow each other
   int64_t pair;
   // Shared memory: tiles of all warps, and those of this one; queries as fragments, text then sink; (tokens, HEAD_DIM),
   // (tokens, V_DIM); of all blocks of the cluster (splits, group, V_DIM), (splits, group, 2). In 8 bits queries, keys and
@@ -105,6 +106,11 @@ struct Block {
   __device__ __forceinline__ int slot_of(int tile) const {
     return (PAGED && tile * KEYS >= p.sink_size ? tile + skipped : tile) * KEYS;
   }
+  __device__ __forceinline__ void find_pages(int tile) {  // of the warp's next 32
+    tile += lane * WARPS;
+    const int slot = tile < end ? slot_of(tile) : 0;
+    page = tile < end ? table[slot / p.page_size] : 0, in_page = slot % p.page_size;
+  }
   // Where a slot's key and value lie.
   struct Place {
     C *key, *value;
@@ -118,9 +124,13 @@ struct Block {
   }
 
   // Fetch: a tile, whatever the length of the row is. A page has whole tiles.
-  __device__ __forceinline__ void fetch(int tile, int stage) const {
+  __device__ __forceinline__ void fetch(int tile, int stage) {
     if (PAGED && tile < end) {
-      const Place place = place_of(slot_of(tile));
+      const int nth = (tile - begin - warp) / WARPS % 32;
+      if (nth == 0) find_pages(tile);  // nobody waits for more than one of 32
+      const int64_t of_tile = __shfl_sync(~0u, page, nth), slot = __shfl_sync(~0u, in_page, nth);
+      const Place place = {keys + of_tile * p.k_cache_row + slot * p.k_cache_slot,
+                           values + of_tile * p.v_cache_row + slot * p.v_cache_slot};
       copy_rows<HEAD_DIM>(place.key, place.key + my_key, p.k_cache_slot, 0, KEYS, lane, key_rows(stage));
       copy_rows<V_DIM>(place.value, place.value + my_value, p.v_cache_slot, 0, KEYS, lane, value_rows(stage));
     } else if (tile < end) {
@@ -133,7 +143,7 @@ struct Block {
     }
     end_of_copies();
   }
-  __device__ __forceinline__ void fetch_first(int from, int to) const {  // of the warp's tiles
+  __device__ __forceinline__ void fetch_first(int from, int to) {  // of the warp's tiles
 #pragma unroll 1
     for (int stage = from; stage < to; ++stage) fetch(begin + warp + stage * WARPS, stage);
   }

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int QUERIES = 128;  // of a tile
 constexpr int STAGES = 2, CONSUMERS = 2;
+constexpr int64_t TOGETHER = 24 << 20;  // bytes of keys and values
 
 struct Barriers {
   uint64_t queries_in[2], queries_out[2], sink_queries_in, sink_queries_out;
@@ -37,32 +38,45 @@ struct Shape {
 // once: 16 tokens of the first head, the same of the next, ..., then the next 16 tokens. A warp has 16 of one head.
 __host__ __device__ int heads_of_tile(const Prefill& p) { return p.group % 4 == 0 ? 4 : p.group % 2 == 0 ? 2 : 1; }
 __host__ __device__ int tokens_of_tile(const Prefill& p) { return QUERIES / heads_of_tile(p); }
-__host__ __device__ int64_t tiles_of(const Prefill& p) {
-  const int heads = heads_of_tile(p), tokens = tokens_of_tile(p);
-  return int64_t((p.tokens + tokens - 1) / tokens) * p.batch * p.num_kv_heads * (p.group / heads);
+__host__ __device__ int tiles_of_heads(const Prefill& p) { return (p.tokens + tokens_of_tile(p) - 1) / tokens_of_tile(p); }
+__host__ __device__ int64_t heads_of_all(const Prefill& p) {  // so many at a time, of all rows
+  return int64_t(p.batch) * p.num_kv_heads * (p.group / heads_of_tile(p));
+}
+__host__ __device__ int64_t tiles_of(const Prefill& p) { return heads_of_all(p) * tiles_of_heads(p); }
+// How many of these have tiles next to each other: as many as the L2 keeps the keys and values for, as far as they are
+// seen.
+__host__ __device__ int heads_together(const Prefill& p) {
+  const int64_t bytes = int64_t(min(p.tokens, p.reach)) * p.head_dim * 4, heads = p.group / heads_of_tile(p);
+  return int(min(heads_of_all(p), max(TOGETHER / bytes, int64_t(1)) * heads));
 }
 
 // A tile of queries, and the tiles of keys that it sees. Tokens and keys are counted from the row's first token in
-// this chunk: 0, 1, ...; what the cache holds goes back -1, -2, ...
+// this chunk: 0, 1, ...; what the cache holds goes back -1, -2, ... Tiles go down from the last: of heads that come
+// together, those of the last tokens first, which are the longest.
 template <int KEYS>
 struct Tile {
-  int number;  // from the last one, which is the longest, down to 0
+  int number, together;
   int row, head, padding;  // its first head
   int first;   // its first token
   int held;    // sinks in the cache
   int from;    // where the sinks see query 0
   int oldest;  // key, no sink, that the row has
   int begin, end;
-  __device__ explicit Tile(const Prefill& p) : number(int(tiles_of(p)) - 1 - int(blockIdx.x)) { find(p); }
+  __device__ explicit Tile(const Prefill& p)
+      : number(int(tiles_of(p)) - 1 - int(blockIdx.x)), together(heads_together(p)) {
+    find(p);
+  }
   __device__ bool exists() const { return number >= 0; }
   __device__ void advance(const Prefill& p) { number -= gridDim.x, find(p); }
 
  private:
   __device__ void find(const Prefill& p) {  // from here on
-    const int tokens = tokens_of_tile(p), parts = p.num_kv_heads * p.group / heads_of_tile(p), pairs = p.batch * parts;
+    const int tokens = tokens_of_tile(p), parts = p.num_kv_heads * p.group / heads_of_tile(p), tiles = tiles_of_heads(p);
     for (; number >= 0; number -= gridDim.x) {
-      const int pair = number % pairs;
-      first = number / pairs * tokens;
+      const int begin_together = number / (together * tiles) * together, rest = number - begin_together * tiles;
+      const int count_together = min(together, p.batch * parts - begin_together);
+      const int pair = begin_together + rest % count_together;
+      first = rest / count_together * tokens;
       head = pair % parts * heads_of_tile(p), row = pair / parts;
       const int count = count_of(p, row);
       if (first >= count) continue;
