@@ -224,7 +224,7 @@ struct Attention {
       if constexpr (EIGHT_BITS) {
         if (row_of(b.lane % KEYS) != slot - first) continue;
         scale_rows[b.lane] = b.lane < KEYS ? key[HEAD_DIM / 4] : value[V_DIM / 4];
-        if (back < b.own) b.scales[slot * b.scale_stride] = scale_rows[b.lane];
+        if (back < b.own) b.my_scale[first * b.scale_stride] = scale_rows[b.lane];
       }
     }
   }

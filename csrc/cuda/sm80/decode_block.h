@@ -45,7 +45,7 @@ struct Block {
   float* handed;
   C *keys, *values;  // of the key head in the cache
   int64_t my_key, my_value;  // from a tile's first to what the lane copies first
-  float *scales, *my_scale;  // of its keys for the first 16 lanes of a warp, of its values for the others
+  float* my_scale;       // of a key in the cache for the first 16 lanes of a warp, of a value for the others
   int64_t scale_stride;  // of slots
 
   __device__ __forceinline__ Block(const Params& p, uint4* shared, int share, int width) : p(p), shared(shared) {
@@ -77,10 +77,10 @@ struct Block {
     my_key = lane / KeyRows::PIECES * p.k_cache_slot + lane % KeyRows::PIECES * KeyRows::NUMBERS;
     my_value = lane / ValueRows::PIECES * p.v_cache_slot + lane % ValueRows::PIECES * ValueRows::NUMBERS;
     if constexpr (EIGHT_BITS) {
-      scales = lane < KEYS ? p.k_scales + int64_t(row) * p.k_scale_row + head * p.k_scale_head
-                           : p.v_scales + int64_t(row) * p.v_scale_row + head * p.v_scale_head;
+      my_scale = lane < KEYS ? p.k_scales + int64_t(row) * p.k_scale_row + head * p.k_scale_head
+                             : p.v_scales + int64_t(row) * p.v_scale_row + head * p.v_scale_head;
       scale_stride = lane < KEYS ? p.k_scale_slot : p.v_scale_slot;
-      my_scale = scales + row_of(lane % KEYS) * scale_stride;
+      my_scale += row_of(lane % KEYS) * scale_stride;
     }
   }
 
