@@ -14,8 +14,9 @@
 //   a cluster in memory, where the last to arrive combines what all found.
 // * Of a few tokens a row, as many share a block as have 16 query heads: a tile is read once for all of them. The block
 //   lays them and those before them over the tiles: nobody waits for what another one appends.
-// * Tiles in 8 bits become 16 in registers, exactly. Scores are multiplied by the scales of their keys, weights by those
-//   of the values: two numbers a key, for all heads of a group.
+// * In 8 bits scores are multiplied by the scales of their keys, weights by those of the values: two numbers a key, for all
+//   heads of a group. int8 keys are multiplied as they are, by queries of two int8 numbers a dim; those of e4m3, and all
+//   values, become float16 in registers, which has them exactly.
 // * The next kernel may launch at once. Where `overlap` says that the cache is settled, its first tiles are asked for
 //   before the kernel ahead is done.
 //
@@ -55,6 +56,48 @@ int clusters_at_a_time(const Params& p, int size, const Device& device) {
   return clusters;
 }
 
+// What a block takes of a multiprocessor: shared memory, what is not dynamic as well, and how many its registers allow.
+struct Room {
+  int bytes, blocks;
+};
+template <typename S>
+Room room_of(const Params& p, int splits) {
+  return {shared_bytes<S>(p, splits) + 1024 + 128, S::BLOCKS};
+}
+Room block_of(const Params& p, Sharing sharing) {
+  return with_dims(p, Room{1 << 30, 0}, [&](auto dims) {
+    constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
+    const auto of = [&](auto number, auto wide) {
+      using C = decltype(number);
+      constexpr bool WIDE = decltype(wide)::value;
+      return sharing.cluster ? room_of<Shape<C, K, V, WIDE, true>>(p, sharing.splits)
+                             : room_of<Shape<C, K, V, WIDE, false>>(p, sharing.splits);
+    };
+    const auto of_kind = [&](auto wide) {
+      return p.stored == Stored::same   ? of(uint16_t(), wide)
+             : p.stored == Stored::int8 ? of(int8_t(), wide)
+                                        : of(E4m3(), wide);
+    };
+    return is_wide(p) ? of_kind(std::true_type()) : of_kind(std::false_type());
+  });
+}
+
+// Blocks in 8 bits are too slow for some of them to keep the memory busy alone. If they come in waves, of which the last
+// one is not full, parts of them fill it better; but each has to start, and to meet the others.
+int splits_of_waves(const Params& p, int64_t pairs, const Device& device) {
+  const Room room = block_of(p, {1, false});
+  const int64_t at_once = device.multiprocessors * std::min<int64_t>(room.blocks, device.shared_bytes / room.bytes);
+  const int64_t tile_bytes = KEYS * (p.head_dim + p.v_dim), found_bytes = width_of(p) * p.group * (p.v_dim + 2) * 4;
+  const auto cost = [&](int splits) {
+    const int64_t waves = (pairs * splits + at_once - 1) / std::max<int64_t>(at_once, 1);
+    return waves * (tiles_of(p) * tile_bytes / splits + (splits > 1 ? 48 * 1024 + 2 * found_bytes : 16 * 1024));
+  };
+  int best = 1;
+  for (int splits = 2; splits <= 8; ++splits)
+    if (cost(splits) * 10 < cost(1) * 9 && cost(splits) < cost(best)) best = splits;
+  return best;
+}
+
 }  // namespace
 
 bool serves(const Params& p, Sharing sharing, const Device& device) {
@@ -65,22 +108,14 @@ bool serves(const Params& p, Sharing sharing, const Device& device) {
   if (sharing.splits < 1 || sharing.splits > (sharing.cluster ? MAX_CLUSTER : MAX_SPLITS)) return false;
   if (sharing.cluster && sharing.splits > 1 && device.compute_major < 9) return false;
   if (p.stored != Stored::same && device.compute_major < 9) return false;
-  return with_dims(p, false, [&](auto dims) {
-    constexpr int K = decltype(dims)::head_dim, V = decltype(dims)::v_dim;
-    const auto of = [&](auto number) {
-      using C = decltype(number);
-      if (is_wide(p)) return (sharing.cluster ? shared_bytes<C, K, V, true, true> : shared_bytes<C, K, V, true, false>)(p, sharing.splits);
-      return (sharing.cluster ? shared_bytes<C, K, V, false, true> : shared_bytes<C, K, V, false, false>)(p, sharing.splits);
-    };
-    const int bytes = p.stored == Stored::same ? of(uint16_t()) : of(uint8_t());
-    return bytes + 1024 + 128 <= device.shared_bytes;  // and what is not dynamic
-  });
+  return block_of(p, sharing).bytes <= device.shared_bytes;
 }
 
 Sharing sharing_of(const Params& p, const Device& device) {
   const int64_t pairs = int64_t(p.batch) * blocks_of(p) * p.num_kv_heads;
   const int64_t tiles = tiles_of(p);
-  if (pairs == 0 || pairs > device.multiprocessors) return {1, false};
+  if (pairs == 0) return {1, false};
+  if (pairs > device.multiprocessors) return {p.stored == Stored::same ? 1 : splits_of_waves(p, pairs, device), false};
   int size = MAX_CLUSTER;
   while (size > 0 && (tiles <= 8 * (size - 1) || !serves(p, {size, true}, device) ||
                       pairs > clusters_at_a_time(p, size, device)))

@@ -17,20 +17,20 @@ namespace {
 bool is_wide(const Params& p) { return p.tokens > 1 || p.group > 8; }
 
 // Dynamic shared memory in bytes: tiles, queries of both angles, new keys and values, then what blocks hand over.
-template <typename C, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE>
+template <typename S>
 int shared_bytes(const Params& p, int splits) {
-  using S = Shape<C, HEAD_DIM, V_DIM, WIDE, LARGE>;
-  const int group = width_of(p) * p.group;
-  const int handed = LARGE && splits > 1 ? splits * group * (V_DIM + 2) * int(sizeof(float)) : 0;
-  return (S::BLOCK + 2 * S::QUERIES + S::UNITS) * 16 + p.tokens * (HEAD_DIM + V_DIM) * (IN_8_BITS<C> ? 4 : 2) + handed;
+  const int group = width_of(p) * p.group, number_bytes = S::UNITS > 0 ? 4 : 2;
+  const int handed = S::BLOCKS == 1 && splits > 1 ? splits * group * (p.v_dim + 2) * int(sizeof(float)) : 0;
+  return (S::BLOCK + 2 * S::QUERIES + S::UNITS) * 16 + p.tokens * (p.head_dim + p.v_dim) * number_bytes + handed;
 }
 
 template <typename T, typename C, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE, Form FORM>
 cudaError_t launch(const Params& p, Sharing sharing, const Device& device, cudaStream_t stream, int* clusters) {
   const auto kernel = decode_kernel<T, C, HEAD_DIM, V_DIM, WIDE, LARGE, FORM>;
-  const int bytes = shared_bytes<C, HEAD_DIM, V_DIM, WIDE, LARGE>(p, sharing.splits);
+  using S = Shape<C, HEAD_DIM, V_DIM, WIDE, LARGE>;
+  const int bytes = shared_bytes<S>(p, sharing.splits);
   const dim3 blocks(sharing.splits, p.num_kv_heads, unsigned(rows_of(p)));
-  Grid grid(blocks, Shape<C, HEAD_DIM, V_DIM, WIDE, LARGE>::THREADS, bytes, stream);
+  Grid grid(blocks, S::THREADS, bytes, stream);
   if (device.compute_major >= 9 && !clusters) grid.overlap();
   if (sharing.cluster && sharing.splits > 1) grid.cluster(sharing.splits);
   if (const cudaError_t error = grid.allow_shared(kernel)) return error;

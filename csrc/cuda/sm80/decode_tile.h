@@ -27,19 +27,20 @@ struct Rows {
   __device__ static int eight(int row, int n) { return place(row, n / EIGHTS) * EIGHTS + n % EIGHTS; }
 };
 
-// Large blocks come in clusters and have a multiprocessor each. Of small ones two or, in 8 bits, four share one: while one
-// of them starts or ends, or makes 16 bits of 8, the others keep the memory busy. C: what the cache holds.
+// Large blocks come in clusters and have a multiprocessor each. Of small ones two share one, or in 8 bits as many as its
+// registers allow: while one of them starts or ends, or makes 16 bits of 8, the others keep the memory busy. C: what the
+// cache holds.
 template <typename C, int HEAD_DIM, int V_DIM, bool WIDE, bool LARGE>
 struct Shape {
   static constexpr int WARPS = LARGE ? 8 : 4, THREADS = WARPS * 32;
-  static constexpr int BLOCKS = LARGE ? 1 : IN_8_BITS<C> && HEAD_DIM <= 128 ? 4 : 2;  // of a multiprocessor
+  static constexpr int BLOCKS = LARGE ? 1 : !IN_8_BITS<C> || HEAD_DIM > 128 ? 2 : std::is_same_v<C, int8_t> ? 4 : 3;  // of a multiprocessor
   static constexpr int K_STEPS = (HEAD_DIM + 31) / 32, V_STEPS = (V_DIM + 63) / 64;
   // Pieces, as all that follows: keys and values, then the scales of both.
   static constexpr int ROWS = Rows<HEAD_DIM, sizeof(C)>::SIZE + Rows<V_DIM, sizeof(C)>::SIZE;
   static constexpr int TILE = ROWS + (IN_8_BITS<C> ? 2 * KEYS / 4 : 0);
   // Tiles in flight per warp. With more, asking for them takes longer than they do.
   static constexpr int STAGES =
-      LARGE ? (ROWS <= 256 ? 4 : ROWS <= 768 ? 2 : 1) : BLOCKS > 2 ? 2 : ROWS <= 256 && !IN_8_BITS<C> ? 6 : 3;
+      LARGE ? (ROWS <= 256 ? 4 : ROWS <= 768 ? 2 : 1) : BLOCKS > 3 ? 2 : ROWS <= 256 && !IN_8_BITS<C> ? 6 : 3;
   static constexpr int WARP = STAGES * TILE, BLOCK = WARPS * WARP;
   // Queries of one angle: step, (head g | its remainder or head g + 8), lane; in 8 bits a row for each head, and then what
   // the heads of both angles are to be multiplied by.
