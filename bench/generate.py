@@ -176,7 +176,7 @@ def methods_of(model: str, batch: int, capacity: int) -> list[str]:
     return [method for method in METHODS if method not in left_out]
 
 
-def steps(models: list[str], output_dir: Path, tokens: int, bandwidth: float) -> list[dict]:
+def steps(models: list[str], methods: list[str], output_dir: Path, tokens: int, bandwidth: float) -> list[dict]:
     rows = []
     for name in models:
         model = make(name)
@@ -184,7 +184,7 @@ def steps(models: list[str], output_dir: Path, tokens: int, bandwidth: float) ->
             about = dict(model=name, batch=batch, capacity=capacity)
             floor = float(f"{floor_ms(model, batch, capacity, bandwidth):.4g}")  # of a tiny model it is nanoseconds
             rows.append(dict(about, method="floor", ms_per_token=floor))
-            for method in methods_of(name, batch, capacity):
+            for method in [method for method in methods_of(name, batch, capacity) if method in methods]:
                 few = {"recompute": 8, "dynamic": max(5, tokens // 3)}.get(method, tokens)
                 few = few if batch <= 8 else min(few, 24)
                 ids = torch.randint(3, 100, (batch, capacity), device=DEVICE)
@@ -279,6 +279,7 @@ def main(
     models: Annotated[str, typer.Option(help=f"Some of {', '.join(SHAPES)}, by commas; 'none' for no steps.")] = (
         "llama-2-7b,llama-3-8b,qwen3-0.6b,qwen3-14b"
     ),
+    methods: Annotated[str, typer.Option(help="Some of the methods, by commas.")] = ",".join(METHODS),
     tokens: Annotated[int, typer.Option(help="Tokens whose times are taken.")] = 100,
     texts: Annotated[str, typer.Option("--lengths", help="Lengths of texts, by commas; none by default.")] = "",
     length_model: Annotated[str, typer.Option(help="Whose time is taken over lengths.")] = "llama-3-8b",
@@ -291,7 +292,8 @@ def main(
         versions = dict(torch=torch.__version__, transformers=transformers.__version__)
         about = dict(device=device_name(DEVICE), **versions, read_gb_per_s=round(bandwidth / 1e9, 1))
         write_json(output_dir / "generate.json", about)
-        print_table(COLUMNS, steps(models.split(","), output_dir, tokens, bandwidth), "one decode step")
+        rows = steps(models.split(","), methods.split(","), output_dir, tokens, bandwidth)
+        print_table(COLUMNS, rows, "one decode step")
     if texts:
         lengths(length_model, output_dir, [int(x) for x in texts.split(",")], capacity, min(tokens, 30))
     if total:
