@@ -244,6 +244,14 @@ def decode_by_cache(about: dict) -> Iterator[dict]:
         yield lines[0] | times | {f"{name}_ratio": line["of_bfloat16"] for name, line in by.items()}
 
 
+def decode_by_cache_on_gpus(about: dict) -> Iterator[dict]:
+    """A line for each shape: the least it can take, and the times of `csrc/cuda` and FlashInfer."""
+    for lines in grouped(about["lines"], "rows heads kv_heads head_dim capacity").values():
+        by = {f"{line['by']}_{line['cache']}": line for line in lines}
+        more = {f"{name}_ratio": line["of_bfloat16"] for name, line in by.items()}
+        yield by["cuda_int8"] | {name: line["us"] for name, line in by.items()} | more
+
+
 def endless(about: dict) -> Iterator[dict]:
     for line in leaves(about["ways"], "way"):
         lost = [at for at in line["lost_at"] if at is not None]
@@ -331,6 +339,11 @@ LOSS = "loss at | {span}", "{way} | {loss:.3f} ({least:.2f}-{most:.2f})", "way"
 DECODE, PREFILL = "num_kv_heads batch capacity", "num_kv_heads batch tokens capacity"
 BACK = "right answers (%), lines back | {back}", "{way} | {percent:.1f}", "way"
 
+LOOP = (
+    "python bench/generate.py --methods generate,stream --models qwen3-0.6b,smollm2-135m,llama-3.2-1b,llama-3-8b "
+    "--output-dir bench/results/h200/loop"
+)
+
 TABLES = {
     # The real model: bench/real_model.py.
     "real loss table": Table(
@@ -365,11 +378,35 @@ TABLES = {
         "{way} | {fluent} | {failed} | {known:.0%} | {lost}", "", chat, source,
         "![Known words, variety and length of the answers by turn]({picture})",
     ),
-    "cache dtype table": Table(
-        "real/cache_dtype", "cache_dtype | loss | off by | error of the logits | bytes a token",
-        "{cache}, {model} model | {loss:.4f} | {loss_off_percent:+.2f} % | {logits_error:.1e} | {bytes:,.0f}",
-        lines=lambda about: [x for x in about["lines"] if x["begin"] == 0 and x["end"] == about["tokens"]],
-        after=lambda about: f"{about['tokens']:,} tokens; {source(about)}",
+    **{
+        f"{name} table": Table(
+            f"real/{folder}cache_dtype", "cache_dtype | loss | off by | error of the logits | bytes a token",
+            "{cache}, {model} model | {loss:.4f} | {loss_off_percent:+.2f} % | {logits_error:.1e} | {bytes:,.0f}",
+            lines=lambda about: [x for x in about["lines"] if x["begin"] == 0 and x["end"] == about["tokens"]],
+            after=lambda about: f"{about['tokens']:,} tokens; {source(about)}",
+        )
+        for name, folder in (("cache dtype", ""), ("wide cache dtype", "c4096/"))
+    },
+    "cache dtype far table": Table(
+        "real/far/cache_dtype", "error of the logits | tokens {begin:,} to {end:,}", "{cache} | {logits_error:.2e}",
+        "cache",
+        lambda about: [x for x in about["lines"] if x["begin"] in (4096, 12288, 995904) and x["cache"] != "auto"],
+        source,
+    ),
+    "cache dtype gpu table": Table(
+        "h200/cache_dtype_decode",
+        "rows, heads, C | floor | bfloat16 | int8 | fp8 | int8 / bfloat16 | fp8 / bfloat16 | FlashInfer | "
+        "FlashInfer, fp8",
+        "{rows}, {heads}/{kv_heads}, {capacity} | {floor_us:.1f} | {cuda_auto:.1f} | {cuda_int8:.1f} | {cuda_fp8:.1f} "
+        "| {cuda_int8_ratio:.2f} | {cuda_fp8_ratio:.2f} | {flashinfer_auto:.1f} | {flashinfer_fp8:.1f}",
+        lines=decode_by_cache_on_gpus,
+        after=lambda about: source(
+            about | {"command": "python bench/cache_dtype.py --speed --output-dir bench/results/h200"}
+        ),
+    ),
+    "cache dtype step table": Table(
+        "h200/cache_dtype_step", "rows, C | cache_dtype | ms a token | of bfloat16 | cache, GB",
+        "{rows}, {capacity} | {cache} | {ms_per_token:.2f} | {of_bfloat16:.2f} | {cache_gb:.1f}",
     ),
     "cache dtype decode table": Table(
         "cpu/cache_dtype_decode", "rows, heads, C | bfloat16 | int8 | fp8 | int8 / bfloat16 | fp8 / bfloat16",
@@ -449,6 +486,11 @@ TABLES = {
         "{x[flashinfer_fa3]:.2f} | {x[sdpa_cudnn]:.2f}", PREFILL,
         kernel("ms", PREFILL, PREFILL_AIMS),
     ),
+    "pages table": Table(
+        "h200/paged", "heads/kv | batch | C | floor | {provider}",
+        "{num_heads}/{num_kv_heads} | {batch} | {capacity} | {floor_us:.1f} | {us:.1f}",
+        "num_heads num_kv_heads batch capacity", after=source,
+    ),
     "launch table": Table("h200/launch", "what is called | by | us", "{op} | {backend} | {host_us}", after=source),
     "errors table": Table(
         "h200/errors", "op | dtype | scale | sinkattn | SDPA | ratio, at most",
@@ -471,6 +513,10 @@ TABLES = {
     "generate table": Table(
         "h200/generate", "model | batch | C | {method}", "{model} | {batch} | {capacity} | {ms_per_token:.2f}",
         "model batch capacity", generate, lambda x: f"{source(x)[:-1]}; reads {x['read_gb_per_s'] / 1e3:.2f} TB/s.",
+    ),
+    "loop table": Table(
+        "h200/loop/generate", "model | batch | {method}", "{model} | {batch} | {ms_per_token:.3f}", "model batch",
+        after=lambda about: source(about | {"command": LOOP, "versions": about}),
     ),
     "shared table": Table(
         "h200/shared", "rows | sinks | own, us | shared, us (floor) | of that the sinks | times | memory, times",
