@@ -169,8 +169,8 @@ struct Attention {
       value_at[i / 2][i % 2] = ValueRows::eight(row_of(2 * b.c + i % 2), i / 2 * 8 + b.g);
   }
 
-  // Fragments of a step's queries, rows g and g + 8: of the first and of the last half of an eight of dims, or with int8 of
-  // the numbers and of what rounding left of them. Zero for heads that are not there, or past the last dim.
+  // Fragments of a step's queries, rows g and g + 8: of the first and of the last half of an eight of dims, or with int8
+  // of the numbers and of what rounding left of them. Zero for heads that are not there, or past the last dim.
   __device__ __forceinline__ void find_queries(uint4 (&query)[PARTS], int angle, int step) const {
     const uint4* pieces = query_pieces + angle * S::QUERIES;
     const auto piece = [&](int half, int place) {
@@ -178,7 +178,8 @@ struct Attention {
       return inside ? pieces[half * 8 * S::QUERY_ROW + place] : make_uint4(0, 0, 0, 0);
     };
     if constexpr (!EIGHT_BITS) {
-      const uint4 x = piece(0, step * 64), y = WIDE ? piece(1, step * 64 + 32 - 8 * S::QUERY_ROW) : piece(0, step * 64 + 32);
+      const uint4 x = piece(0, step * 64);
+      const uint4 y = WIDE ? piece(1, step * 64 + 32 - 8 * S::QUERY_ROW) : piece(0, step * 64 + 32);
       query[0] = make_uint4(x.x, y.x, x.y, y.y), query[1] = make_uint4(x.z, y.z, x.w, y.w);
     } else if constexpr (!WIDE) {
 #pragma unroll
@@ -296,8 +297,10 @@ struct Attention {
     for (int r = 0; r < ROWS; ++r) by[r] = scale_of_queries(1, r);
     score_keys<1>(of_sinks, by, key_rows);
 #pragma unroll
-    for (int i = 0; i < ROWS * 4; ++i)
-      if (first + row_of(i % 4 / 2 * 8 + b.c * 2 + i % 2) < p.sink_size) x[i / 4][i % 4 / 2][i % 2] = of_sinks[i / 4][i % 4 / 2][i % 2];
+    for (int i = 0; i < ROWS * 4; ++i) {
+      const int r = i / 4, j = i % 4 / 2, e = i % 2;
+      if (first + row_of(j * 8 + b.c * 2 + e) < p.sink_size) x[r][j][e] = of_sinks[r][j][e];
+    }
   }
 
   // Whether all of a tile is visible to all members: to the last token the oldest slot of its ring is, no age within it
