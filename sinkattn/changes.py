@@ -175,8 +175,8 @@ class Lookout:
 
     @property
     def has_news(self) -> bool:
-        """Whether something was put into a model since the last look."""
-        return self._made != made()
+        """Whether something was put into a model since the last look; nothing before the first one."""
+        return self.seen is not None and self._made != made()
 
     @torch.compiler.disable  # dynamo would trace it, and fails where a module of another model goes meanwhile
     def look(self, fused) -> None:

@@ -13,6 +13,7 @@ from torch.nn.modules import module as modules
 from helpers import fed, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, patch
+from sinkattn.changes import Lookout
 from tiny import tiny
 
 S, W = 4, 8
@@ -155,6 +156,17 @@ def test_rotaries_that_do_not_change_stay_fused(name):
             fed(model, ids, 1)
             fed(model, ids, 40)
         assert all(form.is_valid for form in forms)
+
+
+def test_patch_looks_once(monkeypatch):
+    """When it is done: what it runs meanwhile is the model that it was given."""
+    looked, look = [], Lookout.look
+    monkeypatch.setattr(Lookout, "look", lambda self, fused: (looked.append(1), look(self, fused)))
+    model = tiny("llama").to(torch.bfloat16)
+    for _ in range(2):
+        with patch(model, S, W):
+            assert len(looked) == 1
+            looked.clear()
 
 
 def test_steps_of_one_token_do_not_look(monkeypatch):
