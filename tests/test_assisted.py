@@ -103,11 +103,11 @@ def test_sampling_keeps_the_distribution():
         first = model.generate(ids, do_sample=False, max_new_tokens=1)
         counts = torch.zeros(2, 97)
         for which, assistant in enumerate(({}, dict(assistant_model=draft))):
-            for _ in range(100):
+            for _ in range(300):
                 counts[which, model.generate(first, **options, **assistant)[0, 42]] += 1
         assert (counts[0] > 0).sum() > 1
         shares = counts / counts.sum(1, keepdim=True)
-        assert 0.5 * (shares[0] - shares[1]).abs().sum() < 0.35  # total variation; by chance about 0.1
+        assert 0.5 * (shares[0] - shares[1]).abs().sum() < 0.3  # total variation; by chance 0.13, if there are 16
 
 
 def test_interrupted_behind_candidates():
