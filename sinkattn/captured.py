@@ -24,7 +24,7 @@ class CapturedSteps:
     """
 
     def __init__(self, model, cuda_graph: bool):
-        self.model, self.why_eager = model, None if cuda_graph else "cuda_graph=False"
+        self.model, self.why_eager = model, "patch() is not done" if cuda_graph else "cuda_graph=False"
         self._refused = not cuda_graph  # for good, while `why_eager` may change with hooks and devices
         self._takes_one = False  # whether steps of more tokens cannot be captured
         self._mark = object()  # what is captured reads the weights of this model, and of no copy of it

@@ -128,6 +128,17 @@ def configs(model: nn.Module) -> list[PreTrainedConfig]:
     return list({id(x): x for x in held}.values())
 
 
+def said(x: object, inside: tuple[int, ...] = ()) -> object:
+    """What a config says, as a copy that compares: configs of layers that differ raise where they are compared."""
+    if isinstance(x, dict):
+        return {key: said(y, inside) for key, y in x.items()}
+    if isinstance(x, list | tuple | set):
+        return type(x), [said(y, inside) for y in x]
+    if not hasattr(x, "__dict__") or callable(x) or id(x) in inside:
+        return x
+    return type(x), {key: said(y, (*inside, id(x))) for key, y in vars(x).items()}
+
+
 REACHES = ("sliding_window", "layer_types", "attention_chunk_size")  # what transformers' masks are made from
 
 
@@ -206,5 +217,5 @@ class Lookout:
                 )
         if fused is not None:
             fused.look(seen)
-        now = seen, weights(self.model), copy.deepcopy(configs(self.model))
+        now = seen, weights(self.model), said(configs(self.model))
         self.version, self.seen = self.version + (now != self.seen), now

@@ -9,7 +9,9 @@ import peft
 import pytest
 import torch
 from torch.nn.modules import module as modules
+from transformers import CONFIG_MAPPING
 
+import sweep
 from helpers import fed, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, patch
@@ -156,6 +158,25 @@ def test_rotaries_that_do_not_change_stay_fused(name):
             fed(model, ids, 1)
             fed(model, ids, 40)
         assert all(form.is_valid for form in forms)
+
+
+@pytest.mark.skipif("gemma4_unified" not in CONFIG_MAPPING, reason="not in this transformers")
+def test_configs_whose_layers_differ():
+    """They refuse to be compared: heads are of another size in some of their layers."""
+    model, ids = sweep.build("gemma4_unified"), random_ids(1, 20)
+    with patch(model, S, W) as handle, torch.no_grad():
+        model(ids)
+        model(ids)
+        assert handle.runner.lookout.version == 1
+        model.config.get_text_config().final_logit_softcapping = 3.0
+        model(ids)
+        assert handle.runner.lookout.version == 2
+
+
+def test_states_that_go_on_one_token_at_a_time():
+    """A second piece is tried token by token before `patch` has found out whether steps can be captured."""
+    with patch(sweep.build("jamba"), S, W) as handle:
+        assert not handle.plan.continues and handle.why_eager != "patch() is not done"
 
 
 def test_patch_looks_once(monkeypatch):
