@@ -41,6 +41,7 @@ from tiny import spread  # noqa: E402
 S, W = 2, 7
 C = S + W
 TOLERANCE = 1e-4  # float32, of the spread of the logits
+INT8 = 0.3  # of the spread: experts may be chosen otherwise
 STATEFUL_TOLERANCE = 1e-3  # layers with a state compute it by scan and by recurrence, which differ by that much
 FULL, SLIDING, LINEAR, HYBRID = "full_attention", "sliding_attention", "linear_attention", "hybrid"
 
@@ -192,6 +193,7 @@ class Result:
     reason: str = ""
     modes: dict = dataclasses.field(default_factory=dict)  # mode -> error, or why the type itself does not have it
     bfloat16: dict = dataclasses.field(default_factory=dict)  # error and own (root mean squares), times, noise; or why
+    int8: dict = dataclasses.field(default_factory=dict)  # error (root mean square) of caches in int8; or why
 
 
 def snapshot(model):
@@ -288,6 +290,7 @@ def check(name: str) -> Result:
         compare(model, result, before)
         if result.status == "exact":
             compare_bfloat16(model, result)
+            compare_int8(model, result)
     except Exception as error:
         result.status, result.reason = "wrong", f"{error!r}\n{traceback.format_exc()[-1500:]}"
     return result
@@ -391,6 +394,26 @@ def compare_bfloat16(model, result: Result) -> None:
         result.reason = f"bfloat16, {worst}: {times:.2f} times the unpatched error, noise {noise:.2f}"
 
 
+@torch.no_grad()
+def compare_int8(model, result: Result) -> None:
+    """Caches in int8: served, with logits as near to those of 32 bits as steps of a 127th leave them."""
+    ids = torch.randint(3, 90, (2, 3 * C + 2), generator=torch.Generator().manual_seed(3))
+    expected = streaming_logits(model, ids, S, W)
+    try:
+        with sinkattn.patch(model, S, W, cache_dtype="int8"):
+            logits = {"at once": model(ids).logits}
+            if not isinstance(result.modes["tokens"], str):
+                logits["token by token"] = fed(model, sinkattn.SinkCache(model), ids, 1)
+    except sinkattn.UnsupportedModelError as refusal:
+        result.int8["reason"] = f"refused: {refusal}"
+        return
+    errors = {mode: token_errors(x, expected).square().mean().sqrt().item() for mode, x in logits.items()}
+    worst = max(errors, key=lambda mode: errors[mode] if math.isfinite(errors[mode]) else math.inf)
+    result.int8["error"] = errors[worst]
+    if not errors[worst] < INT8:
+        result.status, result.reason = "wrong", f"int8, {worst}: off by {errors[worst]:.2f} of the spread"
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
@@ -421,6 +444,10 @@ def document() -> str:
             return f"{measured['error']:.2g} ({measured['own']:.2g})"
         return measured.get("reason", "").partition(":")[0]
 
+    def eight(name: str) -> str:
+        measured = next((r["int8"] for r in found[name].values() if r.get("int8")), {})
+        return f"{measured['error']:.2g}" if "error" in measured else measured.get("reason", "").partition(":")[0]
+
     names = sorted(found, key=str.lower)
     served = [name for name in names if any(result["status"] == "exact" for result in found[name].values())]
     others = [name for name in names if name not in served]
@@ -444,13 +471,17 @@ def document() -> str:
         if mark(name, version).endswith("*")
     ]
     served_rows = [
-        [n, newest(n)["positions"], newest(n)["route"], *(mark(n, v) for v in versions), half(n)] for n in served
+        [n, newest(n)["positions"], newest(n)["route"], *(mark(n, v) for v in versions), half(n), eight(n)]
+        for n in served
     ]
     other_rows = [
         [n, newest(n)["positions"], *(mark(n, v) for v in versions), newest(n)["reason"][:400]] for n in others
     ]
     tolerances = f"{TOLERANCE:g} of their spread ({STATEFUL_TOLERANCE:g} where layers keep a state of their own)"
-    header, named = ["type", "positions", "route", *versions, "bfloat16"], ["type", "positions", *versions, "reason"]
+    header, named = (
+        ["type", "positions", "route", *versions, "bfloat16", "int8"],
+        ["type", "positions", *versions, "reason"],
+    )
     return f"""# Models
 
 Made by `python tests/sweep.py` (torch {sweeps[0]["torch"]}): every causal-LM type of transformers, built tiny from its
@@ -469,6 +500,8 @@ watching what becomes of the keys and values that the cache hands out. A star: t
 bfloat16: error of the logits against float32, root mean square over the spread, and in brackets that of re-computation
 by the unpatched type in bfloat16. Both swing where a softmax or an expert stands at the edge; the geometric mean over
 tokens is in no type above {ALLOWED} times the unpatched error, give or take three standard errors.
+int8: error of the logits of a float32 model with [caches in int8](cache_dtype.md), at once or token by token, whichever
+is larger; refused where keys are turned again as a text grows.
 
 {table(header, served_rows)}
 
