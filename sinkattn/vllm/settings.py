@@ -29,8 +29,12 @@ class Sizes:
 
 def sizes_of(vllm_config) -> Sizes | None:
     """The sizes that a configuration asks for, None if it does not name sinkattn. Raises ValueError for wrong ones."""
-    given = vllm_config.additional_config
-    given = given.get("sinkattn") if isinstance(given, dict) else None
+    config = vllm_config.additional_config
+    config = config if isinstance(config, dict) else {}
+    meant = [key for key in config if str(key).lower().replace("_", "").replace("-", "") == "sinkattn"]
+    if meant not in ([], ["sinkattn"]):
+        raise ValueError(f"--additional-config: 'sinkattn' is the name, not {meant[-1]!r}")
+    given = config.get("sinkattn")
     if given is None:
         return None
     if not isinstance(given, dict) or not given.keys() <= DEFAULTS.keys():
@@ -61,7 +65,8 @@ def take_environment(vllm_config) -> None:
         return
     if not isinstance(vllm_config.additional_config, dict):
         raise ValueError(f"{' and '.join(names.values())} need an --additional-config that is a dictionary")
-    own = vllm_config.additional_config.get("sinkattn", {})
+    own = vllm_config.additional_config.get("sinkattn")
+    own = {} if own is None else own
     vllm_config.additional_config["sinkattn"] = given | own if isinstance(own, dict) else own
 
 
@@ -116,6 +121,9 @@ def register(platform: type) -> None:
         if sizes is None:
             return
         check(vllm_config)
+        cache = vllm_config.cache_config
+        if cache.prefix_cache_retention_interval == 0:  # vLLM's default: of a window the ends of prompts alone are kept
+            cache.prefix_cache_retention_interval = None
         logger.info_once("sinkattn: %d sinks and a window of %d tokens", sizes.sink_size, sizes.window_size)
 
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None) -> str:

@@ -56,9 +56,13 @@ def test_sizes(tmp_path, monkeypatch):
 
     assert sizes() == settings.Sizes(S, W)
     assert sizes(additional_config={}) is None
+    for interval, kept in ((0, None), (None, None), (64, 64)):  # 0 is the default, for which all blocks are kept
+        cache = configuration(tmp_path, prefix_cache_retention_interval=interval, block_size=32).cache_config
+        assert cache.prefix_cache_retention_interval == kept
+    assert configuration(tmp_path, additional_config={}).cache_config.prefix_cache_retention_interval == 0
     assert sizes(additional_config={"sinkattn": {}}) == settings.Sizes(4, 1020)
     monkeypatch.setenv("SINKATTN_WINDOW_SIZE", "77")
-    assert sizes(additional_config={}) == settings.Sizes(4, 77)
+    assert sizes(additional_config={}) == sizes(additional_config={"sinkattn": None}) == settings.Sizes(4, 77)
     assert sizes() == settings.Sizes(S, W)
     monkeypatch.setenv("SINKATTN_SINK_SIZE", "few")
     with pytest.raises(ValueError, match="whole numbers"):
@@ -71,6 +75,12 @@ def test_sizes(tmp_path, monkeypatch):
 def test_wrong_sizes(tmp_path, wrong):
     with pytest.raises(ValueError, match="sinkattn"):
         configuration(tmp_path, additional_config={"sinkattn": wrong})
+
+
+def test_names_that_are_not_quite_it(tmp_path):
+    for name in ("SinkAttn", "sink_attn", "sink-attn"):
+        with pytest.raises(ValueError, match="'sinkattn' is the name"):
+            configuration(tmp_path, additional_config={name: {}})
 
 
 # What is refused, and that it is served where sinkattn is not asked for.
