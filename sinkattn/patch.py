@@ -80,8 +80,8 @@ class Handle:
             self._restore()
             raise
         self._install()
-        self.runner.lookout.begin(self._attending)
         self.runner.look()
+        self.runner.lookout.begin(self._attending)  # what the next look finds is told
         self._tell()
 
     def _find_out(self, fuse: str, cuda_graph: bool, asked: dict[str, Any]) -> None:
