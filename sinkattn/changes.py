@@ -132,8 +132,10 @@ def said(x: object, inside: tuple[int, ...] = ()) -> object:
     """What a config says, as a copy that compares: configs of layers that differ raise where they are compared."""
     if isinstance(x, dict):
         return {key: said(y, inside) for key, y in x.items()}
-    if isinstance(x, list | tuple | set):
+    if isinstance(x, list | tuple):
         return type(x), [said(y, inside) for y in x]
+    if isinstance(x, set):
+        return frozenset(x)  # in no order
     if not hasattr(x, "__dict__") or callable(x) or id(x) in inside:
         return x
     return type(x), {key: said(y, (*inside, id(x))) for key, y in vars(x).items()}

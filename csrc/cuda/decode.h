@@ -42,8 +42,8 @@ inline int tiles_of(const Params& p) {
   return p.starts ? of_sinks + (p.window_size + KEYS - 2) / KEYS + 1 : (p.sink_size + p.ring_size + KEYS - 1) / KEYS;
 }
 
-// How a key head of a token, or of a few, is shared: by so many small blocks, two to a multiprocessor, that meet in memory, or by a
-// cluster of large ones, a multiprocessor each, that meet faster. Clusters of more than one are sm_90's first.
+// How a key head of a token, or of a few, is shared: by so many small blocks, several to a multiprocessor, that meet in
+// memory, or by a cluster of large ones, a multiprocessor each, that meet faster. Clusters of more than one are sm_90's first.
 struct Sharing {
   int splits;
   bool cluster;

@@ -69,10 +69,6 @@ inline __half2 __hadd2(__half2 a, __half2 b) {
 inline __half2 __hmul2(__half2 a, __half2 b) {
   return __floats2half2_rn(__half2float(a.x) * __half2float(b.x), __half2float(a.y) * __half2float(b.y));
 }
-inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
-  const float2 x = __bfloat1622float2(a), y = __bfloat1622float2(b);
-  return __floats2bfloat162_rn(x.x + y.x, x.y + y.y);
-}
 inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
   const float2 x = __bfloat1622float2(a), y = __bfloat1622float2(b);
   return __floats2bfloat162_rn(x.x * y.x, x.y * y.y);
