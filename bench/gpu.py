@@ -64,9 +64,13 @@ def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def operands(num_heads: int, num_kv_heads: int, batch: int, tokens: int, head_dim: int = 128, dtype=torch.bfloat16):
-    """q, k, v, each (batch, heads, tokens, head_dim), and a rotation (batch, tokens, 2, 2, head_dim / 2) float32."""
+    """q, k, v, each (batch, heads, tokens, head_dim), and a rotation (batch, tokens, 2, 2, head_dim / 2) float32.
+
+    Sinks have the angles of text, as they have until a text outgrows the cache.
+    """
     q, k, v = (new(batch, heads, tokens, head_dim, dtype=dtype) for heads in (num_heads, num_kv_heads, num_kv_heads))
-    return q, k, v, new(batch, tokens, 2, 2, head_dim // 2, dtype=torch.float32)
+    angles = new(batch, tokens, 1, 2, head_dim // 2, dtype=torch.float32)
+    return q, k, v, angles.repeat(1, 1, 2, 1, 1)
 
 
 def counters_of(kv: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:

@@ -5,6 +5,8 @@ run. A graph launches all of them at once. It repeats the kernels and nothing el
 so hooks and whatever else may act in the middle of a step keep a model out (`why_eager`).
 """
 
+import contextlib
+import gc
 import threading
 from collections.abc import Callable
 
@@ -25,6 +27,18 @@ def _capture_stream(device: torch.device) -> "torch.cuda.Stream":
     return made[str(device)]
 
 
+@contextlib.contextmanager
+def _nothing_dies():
+    """Python's collector rests: a dead graph that it finds cannot go in a capture, which then fails."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 class Captured:
     """``run(**inputs)``, captured: a call copies its inputs to where the graph reads them and replays it.
 
@@ -43,7 +57,8 @@ class Captured:
         how = dict(stream=stream, capture_error_mode="thread_local")
         # A capture that fails leaves its stream set: the one around it takes it back. Some versions of torch make
         # another stream for a graph, on the current GPU: within its device, so that no other GPU is touched.
-        with torch.cuda.device(device), torch.cuda.stream(stream), torch.cuda.graph(self._graph, **how):
+        within = torch.cuda.device(device), torch.cuda.stream(stream), _nothing_dies()
+        with within[0], within[1], within[2], torch.cuda.graph(self._graph, **how):
             self.output = run(**self.inputs)
 
     def __call__(self, **inputs: Tensor):

@@ -52,6 +52,7 @@ class Case:
     rotary: int | None = None
     start: int = 0
     interleaved: bool = False
+    near: bool = False  # sinks are to all queries where they are
     learned: bool = False
     alibi: bool = False
     softcap: float = 0.0
@@ -106,6 +107,8 @@ class Case:
             k.copy_((32 * k.float()).round().clamp(-127, 127) / 32)
         half = (self.head_dim if self.rotary is None else self.rotary) // 2
         angles = 100 * torch.randn(batch, self.tokens, 2, half)
+        if self.near:
+            angles[:, :, 1] = angles[:, :, 0]
         rotation = torch.stack((angles.cos(), angles.sin()), dim=3) if half else None
         if half and self.stored is not None:
             rotation = (4 * rotation).round() / 4

@@ -10,7 +10,6 @@ import copy
 import functools
 import os
 import pydoc_data.topics
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -71,7 +70,6 @@ def folder() -> Path:
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             model.save_pretrained(f"{scratch}/model")
             words.save_pretrained(f"{scratch}/model")
-            shutil.rmtree(made, ignore_errors=True)
             try:
                 os.rename(f"{scratch}/model", made)
             except OSError:  # another process was faster

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from helpers import GPU, endless, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, Stream, patch
+from sinkattn.graph import Captured
 from tiny import tiny
 
 S, W = 4, 10
@@ -262,6 +264,29 @@ def test_memory_comes_back():
     gc.collect()
     assert held - before > 2 * 2004 * 2 * 16 * 4 * 2 * 3  # the last cache is kept for the next one
     assert torch.cuda.memory_allocated(GPU) <= before + 4096  # torch keeps a few numbers for each graph
+
+
+@pytest.mark.gpu
+def test_a_graph_that_nobody_reaches_dies_in_no_capture():
+    """Python's collector would drop it there, which no capture survives."""
+    x = torch.zeros(8, device=GPU)
+
+    def add(x):
+        if many:
+            assert not gc.isenabled() and [[] for _ in range(100_000)]
+        return x + 1
+
+    many = False
+    add(x)
+    gc.collect()
+    dead = [Captured(add, x.device, x=x)]
+    dead.append(dead)
+    lives, many = weakref.ref(dead[0]), True
+    del dead
+    captured = Captured(add, x.device, x=x)
+    assert lives() is not None and gc.isenabled()
+    gc.collect()
+    assert lives() is None and torch.equal(captured(x=x + 1), x + 2)
 
 
 @pytest.mark.gpu

@@ -550,11 +550,25 @@ def test_prefill(dim, prefill):
         edge, rows = sinks + ring, random.choice([1, 2])
         lengths = torch.tensor(random.choices([0, 1, sinks, edge - 1, edge + 1, 3 * edge + 7, 4_000_000], k=rows))
         counts = torch.randint(0, tokens + 1, (rows,)) if random.random() < 0.5 else None
-        check_prefill(prefill, (kv_heads * group, kv_heads), tokens, dim, (sinks, ring, window), lengths, counts)
+        sizes = sinks, ring, window
+        check_prefill(prefill, (kv_heads * group, kv_heads), tokens, dim, sizes, lengths, counts, [True] * tokens)
 
 
-def check_prefill(prefill, heads, tokens, dim, sizes, lengths, counts) -> None:
-    """Against the definition in float64. Dtype, rotation and what else a call has are random."""
+@pytest.mark.parametrize("dim", [64, 128, 192, 256])
+def test_prefill_of_new_texts(dim, prefill):
+    """To queries that see all of a text, sinks are keys like others, but not if a query of the tile turns by others."""
+    keys = 128 if dim <= 128 else 48
+    for sinks in (0, 1, 37, keys - 1, keys):
+        window, tokens = random.choice([1, 2, 60, 150]), random.choice([31, 70, 129, 260])
+        lengths, other = torch.tensor(random.choices([0, 1, sinks], [3, 1, 1], k=2)), random.randrange(tokens)
+        for differs in ([False] * tokens, [i == other for i in range(tokens)]):
+            counts = random.choice([None, torch.randint(0, tokens + 1, (2,))])
+            check_prefill(prefill, (4, 1), tokens, dim, (sinks, window + 5, window), lengths, counts, differs)
+
+
+def check_prefill(prefill, heads, tokens, dim, sizes, lengths, counts, differs) -> None:
+    """Against the definition in float64. differs: whether a token has an angle of its own for sinks. Dtype, rotation
+    and what else a call has are random."""
     dtype, rows, (num_heads, kv_heads), (sinks, ring, window) = (
         random.choice([torch.float16, torch.bfloat16]), len(lengths), heads, sizes
     )  # fmt: skip
@@ -564,6 +578,7 @@ def check_prefill(prefill, heads, tokens, dim, sizes, lengths, counts) -> None:
     caches = [torch.randn(rows, kv_heads, sinks + ring, dim).to(dtype) for _ in range(2)]
     empty = (reference.held_positions(lengths, sinks, ring) < 0)[:, None, :, None]
     angles = 6 * torch.rand(rows, tokens, 2, 1, max(half, 1))
+    angles[:, :, 1] = angles[:, :, 1].where(torch.tensor(differs)[:, None, None], angles[:, :, 0])
     rotation = torch.cat((angles.cos(), angles.sin()), dim=3)
     padding = torch.arange(tokens) < tokens - (torch.full_like(lengths, tokens) if counts is None else counts)[:, None]
     for x in caches:

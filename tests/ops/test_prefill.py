@@ -118,6 +118,9 @@ PREFILL_SHAPES = {
     "gqa 8, padding": {"heads": 8, "kv_heads": 1, "tokens": 333, "counts": (333, 300, 31, 0, 1, 33)},
     "one token": {"tokens": 1},
     "many tiles": {"tokens": 2000, "heads": 32, "kv_heads": 4, "lengths": (0, 1000)},
+    "many tiles, near": {"tokens": 2000, "heads": 32, "kv_heads": 4, "lengths": (0, 1000), "near": True, "window": 700},
+    "new texts, near": {"tokens": 300, "heads": 8, "kv_heads": 2, "lengths": (0,) * 70, "near": True, "window": 252},
+    "alibi, 37 sinks, padding, near": {"sink": 37, "counts": (150, 149, 7, 0, 1, 33), "near": True, "alibi": True},
 }
 
 
@@ -140,10 +143,11 @@ def test_large_shapes(backend, device, shape, head_dim):
 @with_cuda_library
 @pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 @pytest.mark.parametrize("edge", [48, 128])
-def test_edges_of_tiles(head_dim, edge):
+@pytest.mark.parametrize("near", [False, True])
+def test_edges_of_tiles(head_dim, edge, near):
     """Chunks and windows that end a token before the edge of a tile, at it, or behind it."""
     for tokens in (edge - 1, edge, edge + 1, 3 * edge + 1):
         for window, group in ((edge, 1), (edge + 1, 2), (edge + 2, 4), (2 * edge + 1, 6)):
             lengths = (0, 1, edge - 4, window + 3, window + 4, 5 * edge + 7)
-            case = Case(lengths, None, tokens, group, 1, head_dim, window=window, alibi=tokens == edge)
+            case = Case(lengths, None, tokens, group, 1, head_dim, window=window, near=near, alibi=tokens == edge)
             check("prefill", "cuda", GPU, torch.bfloat16, case)

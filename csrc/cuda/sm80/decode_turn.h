@@ -42,7 +42,8 @@ __device__ __forceinline__ void round_row(float* row, int lane) {
   float x[DIMS];
 #pragma unroll
   for (int i = 0; i < DIMS; ++i) x[i] = lane + i * 32 < DIM ? row[lane + i * 32] : 0;
-  const float scale = scale_of<C>(x);  // all have read
+  const float scale = scale_of<C>(x);
+  __syncwarp();  // all have read
 #pragma unroll
   for (int i = 0; i < DIMS; ++i)
     if (lane + i * 32 < DIM) reinterpret_cast<uint8_t*>(row)[lane + i * 32] = rounded<C>(x[i], scale);
@@ -57,7 +58,8 @@ __device__ __forceinline__ float round_query(float* row, int lane) {
   float x[DIMS];
 #pragma unroll
   for (int i = 0; i < DIMS; ++i) x[i] = lane + i * 32 < DIM ? row[lane + i * 32] : 0;
-  const float unit = largest_of(x) * (1 / LIMIT), inverse = unit > 1e-36f ? __fdividef(1, unit) : 0;  // all have read
+  const float unit = largest_of(x) * (1 / LIMIT), inverse = unit > 1e-36f ? __fdividef(1, unit) : 0;
+  __syncwarp();  // all have read
 #pragma unroll
   for (int i = 0; i < DIMS; ++i) {
     const int dim = lane + i * 32;

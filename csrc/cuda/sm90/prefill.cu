@@ -17,7 +17,9 @@
 //   column that the head does not with zeros.
 // * While one product runs, the softmax of the one before is worked out, in the same warpgroup and in the other one:
 //   they take turns in asking for products. The first scores of a tile are asked for before the last one is put away.
-// * Only tiles that an edge of the band goes through take a mask. Sinks come 16 at a time, in products of that size.
+// * Only tiles that an edge of the band goes through take a mask. Sinks come 16 at a time, in products of that size,
+//   unless they are keys like others: to the queries of a new text that see all of it, and turn by the same angles for
+//   sinks, as who turns them finds.
 #include "prefill_kernel.h"
 
 namespace sinkattn::cuda {

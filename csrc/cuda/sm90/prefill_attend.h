@@ -62,13 +62,13 @@ __device__ __forceinline__ void soften(float (&x)[N], float (&top)[2], float (&t
 
 // Hides what a warp's 16 queries, from number `of_warp` of the tile on, do not see of the keys of tile n.
 template <int KEYS>
-__device__ __forceinline__ void mask(float (&score)[KEYS / 2], int n, const Prefill& p, Tile<KEYS> tile, int of_warp,
-                                     int g, int c) {
+__device__ __forceinline__ void mask(float (&score)[KEYS / 2], int n, const Tile<KEYS>& tile, int of_warp, int g,
+                                     int c) {
   const int key = n * KEYS, query = tile.first + of_warp;
-  if (key + KEYS - 1 <= query && key > query + 15 - p.reach && key >= tile.oldest) return;
+  if (key + KEYS - 1 <= query && key > query + 15 - tile.reach && key >= tile.oldest) return;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = query + g + 8 * r, low = max(row - p.reach + 1, tile.oldest);
+    const int row = query + g + 8 * r, low = max(row - tile.reach + 1, tile.oldest);
     const unsigned seen = max(row - low + 1, 0);
     const int before = low - key - 2 * c;
 #pragma unroll

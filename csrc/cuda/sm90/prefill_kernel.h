@@ -27,6 +27,7 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
       open_barrier(&at.keys_in[i], 1), open_barrier(&at.keys_out[i], CONSUMERS * 4);
       open_barrier(&at.values_in[i], 1), open_barrier(&at.values_out[i], CONSUMERS * 4);
     }
+    at.differing[0] = at.differing[1] = 0;
     publish_barriers();
   }
   __syncthreads();
@@ -34,8 +35,9 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
   // The queries of the first tile are turned by all.
   if (S::AHEAD && warp > 0) {
     if (const Tile<S::KEYS> tile(p); tile.exists())
-      turn_queries<T, DIM, 1, 4>(p, tile, 0, tokens_of_tile(p), threadIdx.x - 32, S::THREADS - 32, queries,
-                                 sink_queries);
+      if (turn_queries<T, DIM, 1, 4>(p, tile, 0, tokens_of_tile(p), threadIdx.x - 32, S::THREADS - 32, queries,
+                                     sink_queries))
+        at.differing[0] = 1;
     publish();
     meet(5, S::THREADS - 32);
   }
@@ -96,8 +98,9 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
           wait(&at.queries_out[stage], n / S::QUERY_TILES % 2 ^ 1);
           wait(&at.sink_queries_out, n % 2 ^ 1);
           if (tile.exists())
-            turn_queries<T, DIM, 1, 4>(p, tile, 0, tokens_of_tile(p), threadIdx.x - 32, S::TURNERS,
-                                       queries + stage * S::QUERY_TILE, sink_queries);
+            if (turn_queries<T, DIM, 1, 4>(p, tile, 0, tokens_of_tile(p), threadIdx.x - 32, S::TURNERS,
+                                           queries + stage * S::QUERY_TILE, sink_queries))
+              at.differing[stage] = n + 1;
           publish();
         }
         arrive(&at.queries_in[stage]);
@@ -119,6 +122,7 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
   const int turn_of_ours = 1 + group, turn_of_others = 2 - group, ours = 3 + group;
   if (group == 1) pass(turn_of_others, 256);
   Turnstile query_at, sink_query_at, key_at, value_at;
+  int nth_tile = 1;
   Tile<S::KEYS> tile(p);
   if (!tile.exists()) return;
   float top[2], total[2], fade[2];
@@ -191,7 +195,7 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
     for (int i = 0; i < S::KEYS / 4; ++i) weight[i] = pack<T>(score[2 * i], score[2 * i + 1]);
   };
   auto soften_scores = [&](int n) {
-    mask(score, n, p, tile, of_warp, g, c);
+    mask(score, n, tile, of_warp, g, c);
     if (ADJUSTED) {
       const int from[2] = {query() + g - n * S::KEYS, query() + g + 8 - n * S::KEYS};
       adjust(score, from, slope, p, c);
@@ -229,31 +233,44 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
 #pragma unroll
     for (int i = 0; i < DIM / 2; ++i) sum[i] = 0;
 
+    // Sinks are keys like others to queries by whose angles they are as far away as they are.
     if (S::AHEAD) wait(&at.sink_queries_in, sink_query_at.phase);
     wait(&at.keys_in[key_at.stage], key_at.phase);
-    ask_few_scores(0);
-    wait_for_products<0>();
-    hold(few), hold(score);
-    release(&at.keys_out[key_at.stage ^ 1]);
-    wait(&at.values_in[value_at.stage], value_at.phase);
-    for (int first = 0;;) {
-      const bool is_last = first + SINKS >= p.sink_size;
-      if (is_last) release(&at.keys_out[key_at.stage]);
-      if (is_last && S::AHEAD) release(&at.sink_queries_out);
-      soften_few(first);
-      ask_few_sum(first);
-      if (is_last) break;
-      first += SINKS;
+    const bool is_plain = S::AHEAD && tile.is_first && at.differing[query_at.stage] != nth_tile;
+    if (is_plain) {
+      tile.oldest = 0, tile.reach = 1 << 30;
+      wait_for_products<0>();
+      hold(score);
+      release(&at.keys_out[key_at.stage ^ 1]);
+      release(&at.keys_out[key_at.stage]);
+      release(&at.sink_queries_out);
+      wait(&at.values_in[value_at.stage], value_at.phase);
+      soften_scores(tile.end - 1);
+    } else {
+      ask_few_scores(0);
+      wait_for_products<0>();
+      hold(few), hold(score);
+      release(&at.keys_out[key_at.stage ^ 1]);
+      wait(&at.values_in[value_at.stage], value_at.phase);
+      for (int first = 0;;) {
+        const bool is_last = first + SINKS >= p.sink_size;
+        if (is_last) release(&at.keys_out[key_at.stage]);
+        if (is_last && S::AHEAD) release(&at.sink_queries_out);
+        soften_few(first);
+        ask_few_sum(first);
+        if (is_last) break;
+        first += SINKS;
+        wait_for_products<0>();
+        hold(sum), hold(few_weights);
+        ask_few_scores(first);
+        wait_for_products<0>();
+        hold(few);
+      }
+      soften_scores(tile.end - 1);
       wait_for_products<0>();
       hold(sum), hold(few_weights);
-      ask_few_scores(first);
-      wait_for_products<0>();
-      hold(few);
     }
-    key_at.advance(STAGES), key_at.advance(STAGES), sink_query_at.advance(1);
-    soften_scores(tile.end - 1);
-    wait_for_products<0>();
-    hold(sum), hold(few_weights);
+    key_at.advance(STAGES), key_at.advance(STAGES), sink_query_at.advance(1), ++nth_tile;
     release(&at.values_out[value_at.stage]);
     value_at.advance(STAGES);
     fade_sum(sum, fade);

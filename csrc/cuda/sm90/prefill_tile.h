@@ -14,6 +14,7 @@ constexpr int64_t TOGETHER = 24 << 20;  // bytes of keys and values
 struct Barriers {
   uint64_t queries_in[2], queries_out[2], sink_queries_in, sink_queries_out;
   uint64_t keys_in[STAGES], keys_out[STAGES], values_in[STAGES], values_out[STAGES];
+  int differing[2];  // the last of the block's tiles, counted from 1, whose angles of text and sinks differ, by query tile
 };
 
 template <int DIM>  // a multiple of 16; a head may have less
@@ -61,7 +62,9 @@ struct Tile {
   int held;    // sinks in the cache
   int from;    // where the sinks see query 0
   int oldest;  // key, no sink, that the row has
+  int reach;   // keys that a query sees
   int begin, end;
+  bool is_first;  // whether the text begins in the chunk, and its queries see all of it
   __device__ explicit Tile(const Prefill& p)
       : number(int(tiles_of(p)) - 1 - int(blockIdx.x)), together(heads_together(p)) {
     find(p);
@@ -86,6 +89,8 @@ struct Tile {
       from = int(min(length, int64_t(p.sink_size + p.window_size - 1)));
       oldest = written < 0 ? int(-written) : -int(min(written, int64_t(p.window_size - 1)));
       const int low = max(oldest, first - p.reach + 1), high = min(first + tokens, count);
+      reach = p.reach;
+      is_first = length == 0 && p.sink_size < KEYS && high <= p.sink_size + p.reach;
       const int key = min(low, high - 1);
       begin = (key < 0 ? key - KEYS + 1 : key) / KEYS, end = (high - 1) / KEYS + 1;
       return;

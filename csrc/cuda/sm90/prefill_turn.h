@@ -7,15 +7,21 @@
 namespace sinkattn::cuda {
 namespace {
 
+__device__ bool differ(const float4& x, const float4& y) {
+  return x.x != y.x || x.y != y.y || x.z != y.z || x.w != y.w;
+}
+
 // Queries of a tile, tokens `low` to `high` of all its heads, turned by both angles: the share of one of so many
 // threads. Dims that the head does not have become zero. AT_ONCE: jobs whose loads are in flight, of up to HEADS heads.
+// Returns whether any angle of sinks is another than that of text.
 template <typename T, int DIM, int AT_ONCE, int HEADS>
-__device__ void turn_queries(const Prefill& p, const Tile<Shape<DIM>::KEYS>& tile, int low, int high, int thread,
+__device__ bool turn_queries(const Prefill& p, const Tile<Shape<DIM>::KEYS>& tile, int low, int high, int thread,
                              int threads, char* to, char* sink_queries) {
   constexpr int JOBS = DIM / 8;
   const int start = tile.padding + tile.first, heads = heads_of_tile(p);
   const T* q = static_cast<const T*>(p.q) + tile.row * p.q_row + tile.head * p.q_head + start * p.q_token;
   const float* angles = p.rotation + (int64_t(tile.row) * p.tokens + start) * 4 * p.rotary_half;
+  bool differs = false;
 #pragma unroll 1
   for (int begin = low * JOBS + thread; begin < high * JOBS; begin += threads * AT_ONCE) {
     uint2 first[AT_ONCE][HEADS], second[AT_ONCE][HEADS];
@@ -41,6 +47,9 @@ __device__ void turn_queries(const Prefill& p, const Tile<Shape<DIM>::KEYS>& til
       }
     }
 #pragma unroll
+    for (int i = 0; i < AT_ONCE; ++i)
+      differs = differs || differ(cos[i][0], cos[i][1]) || differ(sin[i][0], sin[i][1]);
+#pragma unroll
     for (int i = 0; i < AT_ONCE; ++i) {
       const int token = (begin + i * threads) / JOBS;
       const Fours fours = fours_of(p, (begin + i * threads) % JOBS);
@@ -64,6 +73,7 @@ __device__ void turn_queries(const Prefill& p, const Tile<Shape<DIM>::KEYS>& til
       }
     }
   }
+  return differs;
 }
 
 }  // namespace
