@@ -72,17 +72,20 @@ class Captured:
 
 
 class Repeated:
-    """``run()`` of tensors in fixed places, captured at its second call. may_be: whether it may, asked until it is."""
+    """A function of tensors in fixed places, captured at its second call.
 
-    def __init__(self, run: Callable, device: torch.device, may_be: Callable[[], bool]):
-        self._run, self._device, self._may_be = run, device, may_be
-        self._has_run, self._captured = False, None
+    Every call is given the function, the same one, and whether it may be captured, asked until it is: nothing here
+    holds whom they belong to, who holds this.
+    """
 
-    def __call__(self):
-        if self._captured is None and self._has_run and self._may_be():
-            self._captured = Captured(self._run, self._device)
+    def __init__(self, device: torch.device):
+        self._device, self._has_run, self._captured = device, False, None
+
+    def __call__(self, run: Callable, may_be: Callable[[], bool]):
+        if self._captured is None and self._has_run and may_be():
+            self._captured = Captured(run, self._device)
         self._has_run = True
-        return self._run() if self._captured is None else self._captured()
+        return run() if self._captured is None else self._captured()
 
 
 def why_eager(model: nn.Module) -> str | None:

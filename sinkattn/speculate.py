@@ -72,7 +72,7 @@ class Draft:
         if self.choice.do_sample:
             self.noise = torch.empty(logits.shape, device=self.device)
             self.chances = torch.zeros(size, self.k, logits.shape[1], device=self.device)
-        self._draw = Repeated(self._drawn, self.device, may_be)
+        self._draw, self._may_be = Repeated(self.device), may_be
 
     def _logits(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Of the token behind ids, (batch, vocabulary)."""
@@ -87,7 +87,7 @@ class Draft:
             self.scores.copy_(self._logits(ids, mask))
             if self.noise is not None:
                 self.noise.exponential_(generator=self.generator)
-            found, chances = self._draw()
+            found, chances = self._draw(self._drawn, self._may_be)
             self.ids[:, i] = found
             if self.chances is not None:
                 self.chances[:, i] = chances
@@ -116,11 +116,11 @@ class Lookup:
     def begin(self, target: SinkCache, vocabulary: int, may_be: Callable[[], bool]) -> None:
         self.rows, self.vocabulary = target.rows, vocabulary
         self.first = torch.zeros_like(self.rows.lengths)
-        self._find = Repeated(self._found, self.first.device, may_be)
+        self._find, self._may_be = Repeated(self.first.device), may_be
 
     def propose(self, first: Tensor, fed: Tensor) -> tuple[Tensor, None]:
         self.first.copy_(first)
-        return self._find(), None
+        return self._find(self._found, self._may_be), None
 
     def _found(self) -> Tensor:
         ids = torch.cat((self.rows.in_order(), self.first[:, None]), dim=1)  # (batch, n)
@@ -176,7 +176,7 @@ class Rounds:
         self._state |= dict(lengths=cache.rows.lengths, digest=cache.rows.digest)
         self._before, self.is_open = {name: x.clone() for name, x in self._state.items()}, False
         proposer.begin(cache, vocabulary, may_be)
-        self._judge = Repeated(self._judged, device, may_be)
+        self._judge, self._may_be = Repeated(device), may_be
 
     def start(self, ids: Tensor, fed: Tensor) -> Tensor:
         """Begin with what was chosen behind the text, ids (batch,), of some rows: what to give out."""
@@ -211,7 +211,7 @@ class Rounds:
             self.draws.uniform_(generator=self.generator)
         ids = torch.cat((self.first[:, None], self.ids), dim=1)
         self.scores.copy_(self._feed(ids, self.fed[:, None].expand_as(ids)))
-        return self._judge().clone()
+        return self._judge(self._judged, self._may_be).clone()
 
     def undo(self) -> None:
         """The round under way has not been. What was fed last stays in its slots, unseen."""

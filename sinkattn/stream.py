@@ -10,10 +10,11 @@ from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
 from .arguments import whole
+from .cache import SinkCache
 from .choice import Choice, likeliest
 from .graph import Repeated
 from .speculate import Draft, Lookup, Rounds
-from .stream_texts import StreamTexts, side_stream
+from .stream_texts import StreamTexts, runner_of, side_stream
 
 
 class Stream(StreamTexts):
@@ -203,10 +204,9 @@ class Stream(StreamTexts):
                 with torch.inference_mode(False), torch.no_grad():
                     if rounds is None or self._rounds is not rounds:  # now, or as the text was changed meanwhile
                         self._check_whole()
-                        feed = lambda ids, mask: self._runner.logits(self._cache, ids, mask, k + 1, True)  # noqa: E731
                         rounds = Rounds(
-                            self.cache, proposer, k, settings, generator, left, self._logits, self._ended, feed,
-                            self._may_capture(settings),
+                            self.cache, proposer, k, settings, generator, left, self._logits, self._ended,
+                            functools.partial(_verified, self.model, self._cache, k), self._may_capture(settings),
                         )  # fmt: skip
                         if settings.do_sample:
                             self._draw_noise(generator)
@@ -248,9 +248,8 @@ class Stream(StreamTexts):
             self._draw_noise(generator)
         kind = settings, watched, self._cache.rows
         if kind != self._settings:
-            choose, may_be = functools.partial(self._next_ids, settings, watched), self._may_capture(settings)
-            self._choice, self._settings = Repeated(choose, self._device, may_be), kind
-        return self._choice()
+            self._choice, self._settings = Repeated(self._device), kind
+        return self._choice(functools.partial(self._next_ids, settings, watched), self._may_capture(settings))
 
     def _draw_noise(self, generator: torch.Generator | None) -> None:
         if self._noise is None:
@@ -258,9 +257,9 @@ class Stream(StreamTexts):
         self._noise.exponential_(generator=generator)
 
     def _may_capture(self, settings: Choice) -> Callable[[], bool]:
-        """Asks whether what chooses may be captured now."""
-        is_possible = self._device.type == "cuda" and settings.may_be_captured
-        return lambda: is_possible and self._runner.captured.why_eager is None
+        """Asks whether what chooses may be captured now. It is kept, and does not hold this Stream."""
+        model, on_gpu = self.model, self._device.type == "cuda"
+        return lambda: on_gpu and settings.may_be_captured and runner_of(model).captured.why_eager is None
 
     def _next_ids(self, settings: Choice, watched: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         scores = settings.scores(self._logits, self._cache.rows.held)
@@ -274,6 +273,11 @@ class Stream(StreamTexts):
         if settings.ends:
             self._ended |= settings.ends_text(ids)
         return ids, fed, torch.cat((fed.any()[None], ids))
+
+
+def _verified(model, cache: SinkCache, k: int, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits of k proposals and the token before them."""
+    return runner_of(model).logits(cache, ids, mask, k + 1, True)
 
 
 def _put(streamer: BaseStreamer | None, given: Tensor) -> None:

@@ -22,6 +22,13 @@ KEPT = ("logits", "ended", "waiting")  # what saved texts have besides the cache
 LATE = ("late.ids", "late.fed")  # and if something was fed and not yielded yet
 
 
+def runner_of(model) -> Runner:
+    handle = getattr(model, "_sinkattn", None)
+    if handle is None:
+        raise ValueError("this Stream's model is not patched any more: patch() it and make another Stream")
+    return handle.runner
+
+
 class StreamTexts:
     """The texts of a `Stream`, which adds `generate`: a cache, and what the model says behind what stands there."""
 
@@ -48,10 +55,7 @@ class StreamTexts:
 
     @property
     def _runner(self) -> Runner:
-        handle = getattr(self.model, "_sinkattn", None)
-        if handle is None:
-            raise ValueError("this Stream's model is not patched any more: patch() it and make another Stream")
-        return handle.runner
+        return runner_of(self.model)
 
     @property
     def lengths(self) -> Tensor | None:

@@ -1,6 +1,8 @@
 """Stream: one endless text a row, as generate() writes it; rows that end, start anew, or go to the next cache."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -228,6 +230,27 @@ def test_rows_go_to_the_next_cache():
         cache, _ = leave(2)
     del cache
     assert spare.rows is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("way", [{}, {"do_sample": True}, {"prompt_lookup_num_tokens": 2}, {"draft": True}], ids=str)
+def test_rows_of_a_stream_that_nobody_holds(way, device):
+    """They are gone, or if they have graphs the next one's, and wait for no collector."""
+    model = tiny("llama").to(device)
+    with patch(model, S, W, slack=3) as handle:
+        stream = Stream(model)
+        stream.append(random_ids(1, 9, device))
+        way = way | {"draft": model, "num_assistant_tokens": 2} if "draft" in way else way
+        for nth, _ in enumerate(stream.generate(None, eos_token_id=[], **way)):
+            if nth == 5:
+                break
+        rows = weakref.ref(stream.cache.rows)
+        gc.disable()
+        try:
+            del stream, _
+            assert rows() is handle.plan.spare.rows
+        finally:
+            gc.enable()
 
 
 def test_an_end_that_was_kept_ends(model):
