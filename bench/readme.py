@@ -30,7 +30,7 @@ PREFILL_AIMS = {
     (8, 1, 8192, 1024): 0.31, (8, 1, 32768, 1024): 1.3, (8, 1, 32768, 4096): 3.8, (32, 1, 8192, 1024): None,
     (32, 1, 32768, 1024): None, (32, 1, 32768, 4096): None,
 }  # fmt: skip
-METHODS = ("floor", "stream", "generate", "static_compiled", "dynamic", "recompute")  # of bench/generate.py
+METHODS = ("floor", "stream", "stream_layers", "generate", "static_compiled", "dynamic", "recompute")
 
 
 # ------------------------------------------------------------------------------------------------------------- results
@@ -170,6 +170,21 @@ def generate(about: dict) -> list[dict]:
     ended = [row for row in groups if any(line["method"] == "stream" for line in row)]
     lines = [line for row in ended for line in row if line["method"] in METHODS]
     return sorted(lines, key=lambda x: (METHODS.index(x["method"]), x["model"], x["batch"], x["capacity"]))
+
+
+def whole_steps(command: str) -> Callable[[dict], str]:
+    def after(about: dict) -> str:
+        where = f"{about['device']}, torch {about['torch']}, transformers {about['transformers']}"
+        return f"`{command}`, {where}; reads {about['read_gb_per_s'] / 1e3:.2f} TB/s."
+
+    return after
+
+
+def other_prefills(about: dict) -> list[dict]:
+    """Prefill in bfloat16 of shapes that have no aim of their own."""
+    shape = itemgetter(*PREFILL.split())
+    lines = only(dtype="bfloat16")(about)
+    return [line for line in lines if line["head_dim"] != 128 or shape(line) not in PREFILL_AIMS]
 
 
 def beside_torch(lines: list[dict], by: str) -> Iterator[dict]:
@@ -339,10 +354,12 @@ LOSS = "loss at | {span}", "{way} | {loss:.3f} ({least:.2f}-{most:.2f})", "way"
 DECODE, PREFILL = "num_kv_heads batch capacity", "num_kv_heads batch tokens capacity"
 BACK = "right answers (%), lines back | {back}", "{way} | {percent:.1f}", "way"
 
-LOOP = (
-    "python bench/generate.py --methods generate,stream --models qwen3-0.6b,smollm2-135m,llama-3.2-1b,llama-3-8b "
-    "--output-dir bench/results/h200/loop"
+STEPS = (
+    "python bench/generate.py --models qwen3-0.6b,smollm2-135m,llama-3.2-1b,llama-3-8b,llama-2-7b "
+    "--methods static_compiled,generate,stream,stream_layers --output-dir bench/results/h200"
 )
+RECOMPUTE = "python bench/generate.py --output-dir bench/results/h200/recompute"
+PEERS = "python bench/prefill.py --output-dir bench/results/h200/flashinfer"
 
 TABLES = {
     # The real model: bench/real_model.py.
@@ -481,10 +498,24 @@ TABLES = {
         lambda x: f"{source(x)[:-1]}; a large matrix product {x['matmul_tflops']:.0f} TFLOP/s.",
     ),
     "prefill aims table": Table(
-        "h200/prefill", "heads/kv | T | C | ms | aim | off it | x Flex | x FlashInfer FA3 | x cuDNN, dense",
+        "h200/prefill", "heads/kv | T | C | ms | aim | off it | x Flex | x cuDNN, dense",
         "32/{num_kv_heads} | {tokens} | {capacity} | {ms:.3f} | {aim} | {off[sinkattn]} | {x[flex]:.2f} | "
-        "{x[flashinfer_fa3]:.2f} | {x[sdpa_cudnn]:.2f}", PREFILL,
+        "{x[sdpa_cudnn]:.2f}", PREFILL,
         kernel("ms", PREFILL, PREFILL_AIMS),
+    ),
+    "prefill peers table": Table(
+        "h200/flashinfer/prefill", "heads/kv | T | C | {provider}",
+        "32/{num_kv_heads} | {tokens} | {capacity} | {ms:.2f}", PREFILL,
+        lambda x: [
+            line for line in kernel("ms", PREFILL, PREFILL_AIMS)(x)
+            if line["provider"] in ("sinkattn", "flashinfer_fa2", "flashinfer_fa3")
+        ],
+        lambda x: source(x | {"command": PEERS}),
+    ),
+    "prefill heads table": Table(
+        "h200/prefill", "heads | dim | rows | T | C | {provider}",
+        "32/{num_kv_heads} | {head_dim} | {batch} | {tokens} | {capacity} | {ms:.2f}", PREFILL + " head_dim",
+        other_prefills,
     ),
     "pages table": Table(
         "h200/paged", "heads/kv | batch | C | floor | {provider}",
@@ -512,11 +543,13 @@ TABLES = {
     ),
     "generate table": Table(
         "h200/generate", "model | batch | C | {method}", "{model} | {batch} | {capacity} | {ms_per_token:.2f}",
-        "model batch capacity", generate, lambda x: f"{source(x)[:-1]}; reads {x['read_gb_per_s'] / 1e3:.2f} TB/s.",
+        "model batch capacity", generate, whole_steps(STEPS),
     ),
-    "loop table": Table(
-        "h200/loop/generate", "model | batch | {method}", "{model} | {batch} | {ms_per_token:.3f}", "model batch",
-        after=lambda about: source(about | {"command": LOOP, "versions": about}),
+    "recompute table": Table(
+        "h200/recompute/generate", "model | batch | C | {method}",
+        "{model} | {batch} | {capacity} | {ms_per_token:.2f}", "model batch capacity",
+        lambda x: [line for line in generate(x) if line["method"] in ("stream", "dynamic", "recompute")],
+        whole_steps(RECOMPUTE),
     ),
     "shared table": Table(
         "h200/shared", "rows | sinks | own, us | shared, us (floor) | of that the sinks | times | memory, times",
