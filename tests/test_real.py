@@ -144,19 +144,32 @@ def test_loss_is_that_of_float32_and_needs_the_sinks(smollm2, device):
 
 @pytest.mark.real
 @pytest.mark.parametrize("device", DEVICES)
-def test_generate_and_stream_write_the_same(smollm2, device):
-    """Greedy, past the wrap."""
-    model, tokenizer = real.real_model(torch.bfloat16, device), real.tokenizer()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_all_paths_write_the_same(smollm2, dtype, device):
+    """Greedy, past the wrap: `generate` by its own loop and by transformers', Stream, and in float32, where sums in
+    another order hardly count, by proposals of a lookup, and without fused modules."""
+    model, tokenizer = real.real_model(dtype, device), real.tokenizer()
     turn = [{"role": "user", "content": "Tell me a long story about a lighthouse."}]
     ids = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = ids["input_ids"].to(device)
-    with patch(model, 4, 44):
-        written = model.generate(ids, max_new_tokens=32, do_sample=False)[0, ids.shape[1] :]
-        stream = Stream(model)
-        stream.append(ids)
-        streamed = [int(x) for x in stream.generate(max_new_tokens=32, do_sample=False)]
-    assert ids.shape[1] + len(written) > 60
-    assert streamed == written.tolist(), tokenizer.decode(streamed)
+    ids, texts = ids["input_ids"].to(device), {}
+    asked = dict(max_new_tokens=32 if dtype == torch.bfloat16 else 70 if device == "cpu" else 2000)
+    asked, whole = asked | dict(do_sample=False, eos_token_id=[]), torch.ones_like(ids)  # ids of padding are text here
+    for fuse in ("model",) if dtype == torch.bfloat16 else ("model", "none"):
+        with patch(model, 4, 44, fuse=fuse, slack=4):
+            texts[fuse, "loop"] = model.generate(ids, attention_mask=whole, **asked)[0].tolist()
+            more = dict(attention_mask=whole, output_scores=True, return_dict_in_generate=True)
+            texts[fuse, "transformers"] = model.generate(ids, **more, **asked).sequences[0].tolist()
+            for lookup in (None, 3) if dtype == torch.float32 else (None,):
+                stream = Stream(model)
+                stream.append(ids)
+                steps = stream.generate(**asked, prompt_lookup_num_tokens=lookup)
+                texts[fuse, lookup] = [
+                    *ids[0].tolist(),
+                    *(x for step in steps for x in step.flatten().tolist() if x >= 0),
+                ]
+    assert len(texts["model", "loop"]) == ids.shape[1] + asked["max_new_tokens"] > 60
+    for way, text in texts.items():
+        assert text == texts["model", "loop"], way
 
 
 @pytest.mark.real
