@@ -170,7 +170,7 @@ def floor_ms(model, batch: int, capacity: int, bandwidth: float) -> float:
 
 def methods_of(model: str, batch: int, capacity: int) -> list[str]:
     """Compilation takes half a minute a row, and re-computation of a large batch seconds a token: not everywhere."""
-    compiled = capacity == 1024 and batch == 1 and model.startswith("llama")
+    compiled = capacity == 1024 and batch == 1
     left_out = {*([] if compiled or model == "tiny" else ["static_compiled"]), *(["recompute"] if batch > 8 else [])}
     left_out |= set() if model in SMALL_MODELS and batch <= 2 else {"stream_layers"}
     return [method for method in METHODS if method not in left_out]
