@@ -180,19 +180,8 @@ def decode_us(backend: str, rows: int, heads: int, kv_heads: int, dim: int, capa
     )
 
 
-def flashinfer_us(rows: int, heads: int, kv_heads: int, dim: int, capacity: int, held: list[tuple]) -> float | None:
-    """The better of its two kernels, or None where neither can do it."""
-    from decode import flashinfer_us as measure
-    from gpu import new, tried
-
-    q, pairs = new(rows, heads, 1, dim), [x[:2] for x in held]
-    case = rows, heads, kv_heads, capacity, held[0][0].dtype
-    found = [tried(case, measure, "flashinfer", q, pairs, tensor_cores) for tensor_cores in (False, True)]
-    return min((us for us in found if us is not None), default=None)
-
-
 def decode_on_gpu(output_dir: Path) -> None:
-    from gpu import installed, read_bandwidth, title, write_about
+    from gpu import flashinfer_us, in_pages, installed, new, read_bandwidth, title, write_about
 
     rows, bandwidth = [], read_bandwidth()
     with_flashinfer = bool(installed(("flashinfer",)))
@@ -202,8 +191,10 @@ def decode_on_gpu(output_dir: Path) -> None:
             held = filled(shape[0], shape[2], capacity, shape[3], stored)
             floor = sum(x.nbytes for x in held[0] if x is not None) / bandwidth * 1e6
             times = {backend: decode_us(backend, *shape, capacity, held) for backend in ("cuda", "triton")}
-            if with_flashinfer and stored != torch.int8 and (us := flashinfer_us(*shape, capacity, held)):
-                times["flashinfer"] = us
+            if with_flashinfer and stored != torch.int8:
+                q = new(shape[0], shape[1], 1, shape[3])
+                us = flashinfer_us((*shape, capacity, stored), q, in_pages([x[:2] for x in held]))
+                times |= {} if us is None else {"flashinfer": us}
             base = base or times
             for by, us in times.items():
                 ratio = f"{us / base[by]:.2f}" if by in base else ""

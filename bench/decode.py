@@ -28,7 +28,9 @@ from gpu import (
     SDPA,
     cold,
     counters_of,
+    flashinfer_us,
     graph_us,
+    in_pages,
     installed,
     new,
     operands,
@@ -57,8 +59,11 @@ def caches(batch, heads, capacity, head_dim, dtype) -> list[tuple[torch.Tensor, 
     return [pairs[i % count] for i in range(max(8, count))]
 
 
-def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype, op=ops.decode) -> float:
-    """Microseconds of one layer's step; raises what the provider raises where it cannot. op: sinkattn's, for tuning."""
+def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype, op=ops.decode) -> float | None:
+    """Microseconds of one layer's step. Raises what the provider raises where it cannot, None for FlashInfer's.
+
+    op: sinkattn's, for tuning.
+    """
     q, k, v, rotation = operands(num_heads, num_kv_heads, batch, 1, head_dim, dtype)
     pairs = caches(batch, num_kv_heads, capacity, head_dim, dtype)
     if provider.startswith("sinkattn"):
@@ -82,30 +87,8 @@ def measure(provider, num_heads, num_kv_heads, head_dim, batch, capacity, dtype,
 
         mask, flex = create_block_mask(visible, None, None, 1, capacity, device="cuda"), torch.compile(flex_attention)
         return graph_us([lambda kv=kv: flex(q, *kv, block_mask=mask, enable_gqa=True) for kv in pairs])
-    return min(flashinfer_us(provider, q, pairs, tensor_cores) for tensor_cores in (False, True))
-
-
-def flashinfer_us(provider, q, pairs, tensor_cores) -> float:
-    import flashinfer
-
-    batch, num_heads, _, head_dim = q.shape
-    num_kv_heads, capacity = pairs[0][0].shape[1:3]
-    pages = capacity // 16
-    like = dict(dtype=torch.int32, device="cuda")
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        torch.zeros(2**28, dtype=torch.uint8, device="cuda"), "HND", use_cuda_graph=True, use_tensor_cores=tensor_cores,
-        paged_kv_indptr_buffer=torch.zeros(batch + 1, **like),
-        paged_kv_indices_buffer=torch.zeros(batch * pages, **like),
-        paged_kv_last_page_len_buffer=torch.zeros(batch, **like),
-    )  # fmt: skip
-    wrapper.plan(
-        torch.arange(batch + 1, **like) * pages, torch.arange(batch * pages, **like), torch.full((batch,), 16, **like),
-        num_heads, num_kv_heads, head_dim, 16, q_data_type=q.dtype, kv_data_type=pairs[0][0].dtype,
-        pos_encoding_mode="ROPE_LLAMA" if provider == "flashinfer_rope" else "NONE",
-    )  # fmt: skip
-    paged = [tuple(x.view(batch * pages, num_kv_heads, 16, head_dim) for x in pair) for pair in pairs]
-    rows = q[:, :, 0]
-    return graph_us([lambda pair=pair: wrapper.run(rows, pair) for pair in paged])
+    case = num_heads, num_kv_heads, head_dim, batch, capacity, dtype
+    return flashinfer_us(case, q, in_pages(pairs), rotates=provider == "flashinfer_rope")
 
 
 def cases(tables_only: bool) -> list[tuple[str, int, int, int, int]]:

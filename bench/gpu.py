@@ -83,6 +83,43 @@ def sizes(capacity: int, head_dim: int = 128) -> dict:
     return dict(sink_size=SINKS, window_size=capacity - SINKS, scale=head_dim**-0.5)
 
 
+def in_pages(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Caches, each (batch, num_kv_heads, capacity, head_dim), as pages of 16: (blocks, num_kv_heads, 16, head_dim)."""
+    _, num_kv_heads, _, head_dim = pairs[0][0].shape
+    return [tuple(x.view(-1, num_kv_heads, 16, head_dim) for x in pair) for pair in pairs]
+
+
+def flashinfer_us(case: tuple, q, pages: list[tuple], blocks=None, rotates: bool = False) -> float | None:
+    """Microseconds of FlashInfer's decode by the better of its two kernels, None where neither can do it.
+
+    q: (batch, num_heads, 1, head_dim). pages: of keys and values, each (blocks, num_kv_heads, 16, head_dim), read in
+    turn. blocks: those of all texts, (batch * pages of a text,) int32, None for all in their order.
+    """
+    import flashinfer
+
+    batch, num_heads, _, head_dim = q.shape
+    like = dict(dtype=torch.int32, device="cuda")
+    blocks = torch.arange(len(pages[0][0]), **like) if blocks is None else blocks
+    of_text, num_kv_heads = len(blocks) // batch, pages[0][0].shape[1]
+
+    def measure(_: str, tensor_cores: bool) -> float:
+        wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+            torch.zeros(2**28, dtype=torch.uint8, device="cuda"), "HND", use_cuda_graph=True,
+            use_tensor_cores=tensor_cores, paged_kv_indptr_buffer=torch.zeros(batch + 1, **like),
+            paged_kv_indices_buffer=torch.zeros(len(blocks), **like),
+            paged_kv_last_page_len_buffer=torch.zeros(batch, **like),
+        )  # fmt: skip
+        wrapper.plan(
+            torch.arange(batch + 1, **like) * of_text, blocks, torch.full((batch,), 16, **like), num_heads,
+            num_kv_heads, head_dim, 16, q_data_type=q.dtype, kv_data_type=pages[0][0].dtype,
+            pos_encoding_mode="ROPE_LLAMA" if rotates else "NONE",
+        )  # fmt: skip
+        return graph_us([lambda pair=pair: wrapper.run(q[:, :, 0], pair) for pair in pages])
+
+    found = [tried(case, measure, "flashinfer", tensor_cores) for tensor_cores in (False, True)]
+    return min((us for us in found if us is not None), default=None)
+
+
 def installed(providers: tuple[str, ...]) -> list[str]:
     """The providers without those of FlashInfer, where that is missing."""
     try:

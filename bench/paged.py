@@ -27,6 +27,7 @@ from decode import caches
 from gpu import (
     cold,
     counters_of,
+    flashinfer_us,
     graph_us,
     installed,
     new,
@@ -60,30 +61,8 @@ def paged(batch: int, num_kv_heads: int, lengths: torch.Tensor, capacity: int) -
     return [found[i % len(found)] for i in range(max(8, len(found)))]
 
 
-def flashinfer_us(name: str, q: torch.Tensor, given: list[tuple], capacity: int, tensor_cores: bool) -> float:
-    """given: of `paged`, whose tables it does not take."""
-    import flashinfer
-
-    batch, num_heads, _, _ = q.shape
-    pages, like = capacity // PAGE, dict(dtype=torch.int32, device="cuda")
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-        torch.zeros(2**28, dtype=torch.uint8, device="cuda"), "HND", use_cuda_graph=True, use_tensor_cores=tensor_cores,
-        paged_kv_indptr_buffer=torch.zeros(batch + 1, **like),
-        paged_kv_indices_buffer=torch.zeros(batch * pages, **like),
-        paged_kv_last_page_len_buffer=torch.zeros(batch, **like),
-    )  # fmt: skip
-    blocks, num_kv_heads = given[0][0].shape[:2]
-    indices = torch.randperm(blocks, device="cuda").int()[: batch * pages]
-    wrapper.plan(
-        torch.arange(batch + 1, **like) * pages, indices, torch.full((batch,), PAGE, **like),
-        num_heads, num_kv_heads, DIM, PAGE, q_data_type=q.dtype, kv_data_type=q.dtype,
-    )  # fmt: skip
-    both = [tuple(x.contiguous() for x in pages[:2]) for pages in given]
-    return graph_us([lambda pair=pair: wrapper.run(q[:, :, 0], pair) for pair in both])
-
-
-def measure(provider: str, num_heads: int, num_kv_heads: int, batch: int, capacity: int) -> float:
-    """Microseconds of one layer's step."""
+def measure(provider: str, num_heads: int, num_kv_heads: int, batch: int, capacity: int) -> float | None:
+    """Microseconds of one layer's step; None where the provider cannot do it."""
     q, k, v, rotation = operands(num_heads, num_kv_heads, batch, 1)
     lengths = torch.randint(capacity, 10 * capacity, (batch,), device="cuda")
     more = sizes(capacity) | {"overlap": provider.endswith("overlap")}
@@ -96,11 +75,9 @@ def measure(provider: str, num_heads: int, num_kv_heads: int, batch: int, capaci
         return graph_us([partial(decode, kv, counters_of(kv)) for kv in pairs])
     given = paged(batch, num_kv_heads, lengths, capacity)
     if provider == "flashinfer":
-        found = [
-            tried((num_heads, num_kv_heads, tensor_cores), flashinfer_us, provider, q, given, capacity, tensor_cores)
-            for tensor_cores in (False, True)
-        ]
-        return min(us for us in found if us is not None)
+        both = [tuple(x.contiguous() for x in pages[:2]) for pages in given]
+        blocks = torch.randperm(len(both[0][0]), device="cuda").int()[: batch * capacity // PAGE]
+        return flashinfer_us((num_heads, num_kv_heads), q, both, blocks)
     flat, angles = [x[:, :, 0] for x in (q, k, v)], rotation[:, 0]
     starts, before = torch.arange(batch + 1, dtype=torch.int32, device="cuda"), lengths.int()
     more |= {"max_tokens": 1, "backend": "triton" if provider == "pages_triton" else "auto"}
