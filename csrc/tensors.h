@@ -46,11 +46,10 @@ inline std::pair<int32_t, int32_t> device_of(const Tensor& x) {
   return {type, x.get_device_index()};
 }
 
-inline Activation activation_of(const std::string& name) {
-  static const std::array<const char*, 4> names = {"", "silu", "gelu_tanh", "gelu"};  // in the order of Activation
-  const auto found = std::find(names.begin(), names.end(), name);
-  STD_TORCH_CHECK(found != names.end(), "sinkattn: unknown activation ", name);
-  return Activation(found - names.begin());
+// An op is given a number, as torch's stable headers keep the memory of every string that an op is given.
+inline Activation activation_of(int64_t number) {
+  STD_TORCH_CHECK(number >= 0 && number <= int64_t(Activation::gelu), "sinkattn: unknown activation ", number);
+  return Activation(number);
 }
 
 // What new_empty gives, of up to 4 dims, without the dispatcher, which takes longer than all else that an op does before

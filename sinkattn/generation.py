@@ -4,6 +4,7 @@ import functools
 import inspect
 import itertools
 import threading
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -218,6 +219,10 @@ class Generation:
             mask = kwargs.get("attention_mask")
             return {"input_ids": input_ids[:, -1:], "attention_mask": mask, CACHE: cache, "use_cache": True}
         given = self._prepare_inputs(input_ids, *args, **kwargs)
+        if isinstance(cache, SinkCache) and named(CACHE, dict(given)).get(CACHE) is None:
+            # Phi-3 drops it to compute a text anew once it outgrows the short frequencies, which our layers switch by
+            # themselves.
+            given = GenerationMixin.prepare_inputs_for_generation(self.model, input_ids, *args, **kwargs)
         if call is not None and not call.has_positions and pictures is None:
             given.pop("position_ids", None)
         return given
@@ -281,16 +286,16 @@ class Generation:
             )
         _running.call.is_assisted = True
         most = min(x.plan.slack for x in (self.runner, handle) if x is not None)
-        propose, cache = generator.get_candidates, _running.call.cache
-        times = itertools.count()
+        cache, times, alive = _running.call.cache, itertools.count(), weakref.ref(generator)  # no circle
         if most < 1:
             raise ValueError("assisted generation takes candidates back: patch() with slack, their number at a time")
 
         def get_candidates(input_ids: Tensor, *args, **kwargs):
+            generator = alive()
             for name in ("num_assistant_tokens", "num_output_tokens"):  # how many, as transformers calls it
                 if hasattr(generator, name):
                     setattr(generator, name, min(getattr(generator, name), most))
-            ids, logits = propose(input_ids, *args, **kwargs)
+            ids, logits = type(generator).get_candidates(generator, input_ids, *args, **kwargs)
             cache.are_checked = next(times) > 0  # behind the prompt, what is fed was chosen or proposed
             return ids[:, : input_ids.shape[1] + most], None if logits is None else logits[:, :most]
 

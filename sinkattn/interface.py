@@ -46,7 +46,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, dropout=0
     step = current.step
     if step is None:
         raise RuntimeError(
-            "a part of a patched model was called by itself; call the model that sinkattn.patch() was given"
+            "a part of a patched model was called by itself; call the model that sinkattn.patch() was given. A model "
+            "made from the config of a patched one asks for sinkattn too: model.set_attn_implementation('sdpa') first"
         )
     if dropout:
         raise RuntimeError("attention dropout is on: sinkattn runs inference only, call model.eval()")

@@ -401,6 +401,7 @@ def linear(
     Source: the definition in code is `sinkattn.reference.linear`.
     """
     check_linear(x, weight, bias, norm_weight, residual, activation)
-    in_reference = x.device.type == "cpu" and (x.dtype not in DTYPES or weight.stride(1) != 1)
-    op = reference.linear if in_reference else torch.ops.sinkattn.linear
-    return op(x, weight, bias, norm_weight, norm_eps, norm_shift, residual, activation)
+    given = x, weight, bias, norm_weight, norm_eps, norm_shift, residual
+    if x.device.type == "cpu" and (x.dtype not in DTYPES or weight.stride(1) != 1):
+        return reference.linear(*given, activation)
+    return torch.ops.sinkattn.linear(*given, reference.ACTIVATION_NUMBERS[activation])

@@ -90,8 +90,8 @@ class Handle:
         with untouched(model):
             check = Verification(model, asked["sink_size"], asked["window_size"])
             context, route, layers = self._reach(asked["sink_size"] + asked["window_size"])
-            probed = dict(config=model.config, continues=True, layers=layers, route=route, spare=SpareRows())
-            plan = Plan(**asked, **probed)
+            probed = dict(config=model.config, continues=True, layers=layers, route=route)
+            plan = Plan(**asked, **probed, share=_share_of(model), spare=SpareRows())
             _check_plan(plan, input_device(model))
             check.learn(context, plan)
             self.runner = Runner(model, check.small(), cuda_graph)
@@ -232,6 +232,7 @@ class Handle:
             if self.runner.fused is not None:
                 self.runner.fused.undo()
             self.runner.plan.spare.close()
+            self.runner.lookout.seen = None  # it holds what stood in the model, which would keep the model
         vars(self.model).pop("_sinkattn", None)
         self._restore_configs()
 
@@ -308,6 +309,12 @@ def _check_plan(plan: Plan, device: torch.device) -> None:
                 f"layer {layer_idx} has a sliding window of its own, {probed.own_window} tokens, between window_size "
                 f"and sink_size + window_size: backend {plan.backend!r} does not serve that, 'auto' and 'reference' do"
             )
+
+
+def _share_of(model) -> str | None:
+    """What this process has of a model that transformers has split, None for all of it."""
+    size = getattr(model, "tp_size", None) or 1
+    return None if size == 1 else f"share {torch.distributed.get_rank() % size} of {size}"
 
 
 def patch(

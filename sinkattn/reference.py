@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # of `linear`'s gates
     "gelu_tanh": partial(gelu, approximate="tanh"),
     "gelu": gelu,
 }
+ACTIVATION_NUMBERS = {name: number for number, name in enumerate(("", *ACTIVATIONS))}  # as csrc/activation.h has them
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # of the dtypes that `quantised` makes
 
 

@@ -30,6 +30,7 @@ class Plan:
     route: how the attention is reached, a row of `patch.ROUTES`.
     slack: tokens that can be taken back at any time.
     cache_dtype: of `CACHE_DTYPES`.
+    share: of a model that is split over processes, which this one has, else None.
     spare: keeps what no cache uses any more for the next one.
     name: by which a pickled cache finds the plan of its model again, in this process.
     """
@@ -44,6 +45,7 @@ class Plan:
     route: str
     slack: int
     cache_dtype: str
+    share: str | None
     spare: Any  # a `SpareRows`
     name: str = field(init=False, default_factory=lambda: uuid.uuid4().hex)
 
@@ -69,9 +71,9 @@ class Plan:
             "sink_size": self.sink_size,
             "window_size": self.window_size,
             "slack": self.slack,
-            **(
-                {} if self.cache_dtype == "auto" else {"cache_dtype": self.cache_dtype}
-            ),  # as it was before there were any
+            # As it was before there were any.
+            **({} if self.cache_dtype == "auto" else {"cache_dtype": self.cache_dtype}),
+            **({} if self.share is None else {"tp_plan": self.share}),
             "rings": {
                 f"{layer}.{call}": {
                     "own_window": probed.own_window,

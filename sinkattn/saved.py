@@ -11,7 +11,7 @@ import os
 import uuid
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,6 +72,15 @@ class Texts:
             else:
                 event.synchronize()
         return self.tensors[name].to(device, non_blocking=True)
+
+    def with_logits_in(self, dtype: torch.dtype) -> "Texts":
+        """The same, its logits as those of a model of that dtype. Caches in 8 bits fit models of any."""
+        logits = self.tensors.get("logits")
+        if logits is None or logits.dtype == dtype or not logits.is_floating_point():
+            return self
+        for event in self.ready:
+            event.synchronize()
+        return replace(self, tensors={**self.tensors, "logits": logits.to(dtype)})
 
     def check_fits(self, plan: Plan, held: dict[str, Tensor]) -> None:
         """Raise ValueError, which says what differs, for a cache of other sizes or another model.

@@ -95,7 +95,7 @@ for _name, _more in OVER_PAGES.items():
 torch.library.define(
     "sinkattn::linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, float norm_eps, float norm_shift, Tensor? residual, "
-    "str activation) -> Tensor",
+    "int activation) -> Tensor",  # a number of reference.ACTIVATION_NUMBERS
 )
 
 torch.library.define(
@@ -106,7 +106,7 @@ torch.library.define(  # of fuse/stack.py alone: the table holds addresses
     "sinkattn::stack",
     "(Tensor x, Tensor table, Tensor lengths, Tensor? counts, Tensor? rotation, Tensor(a!) state, int inner, "
     "int num_heads, int num_kv_heads, int head_dim, int slots, float scale, int rotary_start, bool interleaved, "
-    "float norm_eps, float norm_shift, float head_eps, float head_shift, str activation) -> Tensor",
+    "float norm_eps, float norm_shift, float head_eps, float head_shift, int activation) -> Tensor",
 )
 
 

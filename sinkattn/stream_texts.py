@@ -252,6 +252,7 @@ class StreamTexts:
         index = self._index_of(self._all if rows is None else rows)
         if len(index) != len(texts):
             raise ValueError(f"{len(texts)} texts, for {len(index)} rows of the Stream")
+        texts = texts.with_logits_in(self._logits.dtype)
         cache, kept = self.cache, {name: self._kept()[name] for name in KEPT}
         one = {name: x[:1] for name, x in cache.rows.named().items()}
         texts.check_fits(cache.plan, {**cache.rows.with_sinks(one), **kept})
@@ -298,6 +299,7 @@ class StreamTexts:
         cache = self._cache
         ids = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
         logits = self._runner.logits(cache, ids, None)[:, -1]
+        texts = texts.with_logits_in(logits.dtype)
         keeping.become(cache, texts, {"logits": logits})
         self._follow({name: texts.on(name, self._device).clone() for name in (*KEPT, *LATE) if name in texts.tensors})
 

@@ -246,6 +246,24 @@ def test_files_say_what_they_hold(tmp_path):
             SinkCache.load(model, path)
 
 
+@every_kind
+def test_a_file_goes_on_in_a_model_of_another_dtype(kind, tmp_path):
+    """What the cache holds has no dtype of the model, and logits are rounded to it."""
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "model")
+    with patch(model, S, W, cache_dtype=kind):
+        stream = Stream(model)
+        stream.append(random_ids(2, 30))
+        stream.save(tmp_path / "text")
+        texts, logits = stream.take([1]), stream._logits.bfloat16()
+    model = type(model).from_pretrained(tmp_path / "model", dtype=torch.bfloat16)  # its frequencies stay in float32
+    with patch(model, S, W, cache_dtype=kind):
+        stream = Stream.load(model, tmp_path / "text")
+        assert torch.equal(stream._logits, logits) and len(next(stream.generate(1, eos_token_id=[]))) == 2
+        stream.put(texts, [0])
+        assert torch.equal(stream._logits[0], logits[1])
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3", "qwen2", "gpt_neox"])
 def test_loud_models(name):
     """Trained weights' channels. Beside rounding to bfloat16, which no cache does alone: int8, whose steps are those of

@@ -1,12 +1,15 @@
 """generate() and the loaders, on a tiny random model."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import transformers
 
 from helpers import left_padded, random_ids
 from oracle import relative_error, streaming_logits
-from sinkattn import AutoModel, AutoModelForCausalLM, SinkCache
+from sinkattn import AutoModel, AutoModelForCausalLM, SinkCache, patch
 from tiny import tiny
 
 S, W = 4, 10
@@ -131,3 +134,35 @@ def test_loaders(loader, tmp_path):
             found, prompt = twin.lm_head(found), twin.lm_head(prompt)
         assert relative_error(found, streaming_logits(twin, ids, S, W)) < 1e-4
         assert relative_error(prompt, twin(ids).logits) < 1e-4
+
+
+@pytest.mark.parametrize("length", [9, 10, 11, 30])
+def test_a_prompt_that_outgrows_the_short_frequencies(length):
+    """Phi-3's own way is to drop the cache then, and to compute the text anew."""
+    model, ids = tiny("phi3", original_max_position_embeddings=10, max_position_embeddings=64), random_ids(2, length)
+    asked = dict(max_new_tokens=8, do_sample=False, eos_token_id=[], attention_mask=torch.ones_like(ids))
+    expected, cache = model.generate(ids, **asked), None
+    with patch(model, 4, 60):
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, past_key_values=cache, **asked), expected)
+            cache = SinkCache(model)
+        model.generate(ids, past_key_values=cache, **asked)
+        assert cache.lengths.tolist() == [length + 7] * 2
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "mixtral"])
+def test_what_nobody_holds_is_gone(name):
+    """No cache of assisted generation, and no model once its patch is removed, waits for Python's collector."""
+    ids = random_ids(1, 9)
+    gc.collect()
+    gc.disable()
+    try:
+        model = tiny(name)
+        handle, cache = patch(model, 4, 20, slack=4), SinkCache(model)
+        model.generate(ids, past_key_values=cache, max_new_tokens=6, prompt_lookup_num_tokens=2, eos_token_id=0)
+        handle.remove()
+        alive = weakref.ref(cache), weakref.ref(model)
+        del cache, model, handle
+        assert [x() for x in alive] == [None, None]
+    finally:
+        gc.enable()

@@ -116,6 +116,14 @@ with torch.no_grad():
         assert relative_error(found, expected) < 1e-4, size
     assert cache.layers[0].keys.shape[1] == 1  # of two key heads
     assert model.generate(ids, max_new_tokens=3).shape == (1, ids.shape[1] + 3)
+    cache.save(f"text{{torch.distributed.get_rank()}}")
+    torch.distributed.barrier()
+    SinkCache.load(model, f"text{{torch.distributed.get_rank()}}")
+    try:
+        SinkCache.load(model, f"text{{1 - torch.distributed.get_rank()}}")
+        raise AssertionError("it took the other one's share")
+    except ValueError as error:
+        assert "tp_plan is share" in str(error)
     handle.remove()
     assert relative_error(model(ids).logits[:, :{C}], expected[:, :{C}]) < 1e-4
     with patch(model, {S}, {W}, cache_dtype="int8"):  # sums in another order may take a number to the next step

@@ -205,7 +205,7 @@ def test_refusals():
     assert not len(torch.ops.sinkattn.stack_state(x, 64, 1, 1, 96, 2, 32))  # a head dim that is not served
     table = torch.zeros(2, 17, dtype=torch.int64, device=GPU)
     lengths = torch.zeros(1, dtype=torch.int64, device=GPU)
-    more = 64, 1, 1, 64, 32, 1.0, 0, False, 1e-6, 0.0, 0.0, 0.0, "silu"
+    more = 64, 1, 1, 64, 32, 1.0, 0, False, 1e-6, 0.0, 0.0, 0.0, 1
     for wrong in (
         (x.float(), table, lengths, None, None, state),
         (x, table[:, :16], lengths, None, None, state),

@@ -308,7 +308,7 @@ Tensor attend_pages(const Paged& x, const Sizes& sizes, int64_t max_tokens) {
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
               const std::optional<Tensor>& norm_weight, double norm_eps, double norm_shift,
-              const std::optional<Tensor>& residual, const std::string& activation) {
+              const std::optional<Tensor>& residual, int64_t activation) {
   STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) && x.size(0) <= MAX_LINEAR_ROWS,
                   "sinkattn: linear takes x (up to 64 rows, in_features) and weight (out_features, in_features)");
   Linear p{};

@@ -250,7 +250,7 @@ Tensor prefill_op(const Tensors& x, const Sizes& sizes, int64_t dense_window, Op
 
 Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                  const std::optional<Tensor>& norm_weight, double norm_eps, double norm_shift,
-                 const std::optional<Tensor>& residual, const std::string& activation) {
+                 const std::optional<Tensor>& residual, int64_t activation) {
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
                   "sinkattn: the CUDA C++ linear takes float16 and bfloat16");
@@ -327,7 +327,7 @@ Tensor stack_op(const Tensor& x, const Tensor& table, const Tensor& lengths, con
                 const OptionalTensor& rotation, const Tensor& state, int64_t inner, int64_t num_heads,
                 int64_t num_kv_heads, int64_t head_dim, int64_t slots, double scale, int64_t rotary_start,
                 bool interleaved, double norm_eps, double norm_shift, double head_eps, double head_shift,
-                const std::string& activation) {
+                int64_t activation) {
   STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == int64_t(sizeof(StackLayer) / 8) && table.is_contiguous() &&
                       table.scalar_type() == ScalarType::Long && state.scalar_type() == ScalarType::Int &&
                       state.is_contiguous() && reinterpret_cast<uintptr_t>(state.data_ptr()) % 16 == 0 &&

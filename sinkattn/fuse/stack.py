@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..backends import HAS_CUDA_LIBRARY
 from ..changes import configs
 from ..observe import same
+from ..reference import ACTIVATION_NUMBERS
 from ..rings import SinkLayer
 from ..rows import Rows
 from ..step import Step
@@ -38,7 +39,7 @@ class Sizes(NamedTuple):
     shift: float
     head_eps: float
     head_shift: float
-    activation: str
+    activation: int
 
 
 class Ready(NamedTuple):
@@ -155,7 +156,7 @@ def _sizes_of(layer: Layer) -> Sizes | None:
     head_eps, head_shift = (of_heads[0].eps, of_heads[0].shift) if of_heads else (0.0, 0.0)
     return None if attention.softcap else Sizes(
         layer.down.weight.shape[1], attention.heads, attention.kv_heads, attention.dim, attention.scale, norms[0].eps,
-        norms[0].shift, head_eps, head_shift, layer.activation,
+        norms[0].shift, head_eps, head_shift, ACTIVATION_NUMBERS[layer.activation],
     )  # fmt: skip
 
 
