@@ -90,6 +90,7 @@ class SinkCache(Cache):
         self._goes_on = False  # whether the step under way is but a piece of an input, or may turn out to be none
         self.ended: Tensor | None = None  # (batch,) bool, rows that `generate` feeds nothing any more
         self.unfed: Unfed | None = None  # what it chose last
+        self.fed_for_nothing: tuple[int, Unfed] | None = None  # by one that failed then; `changes` when it had
         self.is_searched = False  # whether the rows are the beams of a search
         self.are_checked = False  # whether ids that come are known to be right: the model has proposed or chosen them
         self.is_torn = False

@@ -84,7 +84,7 @@ class Generation:
 
         Without an attention_mask, pad ids are padding wherever they stand, as in transformers, unless they also end a
         text, or were chosen in an answer and cannot be taken back any more. Raises ValueError for what contradicts
-        itself or the text, before anything is fed but the last token of an answer.
+        itself or the text, before anything is fed but the last token of an answer; new ids may bring it all the same.
         """
         if kwargs.get("cache_implementation") is not None:
             raise ValueError("cache_implementation: a patched model brings its own cache; leave it out")
@@ -94,6 +94,7 @@ class Generation:
         holds_text = isinstance(cache, SinkCache) and bool(cache.seen)  # forward refuses other caches
         outer, is_assistant = _running.call, getattr(kwargs.get("generation_config"), "is_assistant", False)
         seen, changes, undo = (cache.seen, cache.changes, None) if holds_text else (0, 0, None)
+        unfed = cache.unfed if holds_text else None
         ids, held, mask = None, 0, None
         if kwargs.get("inputs_embeds") is not None:
             if holds_text:
@@ -125,6 +126,7 @@ class Generation:
             cache.are_checked = is_assistant  # what is new was chosen
         call = _Call(has_positions, 0 if ids is None else ids.shape[1], held, mask)
         before = cache.changes if isinstance(cache, SinkCache) else 0
+        is_fed = unfed is not None and before != changes  # by `go_on`
         _running.call = call
         try:
             output = self._generate(inputs, *args, **kwargs | self._own_loop(args, kwargs))
@@ -132,6 +134,8 @@ class Generation:
             call.is_search &= call.cache is not None and call.cache.changes != before
             if call.is_assisted and call.cache is not None and call.cache.changes != before:
                 call.cache.tear()  # candidates that nobody has chosen may stand in it
+            if is_fed and cache.changes == before:
+                cache.fed_for_nothing = (before, unfed)
             raise
         finally:
             _running.call = outer

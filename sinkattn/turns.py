@@ -100,6 +100,8 @@ def go_on(
         )
     if pad is not None and cache.unfed is not None:
         _drop_pads(model, cache, pad)
+    if mask.shape[1] == width:
+        real = _without_fed(cache, ids, real)
     _feed_last(model, cache, ids, real, is_told=mask.shape[1] == seen + width + 1)
     columns = torch.arange(cache.seen, device=ids.device)
     before = columns >= (cache.seen - cache.lengths[:, None]).to(ids.device)
@@ -142,6 +144,22 @@ def _drop_pads(model, cache: SinkCache, pad: int) -> None:
         cache.unfed = unfed
     if (is_pad := unfed.ids[:, 0] == pad).any():
         cache.unfed = unfed.without(is_pad.nonzero()[:, 0])
+
+
+def _without_fed(cache: SinkCache, ids: Tensor, real: Tensor) -> Tensor:
+    """real, (batch, width), without an answer's last token where ids begin with it: a call that failed has fed it."""
+    if cache.fed_for_nothing is None or cache.fed_for_nothing[0] != cache.changes:
+        return real
+    last, ended = (None if x is None else x.to(ids.device) for x in cache.fed_for_nothing[1][:2])
+    if len(last) != len(ids):
+        return real
+    at = real.int().argmax(1, keepdim=True)
+    begins = ids.gather(1, at) == last
+    begins = begins if ended is None else begins & ~ended[:, None]
+    real = real & ~torch.zeros_like(real).scatter(1, at, begins)
+    if not real[:, -1].all():
+        raise ValueError("the last token of the answer was fed by a call that failed: give what comes behind it")
+    return real
 
 
 def _feed_last(model, cache: SinkCache, ids: Tensor, real: Tensor, is_told: bool) -> None:

@@ -372,6 +372,26 @@ def test_bad_turns_lose_nothing(model, kind):
     assert follows(torch.cat((text, new), dim=1)[0], answer)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_last_token_is_fed_once(model, rows):
+    """A call that failed had fed it; new ids bring it all the same, or do not."""
+    for brings in (False, True):
+        cache = SinkCache(model)
+        text = model.generate(random_ids(rows, 20), past_key_values=cache, **GREEDY)
+        new, last = behind(text[:1], 6).expand(rows, -1), text[:, -1:]
+        for wrong in (dict(max_new_tokens=0), dict(num_return_sequences=2)):
+            with pytest.raises(ValueError, match="max_new_tokens|num_retur"):
+                model.generate(new, past_key_values=cache, **{**GREEDY, **wrong})
+        if brings:
+            with pytest.raises(ValueError, match="give what comes behind it"):
+                model.generate(last, past_key_values=cache, **GREEDY)
+        given = torch.cat((last, new), dim=1) if brings else new
+        answers = model.generate(given, past_key_values=cache, **GREEDY)[:, given.shape[1] :]
+        for row, answer in enumerate(answers):
+            assert follows(torch.cat((text, new), dim=1)[row], answer)
+        assert cache.lengths.tolist() == [text.shape[1] + 6 + 9] * rows
+
+
 def test_generate_batch_is_refused(model):
     with pytest.raises(ValueError, match="generate_batch brings a paged cache"):
         model.generate_batch([[1, 2, 3]], max_new_tokens=2)
