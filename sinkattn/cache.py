@@ -60,7 +60,7 @@ class SinkCache(Cache):
     Attributes:
         lengths: (batch,) int64, tokens each row holds (padding not counted), or None before the first call.
         seen: columns of the text that were fed, padding included (also `get_seq_length()`).
-        nbytes: bytes of the key and value buffers, scales and all, of shared sinks once.
+        nbytes: bytes of the key and value buffers, scales and all, of shared sinks once, and of layers' states.
         shares_sinks: whether the rows have their sinks together.
         is_torn: whether something has ended half-way; all but `reset` is then refused.
 
@@ -139,8 +139,9 @@ class SinkCache(Cache):
     @property
     def nbytes(self) -> int:
         shared = [ring.shared for ring in self.rings.values() if ring.shared is not None]
-        of_rings = [x for ring in self.rings.values() for x in ring.buffers().values()]
-        return sum(x.nbytes for x in (*of_rings, *(x for sinks in shared for x in (sinks.keys, sinks.values))))
+        own = [x for ring in self.rings.values() for x in ring.buffers().values()]
+        own += [] if self.rows is None else self.rows.states()
+        return sum(x.nbytes for x in (*own, *(x for sinks in shared for x in (sinks.keys, sinks.values))))
 
     @property
     def shares_sinks(self) -> bool:

@@ -66,7 +66,10 @@ class Runner:
         ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if (ids is None) == (embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        given = ids if embeds is None else embeds
+        given, dims = (ids, 2) if embeds is None else (embeds, 3)
+        if given.dim() != dims:
+            name, wanted = ("input_ids", "") if embeds is None else ("inputs_embeds", ", hidden size")
+            raise ValueError(f"{name} of {tuple(given.shape)}: give (batch, tokens{wanted})")
         batch, tokens = given.shape[:2]
         if batch == 0 or tokens == 0:
             raise ValueError(

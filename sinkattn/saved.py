@@ -4,6 +4,7 @@ The file's metadata has two entries: "sinkattn", a JSON object (`Texts.about`), 
 all tensors. docs/keeping.md lists what is in them. A file is checked whole before anything is made of it.
 """
 
+import errno
 import functools
 import json
 import math
@@ -190,6 +191,8 @@ def write(path: str | os.PathLike, texts: Texts) -> None:
         event.synchronize()
     tensors = {name: x.contiguous() for name, x in texts.tensors.items()}
     metadata = {"sinkattn": about, "crc32": _checksum(about, tensors)}
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))  # and not the one beside
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     beside.touch(exist_ok=False)
     try:

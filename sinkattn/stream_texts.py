@@ -238,10 +238,12 @@ class StreamTexts:
 
         texts: n texts. rows: (n,) int64 or a list, each once, in the texts' order, whatever they hold; None for all. A
         Stream that holds nothing yet gets n rows.
-        Raises ValueError for rows that are not there, for another number of them than n, for texts that do not fit the
-        model, and for such as have other sinks than those that the rows share (the same tokens, if they were read in
-        another batch or in pieces, may have); nothing is changed then.
+        Raises TypeError for what are no texts; ValueError for rows that are not there, for another number of them than
+        n, for texts that do not fit the model, and for such as have other sinks than those that the rows share (the
+        same tokens, if they were read in another batch or in pieces, may have). Nothing is changed then.
         """
+        if not isinstance(texts, saved.Texts):
+            raise TypeError(f"put takes what take() gave, not a {type(texts).__name__}")
         self._check_whole()
         if self._logits is None and rows is None:
             other = type(self)(self.model)

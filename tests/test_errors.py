@@ -183,6 +183,7 @@ CALLS = {
     "another batch": (lambda i: dict(input_ids=i[:1]), ValueError, "holds 2 rows and cannot go on with 1"),
     "empty prompt": (lambda i: dict(input_ids=i[:, :0]), ValueError, "empty prompt"),
     "no rows": (lambda i: dict(input_ids=i[:0]), ValueError, "empty prompt"),
+    "no batch": (lambda i: dict(input_ids=i[0]), ValueError, r"input_ids of \(\d+,\): give \(batch, tokens\)"),
     "nothing": (lambda i: dict(input_ids=None), ValueError, "exactly one of"),
     "id too large": (lambda i: dict(input_ids=i + 90), ValueError, "the model embeds 0 to 96"),
     "negative id": (lambda i: dict(input_ids=i - 97), ValueError, "the model embeds 0 to 96"),

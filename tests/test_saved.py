@@ -348,6 +348,8 @@ def test_put_into_a_new_stream():
         texts = stream.take([2, 0])
         with pytest.raises(ValueError, match="rows="):
             empty.put(texts, [0, 1])
+        with pytest.raises(TypeError, match="take"):
+            empty.put("text")
         empty.put(texts)
         assert empty.lengths.tolist() == [7, 20]
         again = Stream(model)
@@ -580,7 +582,7 @@ def test_a_crash_leaves_the_old_file(where, error, tmp_path, monkeypatch):
     assert path.read_bytes() == before and sorted(x.name for x in tmp_path.iterdir()) == ["cache", "stream"]
     stream.save(path)
     assert Stream.load(model, path).lengths.tolist() == stream.lengths.tolist()
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError, match="nowhere/text"):
         stream.save(tmp_path / "nowhere" / "text")
 
 
