@@ -104,10 +104,9 @@ class Handle:
                     with self._attends_by(implementation):
                         check.check_attention(found, observer)
                     break
-                except UnsupportedModelError as error:
-                    refusal = error
-            else:
-                raise refusal
+                except UnsupportedModelError:
+                    if implementation == OWN[-1]:
+                        raise
             fused = Fused(model, fuse, observer) if fuse != "none" and route == "interface" else None
         self._name_implementation(ROUTES[route])
         if fused is not None:
@@ -163,7 +162,9 @@ class Handle:
                     ) from error
                 try:
                     with current.of(recorder), context():
-                        return context, route, probe(self.model, recorder, capacity, CHUNK)
+                        found = probe(self.model, recorder, capacity, CHUNK)
+                    refusal = None  # its traceback holds this call, and all that it holds
+                    return context, route, found
                 except UnsupportedModelError as error:
                     refusal = error
                     logger.debug("%s by route %r: %s", type(self.model).__name__, route, error)
@@ -311,7 +312,7 @@ def _check_plan(plan: Plan, device: torch.device) -> None:
             )
 
 
-def _share_of(model) -> str | None:
+def _share_of(model: nn.Module) -> str | None:
     """What this process has of a model that transformers has split, None for all of it."""
     size = getattr(model, "tp_size", None) or 1
     return None if size == 1 else f"share {torch.distributed.get_rank() % size} of {size}"

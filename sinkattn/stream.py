@@ -275,7 +275,7 @@ class Stream(StreamTexts):
         return ids, fed, torch.cat((fed.any()[None], ids))
 
 
-def _verified(model, cache: SinkCache, k: int, ids: Tensor, mask: Tensor) -> Tensor:
+def _verified(model: nn.Module, cache: SinkCache, k: int, ids: Tensor, mask: Tensor) -> Tensor:
     """Logits of k proposals and the token before them."""
     return runner_of(model).logits(cache, ids, mask, k + 1, True)
 

@@ -22,7 +22,7 @@ KEPT = ("logits", "ended", "waiting")  # what saved texts have besides the cache
 LATE = ("late.ids", "late.fed")  # and if something was fed and not yielded yet
 
 
-def runner_of(model) -> Runner:
+def runner_of(model: nn.Module) -> Runner:
     handle = getattr(model, "_sinkattn", None)
     if handle is None:
         raise ValueError("this Stream's model is not patched any more: patch() it and make another Stream")

@@ -154,7 +154,7 @@ def test_a_prompt_that_outgrows_the_short_frequencies(length):
         assert cache.lengths.tolist() == [length + 7] * 2
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox", "mixtral", "gemma2", "bloom"])
 def test_what_nobody_holds_is_gone(name):
     """No cache of assisted generation, and no model once its patch is removed, waits for Python's collector."""
     ids = random_ids(1, 9)
