@@ -30,6 +30,7 @@ PREFILL_AIMS = {
     (8, 1, 8192, 1024): 0.31, (8, 1, 32768, 1024): 1.3, (8, 1, 32768, 4096): 3.8, (32, 1, 8192, 1024): None,
     (32, 1, 32768, 1024): None, (32, 1, 32768, 4096): None,
 }  # fmt: skip
+# Of bench/generate.py, as columns come.
 METHODS = ("floor", "stream", "stream_layers", "generate", "static_compiled", "dynamic", "recompute")
 
 
@@ -174,8 +175,8 @@ def generate(about: dict) -> list[dict]:
 
 def whole_steps(command: str) -> Callable[[dict], str]:
     def after(about: dict) -> str:
-        where = f"{about['device']}, torch {about['torch']}, transformers {about['transformers']}"
-        return f"`{command}`, {where}; reads {about['read_gb_per_s'] / 1e3:.2f} TB/s."
+        ran = source({**about, "command": command, "versions": about})[:-1]
+        return f"{ran}, transformers {about['transformers']}; reads {about['read_gb_per_s'] / 1e3:.2f} TB/s."
 
     return after
 

@@ -57,8 +57,12 @@ class Captured:
         how = dict(stream=stream, capture_error_mode="thread_local")
         # A capture that fails leaves its stream set: the one around it takes it back. Some versions of torch make
         # another stream for a graph, on the current GPU: within its device, so that no other GPU is touched.
-        within = torch.cuda.device(device), torch.cuda.stream(stream), _nothing_dies()
-        with within[0], within[1], within[2], torch.cuda.graph(self._graph, **how):
+        with (
+            torch.cuda.device(device),
+            torch.cuda.stream(stream),
+            _nothing_dies(),
+            torch.cuda.graph(self._graph, **how),
+        ):
             self.output = run(**self.inputs)
 
     def __call__(self, **inputs: Tensor):

@@ -146,17 +146,19 @@ def _drop_pads(model, cache: SinkCache, pad: int) -> None:
         cache.unfed = unfed.without(is_pad.nonzero()[:, 0])
 
 
+def _begin_with(last: Tensor, ids: Tensor, real: Tensor) -> Tensor:
+    """Whether the first of each row's new ids is its own of last, (batch, 1)."""
+    return ids.gather(1, real.int().argmax(1, keepdim=True)).to(last) == last
+
+
 def _without_fed(cache: SinkCache, ids: Tensor, real: Tensor) -> Tensor:
     """real, (batch, width), without an answer's last token where ids begin with it: a call that failed has fed it."""
     if cache.fed_for_nothing is None or cache.fed_for_nothing[0] != cache.changes:
         return real
     last, ended = (None if x is None else x.to(ids.device) for x in cache.fed_for_nothing[1][:2])
-    if len(last) != len(ids):
-        return real
-    at = real.int().argmax(1, keepdim=True)
-    begins = ids.gather(1, at) == last
+    begins = _begin_with(last, ids, real)
     begins = begins if ended is None else begins & ~ended[:, None]
-    real = real & ~torch.zeros_like(real).scatter(1, at, begins)
+    real = real & ~(begins & (real.cumsum(1) == 1))
     if not real[:, -1].all():
         raise ValueError("the last token of the answer was fed by a call that failed: give what comes behind it")
     return real
@@ -167,8 +169,7 @@ def _feed_last(model, cache: SinkCache, ids: Tensor, real: Tensor, is_told: bool
     if cache.unfed is None:
         return
     last, ended = (None if x is None else x.to(cache.lengths.device) for x in cache.unfed[:2])
-    first = ids.gather(1, real.int().argmax(1, keepdim=True)).to(last)
-    misses = torch.ones_like(last, dtype=torch.bool) if is_told else first != last
+    misses = torch.ones_like(last, dtype=torch.bool) if is_told else ~_begin_with(last, ids, real)
     misses = misses if ended is None else misses & ~ended[:, None]
     if misses.any():
         _feed(model, cache, last, misses)

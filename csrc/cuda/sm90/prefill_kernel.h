@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(Shape<DIM>::THREADS, 1)
 #pragma unroll
     for (int i = 0; i < DIM / 2; ++i) sum[i] = 0;
 
-    // Sinks are keys like others to queries by whose angles they are as far away as they are.
+    // Sinks are keys like others where text and sinks turn the tile's queries by the same angles.
     if (S::AHEAD) wait(&at.sink_queries_in, sink_query_at.phase);
     wait(&at.keys_in[key_at.stage], key_at.phase);
     const bool is_plain = S::AHEAD && tile.is_first && at.differing[query_at.stage] != nth_tile;
