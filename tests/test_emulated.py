@@ -113,6 +113,7 @@ class Case:
     rotary: tuple[int, int, bool] = (0, 32, False)  # first dim, dims / 2, interleaved
     counts: bool = False
     blocks: int = 5
+    loud: float = 1.0  # how large x is, and weights of norms
 
 
 def _number(x: Tensor | None) -> int:
@@ -139,9 +140,10 @@ class Emulated:
             return (torch.randn(shape) * by).to(case.dtype)
 
         for _ in range(case.layers):
-            weights = [new(out, into, by=into**-0.5) for out, into in zip(outs, ins, strict=True)]
+            by = 1 / case.loud, 1.0, 1 / case.loud, 1.0  # what norms made loud is not any more
+            weights = [new(out, into, by=of * into**-0.5) for out, into, of in zip(outs, ins, by, strict=True)]
             biases = [new(out, by=0.3) if case.has_bias else None for out in outs]
-            norms = [(torch.rand(case.hidden) + 0.5).to(case.dtype) for _ in range(2)]
+            norms = [((torch.rand(case.hidden) + 0.5) * case.loud).to(case.dtype) for _ in range(2)]
             of_heads = [(torch.rand(case.dim) + 0.5).to(case.dtype) if case.has_head_norms else None for _ in range(2)]
             self.layers.append((weights, biases, norms, of_heads))
             cache = [new(self.rows, kv_heads, self.slots, case.dim) for _ in range(2)]
@@ -209,7 +211,7 @@ class Emulated:
     def compare(self, steps: int) -> None:
         case = self.case
         for _ in range(steps):
-            x = torch.randn(self.rows, case.hidden).to(case.dtype)
+            x = (torch.randn(self.rows, case.hidden) * case.loud).to(case.dtype)
             angles = 6 * torch.rand(self.rows, 1, 2, 1, max(case.rotary[1], 1))
             rotation = torch.cat((angles.cos(), angles.sin()), dim=3)
             counts = torch.randint(0, 2, (self.rows,)) if case.counts else None
@@ -243,6 +245,10 @@ CASES = [
     Case([15], (4, 1), rotary=(0, 0, False)),
     Case([15, 99], (8, 2), hidden=640, inner=704, blocks=3),
     Case([50], (2, 2), hidden=64, blocks=1),
+    Case([34], (8, 2), dim=128, reach=(17, 1, 16), rotary=(0, 64, False)),  # the new slot is the next split's first
+    Case([600, 1000], (3, 1), reach=(2, 290, 10), blocks=2),  # a block has more slots than fit at a time
+    Case([295], (4, 1), dim=128, reach=(7, 290, 10), rotary=(0, 64, False), blocks=1, dtype=torch.bfloat16),
+    Case([9], (2, 1), loud=500.0),  # x times a norm's weight is more than float16 holds
 ]
 
 
@@ -257,7 +263,7 @@ def test_stack_through_the_wrap(stack):
     emulated = Emulated(stack, case)
     emulated.compare(20)
     epoch = torch.frombuffer((ctypes.c_int32 * 1).from_address(emulated.state), dtype=torch.int32)
-    assert epoch.item() == 20 * case.layers
+    assert epoch.item() == 20 * (case.layers + 1)
 
 
 def test_stacks_of_random_sizes(stack):
@@ -289,6 +295,7 @@ def test_stacks_that_are_not_served(stack):
     assert served() and served(rows=2)
     assert not served(rows=3) and not served(dim=96) and not served(hidden=96) and not served(inner=72)
     assert not served(inner=64 * 1024)  # more than fits into shared memory
+    assert served(hidden=4096) and not served(hidden=4096 + 64)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8, 13])

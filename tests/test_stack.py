@@ -55,6 +55,20 @@ def spread_error(found, expected) -> float:
     return ((found.double() - expected.double()).square().mean().sqrt() / expected.double().std()).item()
 
 
+def errors_of(name: str, dtype: torch.dtype, sizes: tuple[int, int, int], rows: int) -> dict[str, torch.Tensor]:
+    """Of a random model and text, by each way to fuse it: how far each token's logits are from float32."""
+    sink_size, window_size, slack = sizes
+    model, ids, errors = loud(name, dtype), random_ids(rows, 2 * (sink_size + window_size) + 31, GPU), {}
+    exact = copy.deepcopy(model).float()
+    expected = torch.cat([streaming_logits(exact, row[None], sink_size, window_size) for row in ids])
+    for fuse in ("none", "layers", "model"):
+        with patch(model, sink_size, window_size, fuse=fuse, slack=slack), torch.no_grad():
+            cache = SinkCache(model)
+            found = [model(piece, past_key_values=cache).logits for piece in ids.split(1, dim=1)]
+            errors[fuse] = token_errors(torch.cat(found, dim=1), expected)
+    return errors
+
+
 LOGITS = [
     *((name, torch.bfloat16, (4, 10, 16), rows) for name in SHAPES for rows in (1, 2)),
     *((name, torch.bfloat16, sizes, 2) for name in ("llama", "qwen3") for sizes in ((0, 33, 0), (37, 5, 3))),
@@ -65,23 +79,25 @@ LOGITS = [
 
 @pytest.mark.parametrize("name, dtype, sizes, rows", LOGITS)
 def test_logits(name, dtype, sizes, rows, served):
-    """Token by token, through the wrap: no farther from float32 than the unfused model, and as far as layers.
+    """Token by token, through the wrap: no farther from float32 than the unfused model, and than layers.
 
-    On an H200 it is 0.84 to 0.97 times as far as the unfused model in the mean of 16 texts of a shape (one text is off
-    by 0.11), and 0.99 to 1.00 times as far as layers (0.02).
+    All three round on their own: one text is off by 0.11, so that `test_errors_in_the_mean` takes more of them.
     """
-    sink_size, window_size, slack = sizes
-    model, ids, errors = loud(name, dtype), random_ids(rows, 2 * (sink_size + window_size) + 31, GPU), {}
-    exact = copy.deepcopy(model).float()
-    expected = torch.cat([streaming_logits(exact, row[None], sink_size, window_size) for row in ids])
-    for fuse in ("none", "layers", "model"):
-        with patch(model, sink_size, window_size, fuse=fuse, slack=slack), torch.no_grad():
-            cache = SinkCache(model)
-            found = [model(piece, past_key_values=cache).logits for piece in ids.split(1, dim=1)]
-            errors[fuse] = token_errors(torch.cat(found, dim=1), expected)
-        assert len(served) == (fuse == "model")
+    errors = errors_of(name, dtype, sizes, rows)
+    assert len(served) == 1
     times = {other: times_worse(errors["model"], errors[other])[0] for other in ("none", "layers")}
-    assert times["none"] < 1.4 and times["layers"] < 1.1, times
+    assert max(times.values()) < 1.4, times
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_errors_in_the_mean(name, served):
+    """Of texts of different models, over as many tokens."""
+    errors = [errors_of(name, torch.bfloat16, (4, 10, 16), 1) for _ in range(8)]
+    for other in ("none", "layers"):
+        times = times_worse(*(torch.cat([x[kind] for x in errors]) for kind in ("model", other)))
+        print(f"{name}: {times[0]:.3f} times as far off as {other}, give or take {times[1]:.3f}")
+        assert times[0] < 1.15
+    assert len(served) == 8
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
@@ -92,22 +108,24 @@ def test_padded_rows_and_rows_that_wait(name, served):
     mask[1, :11] = False
     waits = [torch.tensor([[i % 3 == 0], [i % 3 > 0 and i % 2 == 0]]) for i in range(3 * C)]
     steps = [(random_ids(2, 1, GPU), ~x.to(GPU)) for x in waits]
-    logits = {}
-    for fuse in ("layers", "model"):
+    logits, models = {}, {"none": copy.deepcopy(model).float(), "layers": model, "model": model}
+    for fuse, model in models.items():
         with patch(model, S, W, fuse=fuse), torch.no_grad():
             cache, kept = SinkCache(model), []
             model(ids, attention_mask=mask, past_key_values=cache)
             for token, goes_on in steps:
                 rings = [x.clone() for ring in cache.rows.rings.values() for x in (ring.keys, ring.values)]
                 found = model(token, attention_mask=goes_on, past_key_values=cache).logits
-                kept.append(torch.where(goes_on[..., None], found, 0))
+                kept.append(found[goes_on])
                 now = [x for ring in cache.rows.rings.values() for x in (ring.keys, ring.values)]
                 for row in (~goes_on[:, 0]).nonzero():
                     assert all(torch.equal(a[row], b[row]) for a, b in zip(rings, now, strict=True))
-            logits[fuse] = torch.cat(kept, dim=1)
+            logits[fuse] = torch.cat(kept)[None]
             taken = torch.cat([goes_on for _, goes_on in steps], dim=1).sum(1)
             assert torch.equal(cache.lengths, taken + torch.tensor([30, 19], device=GPU))
-    assert spread_error(logits["model"], logits["layers"]) < 0.05 and len(served) == 1
+    of_model, of_layers = (token_errors(logits[fuse], logits["none"]) for fuse in ("model", "layers"))
+    print(f"{name}: {of_model.median():.4f} off, at most {of_model.max():.3f}; {of_layers.median():.4f} by layers")
+    assert times_worse(of_model, of_layers)[0] < 1.4 and of_layers.median() < 0.2 and len(served) == 1
 
 
 def test_what_dead_slots_hold(served):

@@ -17,15 +17,42 @@ __device__ void wait_for_copies(int) {}
 template <int PENDING>
 __device__ void wait_for_copies() {}
 
-// A barrier is what lacks, and how often all have come.
-__device__ void begin_barrier(uint64_t* barrier) { *barrier = 32; }
-__device__ void open_once_copied(unsigned barrier) {
-  uint32_t* parts = static_cast<uint32_t*>(at(barrier));
-  if (--parts[0] == 0) parts[0] = 32, ++parts[1];
+template <int THREADS>
+__device__ void meet() { emulated::meet(emulated::block, THREADS); }
+__device__ uint4 read_shared(unsigned from) { return *static_cast<const uint4*>(at(from)); }
+template <typename T>
+__device__ T read_shared(unsigned from) { return *static_cast<const T*>(at(from)); }
+template <typename T>
+__device__ void write_shared(unsigned to, T x) { *static_cast<T*>(at(to)) = x; }
+__device__ void write_shared(unsigned to, uint4 x) { *static_cast<uint4*>(at(to)) = x; }
+__device__ void write_shared(unsigned to, uint2 x) { *static_cast<uint2*>(at(to)) = x; }
+__device__ uint2 read_transposed(unsigned row) {
+  const auto rows = emulated::exchange(row);
+  const int g = emulated::lane() / 4, c = emulated::lane() % 4;
+  uint32_t x[2];
+  for (int i = 0; i < 2; ++i) {
+    auto number = [&](int k) { return static_cast<const uint16_t*>(at(rows[i * 8 + 2 * c + k]))[g]; };
+    x[i] = uint32_t(number(1)) << 16 | number(0);
+  }
+  return make_uint2(x[0], x[1]);
 }
+
+// A barrier is how many lack, how many have to come, and how often all have come.
+struct Barrier {
+  uint16_t lacking, all;
+  uint32_t phase;
+};
+__device__ void begin_barrier(uint64_t* barrier, int arrivals) {
+  *reinterpret_cast<Barrier*>(barrier) = {uint16_t(arrivals), uint16_t(arrivals), 0};
+}
+__device__ void arrive(unsigned barrier) {
+  Barrier* x = static_cast<Barrier*>(at(barrier));
+  if (--x->lacking == 0) x->lacking = x->all, ++x->phase;
+}
+__device__ void open_once_copied(unsigned barrier) { arrive(barrier); }
 __device__ void wait_for_barrier(unsigned barrier, unsigned parity) {
-  const volatile uint32_t* parts = static_cast<uint32_t*>(at(barrier));
-  while (parts[1] % 2 == parity) emulated::yield();
+  const volatile Barrier* x = static_cast<Barrier*>(at(barrier));
+  while (x->phase % 2 == parity) emulated::yield();
 }
 
 __device__ void write_pair(void* to, uint32_t a, uint32_t b) {

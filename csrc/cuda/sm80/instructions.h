@@ -58,18 +58,76 @@ __device__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Barriers that a warp's copies open: each lane's arrive once those that it has asked for are there.
-__device__ void begin_barrier(uint64_t* barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0], 32;" ::"r"(shared_address(barrier)) : "memory");
+// The first THREADS of a block meet.
+template <int THREADS>
+__device__ void meet() {
+  asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+
+__device__ uint4 read_shared(unsigned from) {
+  uint4 x;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(from)
+               : "memory");
+  return x;
+}
+// A number, of 16 or 32 bits.
+template <typename T>
+__device__ T read_shared(unsigned from) {
+  T x;
+  if constexpr (sizeof(T) == 2)
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(reinterpret_cast<uint16_t&>(x)) : "r"(from) : "memory");
+  else
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(reinterpret_cast<uint32_t&>(x)) : "r"(from) : "memory");
+  return x;
+}
+template <typename T>
+__device__ void write_shared(unsigned to, T x) {
+  if constexpr (sizeof(T) == 2)
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(to), "h"(reinterpret_cast<uint16_t&>(x)) : "memory");
+  else
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(reinterpret_cast<uint32_t&>(x)) : "memory");
+}
+__device__ void write_shared(unsigned to, uint4 x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ void write_shared(unsigned to, uint2 x) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to), "r"(x.x), "r"(x.y) : "memory");
+}
+// Two matrices of 8 rows of 8 numbers of 16 bits, a row a lane of the first 16; a lane, g and c, gets rows 2 c and 2 c + 1
+// of column g of both.
+__device__ uint2 read_transposed(unsigned row) {
+  uint2 x;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(x.x), "=r"(x.y)
+               : "r"(row)
+               : "memory");
+  return x;
+}
+
+// Barriers that copies open: each lane's arrive once those that it has asked for are there.
+__device__ void begin_barrier(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ void arrive(unsigned barrier) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" ::"r"(barrier) : "memory");
 }
 __device__ void open_once_copied(unsigned barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 __device__ void wait_for_barrier(unsigned barrier, unsigned parity) {
+#if __CUDA_ARCH__ >= 900  // a warp may sleep meanwhile
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+#else
   asm volatile(
       "{\n.reg .pred done;\nagain:\nmbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
       "r"(parity)
       : "memory");
+#endif
 }
 
 // Memory that other blocks write and read at the same time: pairs of 32 bits, which are written and read at once.

@@ -5,22 +5,21 @@
 // Floor: the bytes of all weights and of the visible keys and values, read once; and six times a layer what one block
 // wrote has to reach all others, which takes 0.7 us. What it takes to get there:
 //
-// * One block a multiprocessor stays for all layers, and has an even share of the rows of every weight. What a warp will
-//   multiply is known from the start: its ring in shared memory is refilled without regard to where one product ends and
-//   the next begins, so that memory goes on working while blocks wait for each other. Chunks and fragments are those of
-//   linear.cu.
+// * One block a multiprocessor stays for all layers, and has an even share of the rows of every weight. Some of its warps
+//   do nothing but ask for weights, into rings of those that multiply, whatever product these are at: so memory goes on
+//   working while blocks wait for each other, and no warp that something waits for spends its time on asking. Chunks and
+//   fragments are those of linear.cu.
 // * There is no barrier of all blocks. What is handed from block to block has its layer's number beside it, in the same 8
 //   bytes, which are written and read at once (as NCCL's LL protocol does it): whoever needs it looks until the number is
 //   right, and has it. No fence waits for anybody's loads, and no flag has to be looked at first. Nobody overtakes
 //   anybody: a block writes where it wrote a layer ago only once all blocks have handed on what they made of that.
 // * All blocks are resident (a cooperative launch), or nothing is launched: so nobody waits for one that never comes.
-// * Small layers take as long as their instructions do, and an instruction that a warp comes to for the first time in
-//   some microseconds takes 5 cycles or more: so there are few warps, with all registers that they need (what is spilled
-//   here does not stay in the L1), and what may be done early is done while a block waits: to ask for weights, for the
-//   first keys and values, for angles and the row's length.
-// * A block attends with up to 4 query heads of a row's key head to one part of the slots; a warp's lanes share a key,
-//   whose products are those of float32. Blocks that share a key head combine what all of them found, each a part of the
-//   columns.
+// * Small layers take as long as the instructions between two hand-overs do, one after another. So a warp looks for the
+//   columns of x that it multiplies, and for no others; the norm's scale waits for the sums; and warps meet once a product,
+//   where they add up. Those that look for the same ask for what lies together: the L2 takes long over many requests.
+// * A block attends with up to 4 query heads of a row's key head to one part of the slots, which are in shared memory
+//   before the queries are there. Products are those of 16 bits, of queries and of weights in two parts each, which is as
+//   good as float32. Blocks that share a key head combine what all of them found, each a part of the columns.
 //
 // The kernel is the order of it; stack_weights.h, stack_multiply.h and stack_attend.h are its parts.
 #include <algorithm>
@@ -37,12 +36,12 @@ __host__ __device__ inline int most_columns(const Stack& p) {
   return wide > heads ? wide : heads;
 }
 
-template <typename T, int DIM, int HEADS, int MOST>
-__global__ void __launch_bounds__(THREADS, 1) stack_kernel(const __grid_constant__ Stack p, int stages) {
+template <typename T, int DIM, int MOST>
+__global__ void __launch_bounds__(THREADS + ASKING, 1) stack_kernel(const __grid_constant__ Stack p, int stages) {
   extern __shared__ uint4 shared[];
   __shared__ Share shares[PRODUCTS];
-  __shared__ float squares[WARPS * MAX_STACK_ROWS];
-  __shared__ __align__(8) uint64_t barriers[WARPS * MOST_STAGES];
+  __shared__ float all_squares[MOST * WARPS];
+  __shared__ __align__(8) uint64_t barriers[2 * WARPS * MOST_STAGES];
   const Call& c = p.call;
   uint4* x = shared + WARPS * stages * STAGE;
   uint4* attention_memory = x + c.batch * apart_of(most_columns(p) / 8);
@@ -51,57 +50,64 @@ __global__ void __launch_bounds__(THREADS, 1) stack_kernel(const __grid_constant
   T* own = reinterpret_cast<T*>(layers + p.num_layers);
 
   const int64_t* table = reinterpret_cast<const int64_t*>(p.layers);
-  for (int i = threadIdx.x; i < p.num_layers * int(sizeof(StackLayer) / 8); i += THREADS)
+  for (int i = threadIdx.x; i < p.num_layers * int(sizeof(StackLayer) / 8); i += THREADS + ASKING)
     reinterpret_cast<int64_t*>(layers)[i] = table[i];
   if (threadIdx.x < PRODUCTS) shares[threadIdx.x].plan(p, threadIdx.x);
+  const Ring ring(shared, barriers, stages);
   __syncthreads();
-  Weights weights(shares, layers, p.num_layers, shared + threadIdx.x / 32 * stages * STAGE,
-                  barriers + threadIdx.x / 32 * MOST_STAGES, stages);
-  uint32_t epoch = *p.epoch;
+  if (threadIdx.x >= THREADS) return ask_for_all(shares, layers, p.num_layers, ring);
+
+  // x is handed to all blocks as if a layer had made it.
+  uint32_t epoch = *p.epoch + 1;
   const int width = shares[DOWN].end - shares[DOWN].begin;
-  for (int i = threadIdx.x; i < c.batch * width; i += THREADS)
-    own[i] = static_cast<const T*>(p.x)[int64_t(i / width) * p.hidden + shares[DOWN].begin + i % width];
+  for (int i = threadIdx.x; i < c.batch * width / 2; i += THREADS) {
+    const int at = i / (width / 2) * (p.hidden / 2) + shares[DOWN].begin / 2 + i % (width / 2);
+    const uint32_t both = static_cast<const uint32_t*>(p.x)[at];
+    reinterpret_cast<uint32_t*>(own)[i] = both, write_pair(p.last + at, both, epoch);
+  }
 
   const int units = c.batch * c.num_kv_heads * p.shares * p.splits;
-  Attend<T, DIM, HEADS> attention(p, attention_memory);
+  Attend<T, DIM> attention(p, attention_memory);
   Unit unit(p, min(int(blockIdx.x), units - 1));
   attention.begin_unit(unit);
   const bool is_one = units <= gridDim.x;  // or none: its first keys and values are asked for a product early
+  Place at = {};                           // in the warp's ring
+  Memory memory = {shared_address(x), shared_address(sums), shared_address(sums + WARPS * c.batch * SUMS),
+                   shared_address(all_squares), shared_address(own)};
 #pragma unroll 1
-  for (int product = 0; product < p.num_layers * PRODUCTS; ++product) {
-    const StackLayer& layer = layers[product / PRODUCTS];
-    const int kind = product % PRODUCTS;
-    const bool has_norm = kind == QKV || kind == GATE_UP, is_last = product + 1 == p.num_layers * PRODUCTS;
-    const uint32_t before = epoch;
-    if (kind == QKV) ++epoch;
-    if (kind == OUTPUT) {
-      weights.settle();
+  for (const StackLayer* layer = layers; layer < layers + p.num_layers; ++layer) {
+    if (is_one && blockIdx.x < units) attention.prepare(unit, *layer);
 #pragma unroll 1
-      for (int number = blockIdx.x; number < units; number += gridDim.x) {
-        if (!is_one) unit = Unit(p, number), attention.begin_unit(unit), attention.prepare(unit, layer);
-        if (number != blockIdx.x) __syncthreads();
-        attention.turn(unit, layer, epoch);
-        attention.attend(unit, layer);
-        attention.combine_all(unit, epoch);
+    for (int kind = 0; kind < PRODUCTS; ++kind) {
+      const bool has_norm = kind == QKV || kind == GATE_UP;
+      if (kind == OUTPUT) {
+#pragma unroll 1
+        for (int number = blockIdx.x; number < units; number += gridDim.x) {
+          if (number != blockIdx.x) meet<THREADS>();
+          if (!is_one) {
+            unit = Unit(p, number), attention.begin_unit(unit), attention.prepare(unit, *layer);
+            meet<THREADS>();
+          }
+          attention.turn(unit, *layer, epoch);
+          attention.attend(unit, *layer, epoch);
+        }
       }
+      const Product product = {kind == QKV      ? p.last
+                               : kind == OUTPUT ? p.attended
+                               : kind == DOWN   ? p.gated
+                                                : p.middle,
+                               epoch,
+                               has_norm ? layer->norms[kind == GATE_UP] : nullptr,
+                               layer->biases[kind],
+                               has_norm,
+                               kind == QKV      ? p.qkv
+                               : kind == OUTPUT ? p.middle
+                               : kind == DOWN   ? p.last
+                                                : p.gated,
+                               kind == DOWN && layer + 1 == layers + p.num_layers ? p.out : nullptr};
+      if (kind == QKV) ++epoch;
+      multiply_share<T, MOST>(p, shares[kind], ring, at, memory, product, epoch);
     }
-    const Handed* from = kind == QKV      ? (product ? p.last : nullptr)
-                         : kind == OUTPUT ? p.attended
-                         : kind == DOWN   ? p.gated
-                                          : p.middle;
-    weights.settle(weights.owed / 2);
-    gather<T, MOST>(p, from, kind == QKV ? before : epoch, shares[kind].pieces,
-                    has_norm ? layer.norms[kind == GATE_UP] : nullptr, x, squares, [&] {
-                      weights.settle();
-                      if (kind == QKV && is_one && blockIdx.x < units) attention.prepare(unit, layer);
-                    });
-    const Result result = {layer.biases[kind], has_norm ? nullptr : own,
-                           kind == QKV      ? p.qkv
-                           : kind == OUTPUT ? p.middle
-                           : kind == DOWN   ? p.last
-                                            : p.gated,
-                           is_last ? p.out : nullptr};
-    multiply_share<T, MOST>(p, shares[kind], weights, x, epoch, result, sums);
   }
   // All blocks have started, and read it: without them this one would not be here.
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.epoch = epoch;
@@ -119,25 +125,15 @@ int stages_of(const Stack& p, const Device& device) {
   return std::min((device.shared_bytes - 2048 - behind_rings<DIM>(p)) / (WARPS * STAGE * 16), MOST_STAGES);
 }
 
-template <typename T, int DIM, int HEADS>
+template <typename T, int DIM>
 cudaError_t launch(const Stack& p, const Device& device, cudaStream_t stream) {
-  const auto kernel = p.call.batch == 1 ? stack_kernel<T, DIM, HEADS, 1> : stack_kernel<T, DIM, HEADS, MAX_STACK_ROWS>;
+  const auto kernel = p.call.batch == 1 ? stack_kernel<T, DIM, 1> : stack_kernel<T, DIM, MAX_STACK_ROWS>;
   const int stages = stages_of<DIM>(p, device);
   if (stages < 2) return cudaErrorInvalidConfiguration;
-  Grid grid(dim3(p.blocks), THREADS, stages * WARPS * STAGE * 16 + behind_rings<DIM>(p), stream);
+  Grid grid(dim3(p.blocks), THREADS + ASKING, stages * WARPS * STAGE * 16 + behind_rings<DIM>(p), stream);
   grid.all_resident();
   if (const cudaError_t error = grid.allow_shared(kernel)) return error;
   return cudaLaunchKernelEx(&grid.config, kernel, p, stages);
-}
-
-template <typename T, int DIM>
-cudaError_t launch_as(const Stack& p, const Device& device, cudaStream_t stream) {
-  const int heads = (p.call.group + p.shares - 1) / p.shares;
-  const auto chosen = heads == 1   ? launch<T, DIM, 1>
-                      : heads == 2 ? launch<T, DIM, 2>
-                      : heads == 3 ? launch<T, DIM, 3>
-                                   : launch<T, DIM, STACK_HEADS>;
-  return chosen(p, device, stream);
 }
 
 }  // namespace
@@ -146,6 +142,7 @@ bool serves(const Stack& p, const Device& device) {
   const Call& c = p.call;
   if (c.head_dim != 64 && c.head_dim != 128) return false;
   if (c.batch < 1 || c.batch > MAX_STACK_ROWS || p.blocks < 1) return false;
+  if (p.hidden > MOST_NORMED) return false;
   if (p.hidden % KC || p.inner % KC || c.group * c.num_kv_heads * c.head_dim % KC) return false;  // whole chunks
   if (c.batch * most_columns(p) * 2 > MOST_X_BYTES) return false;
   return (c.head_dim == 128 ? stages_of<128> : stages_of<64>)(p, device) >= 2;
@@ -174,8 +171,8 @@ int64_t lay_out(Stack& p, int slots, void* memory, const Device& device) {
 
 cudaError_t stack(const Stack& p, const Device& device, cudaStream_t stream) {
   const bool is_wide = p.call.head_dim == 128;
-  if (p.call.is_bfloat16) return (is_wide ? launch_as<__nv_bfloat16, 128> : launch_as<__nv_bfloat16, 64>)(p, device, stream);
-  return (is_wide ? launch_as<__half, 128> : launch_as<__half, 64>)(p, device, stream);
+  if (p.call.is_bfloat16) return (is_wide ? launch<__nv_bfloat16, 128> : launch<__nv_bfloat16, 64>)(p, device, stream);
+  return (is_wide ? launch<__half, 128> : launch<__half, 64>)(p, device, stream);
 }
 
 }  // namespace sinkattn::cuda

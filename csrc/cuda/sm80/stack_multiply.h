@@ -1,5 +1,5 @@
-// Products of stack.cu: x into shared memory, normalised, and the block's share of its product with a weight. No torch in
-// here.
+// Products of stack.cu: a warp's columns of x into shared memory, and the block's share of their product with a weight. No
+// torch in here.
 #pragma once
 
 #include "../activate.h"
@@ -11,167 +11,240 @@ namespace {
 // How far rows of x lie apart in shared memory, in pieces of 16 bytes: lanes that have two rows meet different banks.
 __host__ __device__ inline int apart_of(int pieces) { return pieces + (12 - pieces % 8) % 8; }
 
-// x, (rows, columns), normalised if there is a norm, into shared memory. squares: (MAX_STACK_ROWS, WARPS). handed: from
-// other blocks; null for x of the call. meanwhile: what a warp does until it is there.
-template <typename T, int MOST, typename F>
-__device__ __forceinline__ void gather(const Stack& p, const Handed* handed, uint32_t epoch, int pieces,
-                                       const void* norm_weight, uint4* x, float* squares, F meanwhile) {
-  const int rows = MOST == 1 ? 1 : p.call.batch, quads = pieces * 2, apart = apart_of(pieces) * 2;  // quads: of 4 numbers
-  uint2* to = reinterpret_cast<uint2*>(x);
-  const uint2* norm = static_cast<const uint2*>(norm_weight);
-  uint2 by = make_uint2(0, 0);  // asked for before x is there
-  if (norm && threadIdx.x < quads) by = __ldg(norm + threadIdx.x);
-  float total[MOST] = {};
-  constexpr int TOGETHER = 4;  // looked at at a time: quads of one row, or rows
-  constexpr bool ONE = MOST == 1;
-  uint4 two[TOGETHER];
-  auto is_there = [&](int i, int first, int n) { return ONE ? i + n * THREADS < quads : i < quads && first + n < rows; };
-  auto ask = [&](int i, int first, int n) {
-    const int at = ONE ? i + n * THREADS : (first + n) * quads + i;
-    if (handed) {
-      two[n] = read_pairs(handed + at * 2);
-    } else {
-      const uint2 quad = static_cast<const uint2*>(p.x)[at];
-      two[n] = make_uint4(quad.x, epoch, quad.y, epoch);
+constexpr int QUADS = KC / 4;                        // of 4 numbers, of a chunk: two chunks are a quad for every lane
+constexpr int TOGETHER = 4;                          // quads of a row that a lane looks at, at a time
+constexpr int MOST_NORMED = TOGETHER * 2 * WARPS * KC;  // columns: all are looked at at once
+
+// A power of two that makes numbers up to `most` fit into float16, as bits of its exponent.
+__device__ int exponent_for_half(float most) { return 268 - max(int(__float_as_uint(most) >> 23), 64); }
+__device__ float power_of_two(int exponent) { return __uint_as_float(uint32_t(exponent) << 23); }
+
+// A warp's columns of x, (rows, columns), on their way into its part of shared memory: as they are handed over or, if
+// there is a norm, times its weight. The norm scales whole rows, so that it can wait.
+template <typename T, int MOST>
+struct Gather {
+  static constexpr int STEP = 2 * WARPS * QUADS;
+  const Handed* from;
+  unsigned to;
+  int rows, apart, quads, mine;
+  float shift;
+  uint32_t epoch;
+  bool has_norm;
+  uint2 norm[TOGETHER];
+  uint4 two[TOGETHER][MOST];
+
+  // Asks for what may not be there yet.
+  __device__ __forceinline__ Gather(const Stack& p, const Handed* from, uint32_t epoch, int chunks, const void* norm_weight,
+                                    unsigned x)
+      : from(from), rows(MOST == 1 ? 1 : p.call.batch), apart(apart_of(chunks * PIECES) * 2),
+        quads(chunks * QUADS), shift(p.norm_shift), epoch(epoch), has_norm(norm_weight) {
+    const int lane = threadIdx.x % 32;
+    mine = (threadIdx.x / 32 + lane / QUADS * WARPS) * QUADS + lane % QUADS;
+    to = x;
+#pragma unroll
+    for (int n = 0; n < TOGETHER; ++n) {
+      norm[n] = make_uint2(0, 0);
+      if (has_norm && mine + n * STEP < quads) norm[n] = __ldg(static_cast<const uint2*>(norm_weight) + mine + n * STEP);
     }
-  };
-#pragma unroll
-  for (int n = 0; n < TOGETHER; ++n)
-    if (is_there(threadIdx.x, 0, n)) ask(threadIdx.x, 0, n);
-  meanwhile();
-#pragma unroll 1
-  for (int i = threadIdx.x; i < quads; i += ONE ? TOGETHER * THREADS : THREADS) {
-#pragma unroll
-    for (int first = 0; first < MOST; first += TOGETHER) {
-      if (first >= rows) break;
-      if (i > threadIdx.x || first > 0) {
-#pragma unroll
-        for (int n = 0; n < TOGETHER; ++n)
-          if (is_there(i, first, n)) ask(i, first, n);
-      }
-#pragma unroll
-      for (int n = 0; n < TOGETHER; ++n) {
-        if (!is_there(i, first, n)) break;
-        while (two[n].y != epoch || two[n].w != epoch) ask(i, first, n);
-        to[ONE ? i + n * THREADS : (first + n) * apart + i] = make_uint2(two[n].x, two[n].z);
-        const float2 a = unpack<T>(two[n].x), b = unpack<T>(two[n].z);
-        total[ONE ? 0 : first + n] += a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y;
-      }
-    }
+    ask(mine);
   }
-  if (norm) {
+  __device__ __forceinline__ void look(int n, int row, int i) { two[n][row] = read_pairs(from + (row * quads + i) * 2); }
+  __device__ __forceinline__ void ask(int first) {
 #pragma unroll
-    for (int row = 0; row < MOST; ++row) {
-      if (row >= rows) break;
-#pragma unroll
-      for (int apart = 16; apart > 0; apart /= 2) total[row] += __shfl_xor_sync(~0u, total[row], apart);
-      if (threadIdx.x % 32 == 0) squares[row * WARPS + threadIdx.x / 32] = total[row];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int row = 0; row < MOST; ++row) {
-      if (row >= rows) break;
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < WARPS; ++w) sum += squares[row * WARPS + w];
-      total[row] = rsqrtf(sum / (pieces * 8) + p.norm_eps);
-    }
-#pragma unroll 2
-    for (int i = threadIdx.x; i < quads; i += THREADS) {
-      if (i >= THREADS) by = __ldg(norm + i);
+    for (int n = 0; n < TOGETHER; ++n) {
 #pragma unroll
       for (int row = 0; row < MOST; ++row) {
-        if (row >= rows) break;
-        uint2 quad = to[row * apart + i];
-        normalise<T>(quad.x, by.x, total[row], p.norm_shift), normalise<T>(quad.y, by.y, total[row], p.norm_shift);
-        to[row * apart + i] = quad;
+        two[n][row] = make_uint4(0, 0, 0, 0);
+        if (first + n * STEP < quads && row < rows) look(n, row, first + n * STEP);
       }
     }
   }
-  __syncthreads();
-}
+  // Until it is there. squares: sums of what the lane has seen. unit: what makes the warp's products whole again.
+  __device__ __forceinline__ void finish(float (&squares)[MOST], float (&unit)[MOST]) {
+    constexpr bool FITS = std::is_same_v<T, __nv_bfloat16>;  // anything; float16 is made to, by a power of two
+    float2 a[FITS ? 1 : TOGETHER][MOST], b[FITS ? 1 : TOGETHER][MOST];
+    float most[MOST] = {};
+#pragma unroll
+    for (int row = 0; row < MOST; ++row) squares[row] = 0, unit[row] = 1;
+#pragma unroll 1
+    for (int first = mine; first < quads; first += TOGETHER * STEP) {
+      if (first > mine) ask(first);
+#pragma unroll
+      for (int n = 0; n < TOGETHER; ++n) {
+        const int i = first + n * STEP;
+        if (i >= quads) break;
+#pragma unroll
+        for (int row = 0; row < MOST; ++row) {
+          if (row >= rows) break;
+          while (two[n][row].y != epoch || two[n][row].w != epoch) look(n, row, i);
+          uint2 quad = make_uint2(two[n][row].x, two[n][row].z);
+          if (has_norm) {
+            float2 y = unpack<T>(quad.x), z = unpack<T>(quad.y);
+            squares[row] += y.x * y.x + y.y * y.y + z.x * z.x + z.y * z.y;
+            const float2 v = unpack<T>(norm[n].x), w = unpack<T>(norm[n].y);
+            y.x *= shift + v.x, y.y *= shift + v.y, z.x *= shift + w.x, z.y *= shift + w.y;
+            if constexpr (FITS) {
+              quad = make_uint2(pack<T>(y.x, y.y), pack<T>(z.x, z.y));
+            } else {
+              a[n][row] = y, b[n][row] = z;
+              most[row] = fmaxf(most[row], fmaxf(fmaxf(fabsf(y.x), fabsf(y.y)), fmaxf(fabsf(z.x), fabsf(z.y))));
+              continue;
+            }
+          }
+          write_shared(to + (row * apart + i) * 8, quad);
+        }
+      }
+    }
+    if (!FITS && has_norm) {
+      __syncwarp();
+#pragma unroll
+      for (int row = 0; row < MOST; ++row) {
+        const int exponent = exponent_for_half(__uint_as_float(__reduce_max_sync(~0u, __float_as_uint(most[row]))));
+        const float by = power_of_two(exponent);
+        unit[row] = power_of_two(254 - exponent);
+#pragma unroll
+        for (int n = 0; n < (FITS ? 1 : TOGETHER); ++n) {
+          if (mine + n * STEP >= quads || row >= rows) break;
+          write_shared(to + (row * apart + mine + n * STEP) * 8,
+                       make_uint2(pack<T>(a[n][row].x * by, a[n][row].y * by),
+                                  pack<T>(b[n][row].x * by, b[n][row].y * by)));
+        }
+      }
+    }
+    __syncwarp();
+  }
+};
 
-// What products leave: where it goes, and what is added.
-struct Result {
-  const void* bias;
-  void* own;  // (rows, the block's share) of what goes from layer to layer, in shared memory; null if nothing is added
+// What goes into a product, and what it leaves: where that goes, and what is added.
+struct Product {
+  const Handed* from;
+  uint32_t epoch;  // of what goes in
+  const void *norm, *bias;
+  bool has_norm;  // if not, what goes from layer to layer is added
   Handed* to;
   void* out;  // of the last layer
 };
 
-// The block's share of one product of x in shared memory. sums: twice (WARPS, rows, SUMS).
+// Places in shared memory: x, (rows, columns); what warps hand each other: sums, (WARPS, rows, SUMS), and the next ones,
+// and squares, (MOST, WARPS); own, (rows, the block's share) of what goes from layer to layer.
+struct Memory {
+  unsigned x, sums, next_sums, squares, own;
+};
+
+// What each warp has left, so many bytes apart.
+__device__ float sum_of_warps(unsigned from, int apart) {
+  float x[WARPS];
+#pragma unroll
+  for (int w = 0; w < WARPS; ++w) x[w] = read_shared<float>(from + w * apart);
+#pragma unroll
+  for (int n = WARPS / 2; n > 0; n /= 2) {
+#pragma unroll
+    for (int w = 0; w < n; ++w) x[w] += x[w + n];
+  }
+  return x[0];
+}
+
+// The block's share of one product with a weight.
 template <typename T, int MOST>
-__device__ __forceinline__ void multiply_share(const Stack& p, const Share& share, Weights& weights, const uint4* x,
-                                               uint32_t epoch, const Result& result, float* sums) {
+__device__ __forceinline__ void multiply_share(const Stack& p, const Share& share, const Ring& ring, Place& at,
+                                               Memory& memory, const Product& product, uint32_t epoch) {
   const int rows = MOST == 1 ? 1 : p.call.batch, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int g = lane / 4, c = lane % 4, most = share.gated ? ROWS / 2 : ROWS, end = share.end, size = share.size;
-  const uint4 zero = make_uint4(0, 0, 0, 0);
-  float* next_sums = sums + WARPS * rows * SUMS;
-  const int used = min(WARPS, share.chunks);
-  int writer = threadIdx.x;  // warps take turns at what is done once for all
-  const int here = place(g, c), there = here ^ 4;  // pieces c and 4 + c of row g of a chunk
-  const uint4* mine = x + g * apart_of(share.pieces) + c;
-  const T* bias = static_cast<const T*>(result.bias);
+  const int g = lane / 4, c = lane % 4, chunks = share.chunks, begin = share.begin, end = share.end, size = share.size;
+  const bool gated = share.gated, has_norm = product.has_norm;
+  Gather<T, MOST> gather(p, product.from, product.epoch, chunks, product.norm, memory.x);
+  // Pieces c and 4 + c of row g of a chunk of the weight, and of x.
+  const unsigned here = ring.rows + (warp * ring.stages * STAGE + place(g, c)) * 16, there = here + (g & 1 ? -64 : 64);
+  const unsigned full = ring.full + warp * ring.stages * 8, empty = ring.empty + warp * ring.stages * 8;
+  const unsigned mine = memory.x + (g * apart_of(chunks * PIECES) + c) * 16;
+  int writer = threadIdx.x ^ (WARPS - 1) * 32;  // warps take turns at what is done once for all, the last first
+  auto bias_of = [&](int first) {  // asked for before it is needed
+    const bool both = first + size < end;
+    const int number = writer % ROWS, side = both ? writer / ROWS % 2 : 0, row = writer / ROWS >> both;
+    const int output = gated ? number % (ROWS / 2) : number, column = first + side * size + output;
+    const T* biases = static_cast<const T*>(product.bias);
+    if (!biases || row >= rows || output >= size || column >= end) return 0.0f;
+    return to_float(biases[number == output ? column : share.count + column]);
+  };
+  float squares[MOST], unit[MOST], bias = bias_of(begin);
+  gather.finish(squares, unit);
 #pragma unroll 1
-  for (int first = share.begin; first < end; first += size) {
-    const int row = writer / most, output = writer % most;
-    const bool writes = row < rows && output < min(size, end - first);
-    T biases[2];  // asked for before they are needed
-    if (writes && bias) {
-      biases[0] = bias[first + output];
-      if (share.gated) biases[1] = bias[share.count + first + output];
+  for (int first = begin; first < end; first += 2 * size) {
+    const bool both = first + size < end;
+    // What a lane writes, or a gate and what it opens.
+    const int number = writer % ROWS, side = both ? writer / ROWS % 2 : 0, row = writer / ROWS >> both;
+    const int output = gated ? number % (ROWS / 2) : number, column = first + side * size + output;
+    const bool is_there = row < rows && output < size && column < end;
+    const unsigned own = memory.own + (row * (end - begin) + column - begin) * 2;
+    float before = 0;
+    if (first > begin) bias = bias_of(first);
+    float products[2][2][4] = {};  // of one side and the other: of pieces c, of pieces 4 + c
+#pragma unroll 1
+    for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+      uint4 y = make_uint4(0, 0, 0, 0), z = y;  // row g of x
+      if (g < rows) y = read_shared(mine + chunk * (PIECES * 16)), z = read_shared(mine + chunk * (PIECES * 16) + 64);
+#pragma unroll
+      for (int side = 0; side < 2; ++side) {
+        if (side == 1 && !both) break;
+        const int behind = at.stage * (STAGE * 16), half = STAGE / 2 * 16;  // rows g and g + 8 of the weight
+        wait_for_barrier(full + at.stage * 8, at.parity);
+        const uint4 a = read_shared(here + behind), b = read_shared(here + behind + half);
+        const uint4 d = read_shared(there + behind), e = read_shared(there + behind + half);
+        __syncwarp();
+        if (lane == 0) arrive(empty + at.stage * 8);
+        at.step(ring.stages);
+        multiply<T>(products[side][0], a.x, b.x, a.y, b.y, y.x, y.y);
+        multiply<T>(products[side][1], d.x, e.x, d.y, e.y, z.x, z.y);
+        multiply<T>(products[side][0], a.z, b.z, a.w, b.w, y.z, y.w);
+        multiply<T>(products[side][1], d.z, e.z, d.w, e.w, z.z, z.w);
+      }
     }
-    float products[2][4] = {};  // of pieces c, of pieces 4 + c
-#pragma unroll 1
-    for (int chunk = warp; chunk < share.chunks; chunk += WARPS) {
-      uint4 y = zero, z = zero;  // row g of x
-      if (g < rows) y = mine[chunk * PIECES], z = mine[chunk * PIECES + 4];
-      const uint4* of_weight = weights.take();
-      const uint4 a = of_weight[here], b = of_weight[here + 8 * PIECES];  // rows g and g + 8 of the weight
-      const uint4 d = of_weight[there], e = of_weight[there + 8 * PIECES];
-      multiply<T>(products[0], a.x, b.x, a.y, b.y, y.x, y.y);
-      multiply<T>(products[1], d.x, e.x, d.y, e.y, z.x, z.y);
-      multiply<T>(products[0], a.z, b.z, a.w, b.w, y.z, y.w);
-      multiply<T>(products[1], d.z, e.z, d.w, e.w, z.z, z.w);
-      weights.settle(weights.stages / 2);
+    if (is_there && !has_norm) before = to_float(read_shared<T>(own));
+    if (has_norm && first == begin) {
+#pragma unroll
+      for (int r = 0; r < MOST; ++r) {
+#pragma unroll
+        for (int apart = 16; apart > 0; apart /= 2) squares[r] += __shfl_xor_sync(~0u, squares[r], apart);
+        if (lane == 0) write_shared(memory.squares + (r * WARPS + warp) * 4, squares[r]);
+      }
     }
     // Warps meet. A lane has rows g and g + 8 of the weight, columns 2 c and 2 c + 1.
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (c * 2 + i % 2 < rows)
-        sums[(warp * rows + c * 2 + i % 2) * SUMS + g + i / 2 * 8] = products[0][i] + products[1][i];
-    __syncthreads();
-    if (writer / 32 * 32 < rows * most) {
+    for (int i = 0; i < 4; ++i) {
+      if (i % 2 >= MOST || c * 2 + i % 2 >= rows) continue;
+      const float scale = std::is_same_v<T, __half> ? unit[i % 2] : 1;  // c is 0
+      const unsigned to = memory.sums + ((warp * rows + i % 2) * SUMS + g + i / 2 * 8) * 4;
+      write_shared(to, (products[0][0][i] + products[0][1][i]) * scale);
+      if (both) write_shared(to + ROWS * 4, (products[1][0][i] + products[1][1][i]) * scale);
+    }
+    meet<THREADS>();
+    if (writer / 32 * 32 < rows * ROWS << both) {
       float y[1] = {0};
-      if (writes) {
-        auto sum = [&](int number) {
-          float total = 0;
-#pragma unroll
-          for (int w = 0; w < WARPS; ++w) total += w < used ? sums[(w * rows + row) * SUMS + number] : 0;
-          return total;
-        };
-        y[0] = sum(output) + (bias ? to_float(biases[0]) : 0);
-        if (share.gated) {
-          activate(y, p.activation);
-          y[0] *= sum(most + output) + (bias ? to_float(biases[1]) : 0);
-        }
-        if (result.own) {
-          T& own = static_cast<T*>(result.own)[row * (end - share.begin) + first - share.begin + output];
-          own = from_float<T>(y[0] + to_float(own)), y[0] = to_float(own);
-        }
+      if (row < rows) {
+        y[0] = sum_of_warps(memory.sums + (row * SUMS + side * ROWS + number) * 4, rows * SUMS * 4);
+        if (has_norm) y[0] *= rsqrtf(sum_of_warps(memory.squares + row * WARPS * 4, 4) * share.inverse + p.norm_eps);
+        y[0] += bias;
+      }
+      if (gated) {
+        const float opened = __shfl_xor_sync(~0u, y[0], ROWS / 2);
+        activate(y, p.activation);
+        y[0] *= opened;
+      }
+      if (is_there && !has_norm) {
+        const T after = from_float<T>(y[0] + before);
+        write_shared(own, after), y[0] = to_float(after);
       }
       const float other = __shfl_xor_sync(~0u, y[0], 1);
-      if (writes && output % 2 == 0) {
-        const uint32_t both = pack<T>(y[0], other);
-        const int64_t at = (int64_t(row) * share.count + first + output) / 2;
-        write_pair(result.to + at, both, epoch);
-        if (result.out) static_cast<uint32_t*>(result.out)[at] = both;
+      if (is_there && number == output && output % 2 == 0) {
+        const uint32_t two = pack<T>(y[0], other);
+        const int at = (row * share.count + column) / 2;
+        write_pair(product.to + at, two, epoch);
+        if (product.out) static_cast<uint32_t*>(product.out)[at] = two;
       }
     }
     // The next sums go beside these: whoever writes over these has met all warps after they were read.
     writer = (writer + 32) % THREADS;
-    float* const read_last = sums;
-    sums = next_sums, next_sums = read_last;
+    const unsigned read_last = memory.sums;
+    memory.sums = memory.next_sums, memory.next_sums = read_last;
   }
 }
 
