@@ -37,6 +37,18 @@ def seed():
     print(f"SINKATTN_SEED={value}")
 
 
+@pytest.fixture(autouse=True)
+def memory():
+    """Workers share a GPU: what one of them keeps for later, others lack."""
+    yield
+    if torch.cuda.is_initialized():
+        kept = [
+            torch.cuda.memory_reserved(i) - torch.cuda.memory_allocated(i) for i in range(torch.cuda.device_count())
+        ]
+        if max(kept) > 2 << 30:
+            torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def model(request):
     """A tiny Llama, patched with the S and W of the test's module."""
