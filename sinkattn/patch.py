@@ -216,7 +216,8 @@ class Handle:
             now = vars(self.model).get(name, replaced.original)
             if now is not replaced and now != replaced.original:  # PEFT puts back what it has found
                 raise RuntimeError(
-                    f"{name} of the model was replaced after sinkattn.patch(); undo that before remove()"
+                    f"{name} of the model was replaced after sinkattn.patch(), as by hooks of accelerate that were put "
+                    f"on or taken off; undo that before remove(), or del model.{name}"
                 )
         self._restore()
         for configs in self._named:

@@ -114,6 +114,10 @@ with torch.no_grad():
         cache = SinkCache(model)
         found = torch.cat([model(x, past_key_values=cache).logits for x in ids.split(size, dim=1)], dim=1)
         assert relative_error(found, expected) < 1e-4, size
+    if handle.runner.fused.layers:  # the weights stay where they were joined
+        joined = handle.runner.fused.layers[0].products[0]
+        here, begin = model.model.layers[0].self_attn.q_proj.weight.to_local().data_ptr(), joined.weight.data_ptr()
+        assert begin <= here < begin + joined.weight.nbytes and len(joined._moved) == 3
     assert cache.layers[0].keys.shape[1] == 1  # of two key heads
     assert model.generate(ids, max_new_tokens=3).shape == (1, ids.shape[1] + 3)
     cache.save(f"text{{torch.distributed.get_rank()}}")

@@ -69,7 +69,9 @@ class Share:
         if not _is_split(module):
             return None
         (placement,), mesh = module.weight.placements, module.weight.device_mesh
-        here = [x if x is None or type(x) is nn.Parameter else x.to_local() for x in (module.weight, module.bias)]
+        # What to_local() gives is a new view every time from torch 2.13 on; this is what lies in memory.
+        own = (module.weight, module.bias)
+        here = [x if x is None or type(x) is nn.Parameter else x._local_tensor for x in own]
         return cls(*here, mesh.get_group() if placement.is_shard(1) else None) if placement.is_shard() else None
 
 
