@@ -1,11 +1,13 @@
 """CUDA kernels without a GPU: their source, compiled for the host (tests/emulated), against float64.
 
 csrc/cuda/sm80/stack.cu (all layers as one kernel), linear.cu and decode.cu, and of prefill, csrc/cuda/sm90, what comes
-before its products. Blocks are threads, warps run in random order, what is not written yet is not a number.
+before its products. Blocks are threads, warps run in random order, what is not written yet is not a number, and what
+lies behind is not to be touched.
 """
 
 import ctypes
 import itertools
+import mmap
 import random
 import re
 import shutil
@@ -22,6 +24,7 @@ from torch.nn import functional as F
 from cases import same_bits
 from sinkattn import reference
 
+LIBC = ctypes.CDLL(None)
 ROOT = Path(__file__).parent.parent
 EMULATED = ROOT / "tests" / "emulated"
 INSTRUCTIONS = {  # files of csrc, and what stands in for them
@@ -116,6 +119,20 @@ class Case:
     loud: float = 1.0  # how large x is, and weights of norms
 
 
+def _fenced(x: Tensor | None) -> Tensor | None:
+    """The same at the end of its pages: whoever goes past it, or far before it, ends the process."""
+    if x is None:
+        return None
+    page, size = mmap.PAGESIZE, x.nbytes
+    pages = -(-size // page) * page
+    memory = mmap.mmap(-1, pages + 2 * page)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for fence in (begin, begin + page + pages):
+        assert LIBC.mprotect(ctypes.c_void_p(fence), ctypes.c_size_t(page), 0) == 0
+    at = (page + pages - size) // 16 * 16  # as aligned as the kernel asks for
+    return torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=at).view(x.shape).copy_(x)
+
+
 def _number(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
@@ -153,7 +170,8 @@ class Emulated:
                     x[row, :, length:] = torch.nan  # nothing where the ring is not full yet
                     for n in gone:
                         x[row, :, sinks + (n - sinks) % (window + slack)] = torch.nan
-            self.caches.append(cache)
+            self.caches.append([_fenced(x) for x in cache])
+        self.layers = [tuple([_fenced(x) for x in kind] for kind in layer) for layer in self.layers]
         tensors = [
             [*map(_number, (*weights, *biases, *norms, *of_heads, *cache)), sinks, window + slack, window]
             for (weights, biases, norms, of_heads), cache in zip(self.layers, self.caches, strict=True)

@@ -1,6 +1,6 @@
 // A GPU on the host, slow and in random order: what kernels of csrc/cuda need of CUDA, so that their source can run as it
 // is where there is none. Each block is a thread of the host, its threads take turns there, and warps come in random
-// order; shared memory and registers hold what was there before.
+// order; shared memory and registers hold what was there before, and no block writes behind what it has asked for.
 #pragma once
 
 #include <ucontext.h>
@@ -127,6 +127,7 @@ inline thread_local int current, threads;
 inline thread_local const std::function<void()>* body;
 alignas(128) inline thread_local char shared[SHARED_BYTES];
 inline unsigned seed = 0;
+inline size_t dynamic_bytes = 0;  // that the launch has asked for
 inline long most_turns = 1 << 22;  // of a block, before it hangs
 
 inline void* dynamic_shared() { return shared; }
@@ -165,6 +166,7 @@ inline void run_block(dim3 place, int count, const std::function<void()>& f) {
   std::mt19937 random(seed * 7919 + (place.z * 131 + place.y) * 131 + place.x);
   blockIdx = place, threads = count, body = &f, block = {};
   for (char& x : shared) x = char(random());  // NaN among it
+  const std::vector<char> behind(shared + dynamic_bytes, shared + SHARED_BYTES);
   fibers = std::vector<Fiber>(count), warps.assign(count / 32, {}), boards.resize(count / 32);
   for (Fiber& fiber : fibers) {
     fiber.stack.reset(new char[STACK_BYTES]);
@@ -190,6 +192,10 @@ inline void run_block(dim3 place, int count, const std::function<void()>& f) {
       swapcontext(&scheduler, &fibers[current].context);
       left -= fibers[current].is_done;
     }
+  }
+  if (memcmp(behind.data(), shared + dynamic_bytes, behind.size()) != 0) {
+    fprintf(stderr, "block %u %u %u writes behind its shared memory\n", place.x, place.y, place.z);
+    abort();
   }
 }
 
@@ -236,7 +242,7 @@ template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int*, Kernel, const cudaLaunchConfig_t*) { return cudaErrorInvalidValue; }
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A... arguments) {
-  ::gridDim = config->gridDim;
+  ::gridDim = config->gridDim, emulated::dynamic_bytes = config->dynamicSmemBytes;
   const std::function<void()> body = [&] { kernel(arguments...); };
   std::vector<std::thread> blocks;
   const dim3 grid = config->gridDim;
