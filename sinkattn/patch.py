@@ -208,17 +208,21 @@ class Handle:
 
         What was set meanwhile in the model or its config stays set.
 
-        Raises RuntimeError if something else replaced the model's forward or generate since: undo that first.
+        Raises RuntimeError if something else than its class's own replaced the model's forward or generate since: undo
+        that first.
         """
         if getattr(self.model, "_sinkattn", None) is not self:
             return
         for name, replaced in self._replaced.items():
             now = vars(self.model).get(name, replaced.original)
-            if now is not replaced and now != replaced.original:  # PEFT puts back what it has found
+            if now is replaced or now == replaced.original:  # PEFT puts back what it has found
+                continue
+            if getattr(now, "__func__", None) is not getattr(type(self.model), name):
                 raise RuntimeError(
-                    f"{name} of the model was replaced after sinkattn.patch(), as by hooks of accelerate that were put "
-                    f"on or taken off; undo that before remove(), or del model.{name}"
+                    f"{name} of the model was replaced after sinkattn.patch(), as by hooks of accelerate; undo that "
+                    f"before remove(), or del model.{name}"
                 )
+            self._had.pop(name, None)  # accelerate took its hooks off
         self._restore()
         for configs in self._named:
             _carry_over(*configs)

@@ -88,6 +88,22 @@ def test_models_on_several_devices(order):
     assert torch.equal(found[0], found[-1])
 
 
+def test_hooks_taken_off_behind_patch():
+    """remove() leaves the model as it is without the hooks, and does not bring a dead hook back."""
+    accelerate = pytest.importorskip("accelerate")
+    model, ids = tiny("llama"), random_ids(1, 3 * C)
+    with torch.no_grad():
+        expected = model(ids).logits
+        accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+        handle = patch(model, S, W)
+        accelerate.hooks.remove_hook_from_module(model, recurse=True)
+        handle.remove()
+        assert torch.equal(model(ids).logits, expected) and "forward" not in vars(model)
+        with patch(model, S, W):
+            assert relative_error(model(ids).logits, streaming_logits(tiny("llama"), ids, S, W)) < 1e-4
+        assert torch.equal(model(ids).logits, expected)
+
+
 @pytest.mark.slow
 def test_tensor_parallel(tmp_path):
     """``tp_plan="auto"`` in two processes: each holds half of the heads, and both give the logits of one."""
