@@ -35,6 +35,7 @@ EXACT = 1e-9  # of logits in float64, relative to their spread
 # What logits may differ by, relative to their spread, as the format rounds a number by up to 1/254 of a row's largest
 # or, in fp8, by 1/16 of itself: that of a score moves weights by as much, through three layers of random weights.
 ALLOWED = {"int8": 0.3, "fp8": 1.5}
+EXPERTS = ("gpt_oss", "deepseek_v3")
 
 
 class TooNear(Exception):
@@ -120,7 +121,7 @@ def test_every_family(kind, name):
     is_rough = name in (
         *HYBRIDS,
         *WATCHED,
-        "deepseek_v3",
+        *EXPERTS,
     )  # parts of them compute in float32: a number may go to the next step
     near = 0.1 if is_rough else EXACT
     expected = streaming_logits(model, ids[:1], S, W)
@@ -128,7 +129,8 @@ def test_every_family(kind, name):
         found = fed(model, ids[:1], 9)
         assert relative_error(found, expected) > 0
         errors, spread = (found - expected).square().mean().sqrt(), expected.std()
-        assert errors / spread < ALLOWED[kind], f"{errors / spread:.3f}"
+        allowed = ALLOWED[kind] * (2 if name in EXPERTS else 1)  # now and then it is another expert
+        assert errors / spread < allowed, f"{errors / spread:.3f}"
         for size in (1, 11, ids.shape[1]):
             together = fed(model, ids, size, mask)
             assert relative_error(together[:1], found) < near
