@@ -356,10 +356,9 @@ DECODE, PREFILL = "num_kv_heads batch capacity", "num_kv_heads batch tokens capa
 BACK = "right answers (%), lines back | {back}", "{way} | {percent:.1f}", "way"
 
 STEPS = (
-    "python bench/generate.py --models qwen3-0.6b,smollm2-135m,llama-3.2-1b,llama-3-8b "
-    "--methods static_compiled,generate,stream,stream_layers --output-dir bench/results/h200"
+    "python bench/generate.py --models qwen3-0.6b,smollm2-135m,llama-3.2-1b,llama-3-8b{} "
+    "--methods static_compiled,generate,stream,stream_layers --output-dir bench/results/h200{}"
 )
-BEFORE = STEPS.replace("llama-3-8b ", "llama-3-8b,llama-2-7b ") + "/before"
 RECOMPUTE = "python bench/generate.py --output-dir bench/results/h200/recompute"
 PEERS = "python bench/prefill.py --output-dir bench/results/h200/flashinfer"
 
@@ -545,11 +544,11 @@ TABLES = {
     ),
     "generate table": Table(
         "h200/generate", "model | batch | C | {method}", "{model} | {batch} | {capacity} | {ms_per_token:.2f}",
-        "model batch capacity", generate, whole_steps(STEPS),
+        "model batch capacity", generate, whole_steps(STEPS.format("", "")),
     ),
     "before table": Table(
         "h200/before/generate", "model | batch | C | {method}", "{model} | {batch} | {capacity} | {ms_per_token:.2f}",
-        "model batch capacity", generate, whole_steps(BEFORE),
+        "model batch capacity", generate, whole_steps(STEPS.format(",llama-2-7b", "/before")),
     ),
     "recompute table": Table(
         "h200/recompute/generate", "model | batch | C | {method}",

@@ -28,7 +28,7 @@ struct Stack {
   int num_layers, hidden, inner;  // inner: columns between gate and down
   const void* x;                  // (rows, hidden)
   void* out;                      // as x
-  // Zero at first, and nobody else's between launches. epoch: the number of layers that ran.
+  // Zero at first, and nobody else's between launches. epoch: how many layers ran, and one more a launch.
   uint32_t* epoch;
   Handed *qkv, *attended, *middle, *gated, *last;  // (rows, columns / 2); middle and last: x behind attention, behind the layer
   Handed *values, *softmax;                        // (pairs, splits, STACK_HEADS, head_dim), (pairs, splits, STACK_HEADS, 2)

@@ -61,7 +61,6 @@ class Share:
     group: "distributed.ProcessGroup | None" = None
 
     @classmethod
-    @torch.no_grad()
     def of(cls, module: nn.Module | None) -> "Share | None":
         """None if a module is no linear layer, or more than that."""
         if is_plain(module):
@@ -80,7 +79,7 @@ def _is_split(module: nn.Module | None) -> bool:
     if type(module) is not nn.Linear or module._forward_hooks or module._forward_pre_hooks or module.training:
         return False
     mesh = getattr(module.weight, "device_mesh", None)
-    return getattr(mesh, "ndim", 0) == 1 and hasattr(module.weight, "to_local") and _runs_split(module)
+    return getattr(mesh, "ndim", 0) == 1 and hasattr(module.weight, "_local_tensor") and _runs_split(module)
 
 
 def _runs_split(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "decode_attend.h"
-#include "decode_turn.h"
+#include "../turn.h"
 #include "stack_weights.h"
 
 namespace sinkattn::cuda {

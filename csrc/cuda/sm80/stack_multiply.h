@@ -36,11 +36,10 @@ struct Gather {
   // Asks for what may not be there yet.
   __device__ __forceinline__ Gather(const Stack& p, const Handed* from, uint32_t epoch, int chunks, const void* norm_weight,
                                     unsigned x)
-      : from(from), rows(MOST == 1 ? 1 : p.call.batch), apart(apart_of(chunks * PIECES) * 2),
+      : from(from), to(x), rows(MOST == 1 ? 1 : p.call.batch), apart(apart_of(chunks * PIECES) * 2),
         quads(chunks * QUADS), shift(p.norm_shift), epoch(epoch), has_norm(norm_weight) {
     const int lane = threadIdx.x % 32;
     mine = (threadIdx.x / 32 + lane / QUADS * WARPS) * QUADS + lane % QUADS;
-    to = x;
 #pragma unroll
     for (int n = 0; n < TOGETHER; ++n) {
       norm[n] = make_uint2(0, 0);
