@@ -60,6 +60,7 @@ CUDA_SOURCES = {  # file, the slowest to compile first: the GPUs it is for
     "sm80/stack": AMPERE,
     "sm90/gather": HOPPER,
     "sm90/round": HOPPER,
+    "sm80/step": AMPERE,
 }
 
 REQUIRED = {name for name in os.environ.get("SINKATTN_REQUIRE", "").split(",") if name}

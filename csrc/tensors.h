@@ -51,10 +51,10 @@ inline Activation activation_of(int64_t number) {
   return Activation(number);
 }
 
-// What new_empty gives, of up to 4 dims, without the dispatcher, which takes longer than all else that an op does before
+// What new_empty gives, of up to 5 dims, without the dispatcher, which takes longer than all else that an op does before
 // its kernel. dtype: as aoti_torch_dtype_float32() and its like say.
 inline Tensor empty(const Tensor& x, std::initializer_list<int64_t> shape, int32_t dtype) {
-  std::array<int64_t, 4> strides;
+  std::array<int64_t, 5> strides;
   int64_t size = 1;
   for (int dim = int(shape.size()); dim-- > 0; size *= shape.begin()[dim]) strides[dim] = size;
   const auto [device, index] = device_of(x);

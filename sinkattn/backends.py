@@ -85,6 +85,16 @@ for _name in ("decode", "prefill", "attend_pages"):
     torch.library.impl(f"sinkattn::{_name}", "cuda", _chosen_anew(_name))
 
 
+def has_kernels(device: torch.device) -> bool:
+    """Whether the kernels of csrc/cuda that want nothing special run on a device."""
+    return device.type == "cuda" and HAS_CUDA_LIBRARY and _is_served(device.index)
+
+
+@torch.compiler.assume_constant_result
+def _is_served(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= (8, 0)
+
+
 @torch.compiler.assume_constant_result
 def is_hopper(index: int) -> bool:
     return torch.cuda.get_device_capability(index) == (9, 0)

@@ -44,6 +44,16 @@ def held_positions(lengths: Tensor, sink_size: int, ring_size: int) -> Tensor:
     return position.masked_fill(empty, -1)
 
 
+def positions_of(lengths: Tensor, counts: Tensor | None, tokens: int) -> Tensor:
+    """Where the tokens of a step stand: the last ``counts`` of ``tokens`` go on behind a row's ``lengths``.
+
+    ``lengths``, ``counts``: (batch,) int64; None if all tokens count. Returns (batch, tokens) int64, of padding below
+    the row's length.
+    """
+    first = lengths if counts is None else lengths - (tokens - counts)
+    return first[:, None] if tokens == 1 else first[:, None] + torch.arange(tokens, device=lengths.device)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int = 0, interleaved: bool = False) -> Tensor:
     """Rotary embedding of ``r`` dims beginning at ``start``; the other dims pass through.
 

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends import has_kernels
+from .reference import positions_of
+
 
 class UnsupportedModelError(ValueError):
     """The model cannot be patched exactly; the message names the layer and the reason. The model is unchanged."""
@@ -87,10 +90,22 @@ class Rope:
         frequencies = frequencies[self.sets(lengths)] if self.varies else frequencies[0]
         return self._cos_sin(positions[..., None], frequencies)
 
+    def table_of_step(self, lengths: Tensor, counts: Tensor | None, tokens: int, capacity: int) -> Tensor:
+        """`table` of the tokens of a step, where text sees them and where sinks do: at the end of the cache at most.
+
+        lengths, counts: (batch,) int64, see `positions_of`. capacity: C, tokens. Returns (batch, tokens, 2, 2, r / 2).
+        On a GPU one kernel. Not for ropes that vary.
+        """
+        if has_kernels(lengths.device):
+            frequencies = self._tables(lengths.device)[0][0]
+            return torch.ops.sinkattn.angles(lengths, counts, frequencies, tokens, capacity)
+        text = positions_of(lengths, counts, tokens)
+        return self.table(torch.stack((text, text.clamp(max=capacity - 1)), dim=-1))
+
     def _cos_sin(self, positions: Tensor, frequencies: Tensor) -> Tensor:
         """(..., r / 2 or 1) int64 and (..., r / 2) float64 to ``[cos | sin]``, (..., 2, r / 2) float32.
 
-        Two kernels, of every step: cos(x) is sin(x + pi / 2).
+        Two kernels: cos(x) is sin(x + pi / 2).
         """
         quarter = self._tables(positions.device)[2]
         angles = torch.addcmul(quarter, positions[..., None, :], frequencies[..., None, :])

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .agreement import BASE, INVERSE, Agreement, digest, powers
+from .backends import has_kernels
 from .graph import Captured
-from .reference import held_positions
+from .reference import held_positions, positions_of
 from .rings import FEW, Plan, SharedSinks, has_state, layers_of, states_of
 
 PIECE = 8  # tokens: a text that is but one piece of so many, over and over, tells nothing
@@ -144,14 +145,20 @@ class Rows:
 
     # The text.
 
-    def remember(self, ids: Tensor | None, positions: Tensor, counts: Tensor | None, tops: Tensor | None) -> None:
-        """Note the ids that a step feeds, before they count in `lengths`.
+    def take(self, ids: Tensor | None, tokens: int, counts: Tensor | None, tops: Tensor | None) -> None:
+        """Note the ids that a step has fed, and count them in `lengths`.
 
-        ids: (batch, tokens), None for unknown ones. positions: (batch, tokens) int64, of padding below the row's
-        length. counts: (batch,) int64, tokens that are no padding; None for all. tops: (batch, tokens) int64, or None.
+        ids: (batch, tokens), None for unknown ones. counts: (batch,) int64, tokens that are no padding; None for all.
+        tops: (batch, tokens) int64, or None.
         """
-        ids = torch.full_like(positions, -1) if ids is None else ids.to(self.ids)
-        if positions.shape[1] == 1:  # few and small kernels; padding is written where the next token will be
+        ids = self.ids.new_full((len(self.ids), tokens), -1) if ids is None else ids.to(self.ids)
+        if tokens > 1:
+            self._note(ids, positions_of(self.lengths, counts, tokens), counts, tops)
+        elif tops is None and has_kernels(ids.device):
+            known = self.lengths, self.digest, self.ids
+            torch.ops.sinkattn.note(ids[:, 0].contiguous(), counts, *known, BASE, self.sink_size)
+            return  # lengths have counted
+        else:  # padding is written where the next token will be
             slots = self._slots(self.lengths[:, None])
             self.ids.scatter_(1, slots, ids)
             if tops is not None:
@@ -160,7 +167,10 @@ class Rows:
                 torch.add(ids[:, 0], self.digest, alpha=BASE, out=self.digest)
             else:
                 self.digest.addcmul_(counts, torch.add(ids[:, 0], self.digest, alpha=BASE - 1))
-            return
+        self.lengths.add_(tokens if counts is None else counts)
+
+    def _note(self, ids: Tensor, positions: Tensor, counts: Tensor | None, tops: Tensor | None) -> None:
+        """Note the ids of several tokens a row. positions: (batch, tokens) int64, of padding below the row's length."""
         before, after = self.lengths[:, None], self.lengths[:, None] + positions.shape[1]
         if counts is not None:
             after = self.lengths[:, None] + counts[:, None]

@@ -108,6 +108,15 @@ torch.library.define(  # of fuse/stack.py alone: the table holds addresses
     "int num_heads, int num_kv_heads, int head_dim, int slots, float scale, int rotary_start, bool interleaved, "
     "float norm_eps, float norm_shift, float head_eps, float head_shift, int activation) -> Tensor",
 )
+torch.library.define(  # of rope.py, rows.py and choice.py: torch's kernels as one each
+    "sinkattn::angles", "(Tensor lengths, Tensor? counts, Tensor frequencies, int tokens, int capacity) -> Tensor"
+)
+torch.library.define(
+    "sinkattn::note",
+    "(Tensor ids, Tensor? counts, Tensor(a!) lengths, Tensor(b!) digests, Tensor(c!) known, int base, int sink_size)"
+    " -> ()",
+)
+torch.library.define("sinkattn::likeliest", "(Tensor scores) -> Tensor")
 
 
 def check_devices(tensors: tuple) -> None:
@@ -145,3 +154,19 @@ def _fake_shared(q, k_shared, v_shared, lengths, *args):
 @torch.library.register_fake("sinkattn::linear")
 def _fake_linear(x, weight, bias, norm_weight, norm_eps, norm_shift, residual, activation):
     return x.new_empty(x.shape[0], weight.shape[0] // (2 if activation else 1))
+
+
+@torch.library.register_fake("sinkattn::angles")
+def _fake_angles(lengths, counts, frequencies, tokens, capacity):
+    shape = len(lengths), tokens, 2, 2, len(frequencies)
+    return lengths.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.register_fake("sinkattn::note")
+def _fake_note(*args):
+    return None
+
+
+@torch.library.register_fake("sinkattn::likeliest")
+def _fake_likeliest(scores):
+    return scores.new_empty(scores.shape[:1], dtype=torch.int64)

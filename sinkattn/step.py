@@ -8,14 +8,14 @@ A step is opened by the cache, and leaving it commits it whole, or aborts it, or
 """
 
 import itertools
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from . import ops
 from .observe import AttentionRecord
-from .reference import append, attention, held_positions, rotate
+from .reference import append, attention, held_positions, positions_of, rotate
 from .rings import FEW, SinkLayer
 from .rope import Rope
 from .watch import Watch
@@ -38,11 +38,9 @@ class Step:
 
     def __init__(self, cache, tokens: int, mask: Tensor | None, places: Tensor | None):
         self.cache, self.plan, self.rows, self.tokens = cache, cache.plan, cache.rows, tokens
-        self.counts = None if mask is None else mask.sum(1)
-        first = self.rows.lengths if mask is None else self.rows.lengths - (tokens - self.counts)
-        self.positions = first[:, None]
-        if tokens > 1:
-            self.positions = self.positions + torch.arange(tokens, device=first.device)
+        self.counts = None
+        if mask is not None:
+            self.counts = mask.sum(1) if tokens > 1 else mask[:, 0].long()
         self._start_places(places)
         self._rotations: dict[tuple[Rope, torch.device], Tensor] = {}
         self._in_ring: dict[torch.device, Tensor] = {}  # lengths behind shared sinks
@@ -54,14 +52,19 @@ class Step:
             self._held_at = [x.data_ptr() for x in states]
             self._states = [] if mask is None else [x.clone() for x in states]
 
+    @cached_property
+    def positions(self) -> Tensor:
+        return positions_of(self.rows.lengths, self.counts, self.tokens)
+
     def _start_places(self, places: Tensor | None) -> None:
+        self._places = self._sink_places = None
+        if places is None and not self.cache.has_places:
+            return
         rows, last = self.rows, self.plan.capacity - 1
         after = self.positions - rows.lengths[:, None]  # below 0: padding
-        if places is None and self.cache.has_places:
-            places = (self.cache.top[:, None] + 1 + after)[..., None].expand(-1, -1, 3)
-        self._places, self._sink_places = places, None
         if places is None:
-            return
+            places = (self.cache.top[:, None] + 1 + after)[..., None].expand(-1, -1, 3)
+        self._places = places
         at = ((self.positions == last) & (after >= 0))[..., None]
         before = rows.anchor if self.cache.has_places else torch.full_like(rows.anchor, last)
         self._anchor = torch.where(at.any(1), (places * at).sum(1), before)  # (batch, 3), of token C - 1
@@ -85,7 +88,7 @@ class Step:
         if self.tokens == 1 or self.is_captured:
             return
         query = torch.arange(self.tokens - 1, device=device)[None]
-        rows = torch.arange(len(self.positions), device=device)[:, None]
+        rows = torch.arange(len(self.rows.lengths), device=device)[:, None]
         if bool(torch.as_tensor(mask_function(rows, rows[:1] * 0, query, query + 1)).any()):
             raise ValueError(
                 "the mask lets tokens see those after them (images do so in some models): sinkattn is causal"
@@ -153,7 +156,7 @@ class Step:
             given = *held, layer.key_scales, layer.value_scales
             if layer.shared is not None:
                 return self._attend_shared(layer, given, sizes)[:, -asked:]
-            # overlap: since the cache was last written, torch's kernels have made the step's lengths and angles
+            # overlap: since the cache was last written, kernels that do not have made the step's lengths and angles
             op = partial(ops.decode if self.tokens == 1 else ops.prefill, overlap=True)
             if layer.sink_reach is not None:
                 op, _ = partial(attention, sink_reach=layer.sink_reach), sizes.pop("backend")
@@ -192,12 +195,17 @@ class Step:
     def _rotation(self, rope: Rope, device: torch.device) -> Tensor:
         """``[text | sink][cos | sin]`` of the step's tokens, once per step and rope: (batch, tokens, 2, 2, r / 2)."""
         if (rope, device) not in self._rotations:
-            text = self.positions.to(device)
-            if self._places is not None:
-                both = torch.stack((self._places, self._sink_places), dim=2).to(device)
-                return self._rotations.setdefault((rope, device), rope.table_of_places(both))
-            self._rotations[rope, device] = rope.table(torch.stack((text, self._sink_positions(text)), dim=-1))
+            self._rotations[rope, device] = self._angles(rope, device)
         return self._rotations[rope, device]
+
+    def _angles(self, rope: Rope, device: torch.device) -> Tensor:
+        if self._places is not None:
+            return rope.table_of_places(torch.stack((self._places, self._sink_places), dim=2).to(device))
+        if self.plan.prefill == "dense" and self.tokens > 1:
+            text = self.positions.to(device)
+            return rope.table(torch.stack((text, self._sink_positions(text)), dim=-1))
+        lengths, counts = (None if x is None else x.to(device) for x in (self.rows.lengths, self.counts))
+        return rope.table_of_step(lengths, counts, self.tokens, self.plan.capacity)
 
     def _sink_positions(self, text: Tensor) -> Tensor:
         """Where queries stand as the sinks see them: ``min(t, C - 1)``, and counted on from there in a dense prompt."""
@@ -252,8 +260,7 @@ class Step:
             new = self.positions >= rows.lengths[:, None]
             tops = self._places.amax(2).masked_fill(~new, -1).cummax(1).values
             tops = torch.maximum(tops, self.cache.top[:, None])
-        rows.remember(ids, self.positions, self.counts, tops)
-        rows.lengths.add_(self.tokens if self.counts is None else self.counts)
+        rows.take(ids, self.tokens, self.counts, tops)
         if self.cache.has_state:
             self.is_fixed = self._held_at == [x.data_ptr() for x in rows.states()]
             if self.counts is not None:

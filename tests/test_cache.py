@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 
-from helpers import plain, random_ids
+from helpers import DEVICES, plain, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, patch
 from sinkattn.agreement import BASE
@@ -28,18 +28,19 @@ def model():
         yield model
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("sinks", "window"), [(4, 10), (0, 5), (6, 2), (5, 1), (1, 1)])
-def test_ids_by_slot(model, sinks, window):
+def test_ids_by_slot(model, sinks, window, device):
     """Chunks of any size, padded on the left, known or not: the first S and last W of a list, and a digest of all."""
     plan = dataclasses.replace(model._sinkattn.plan, sink_size=sinks, window_size=window)
-    rows, texts = Rows(plan, 3, torch.device("cpu")), [[], [], []]
+    rows, texts = Rows(plan, 3, torch.empty(0, device=device).device), [[], [], []]
     for step in range(12):
         tokens = int(torch.randint(1, 2 * (sinks + window), ())) if step % 3 else 1
         counts = None if step % 4 == 0 else torch.randint(0, tokens + 1, (3,))
         ids = None if step == 7 else random_ids(3, tokens)
-        positions = rows.lengths[:, None] - (0 if counts is None else tokens - counts[:, None]) + torch.arange(tokens)
-        rows.remember(ids if step % 2 or ids is None else ids.int(), positions, counts, None)
-        rows.lengths += tokens if counts is None else counts
+        fed = ids if step % 2 or ids is None else ids.int()
+        fed, taken = (None if x is None else x.to(device) for x in (fed, counts))
+        rows.take(fed, tokens, taken, None)
         for i, text in enumerate(texts):
             new = [-1] * tokens if ids is None else ids[i].tolist()
             text += new[tokens - (tokens if counts is None else int(counts[i])) :]
@@ -53,7 +54,7 @@ def test_ids_by_slot(model, sinks, window):
             digest = functools.reduce(lambda d, x: (d * BASE + x) % 2**64, text, 0)
             assert int(rows.digest[i]) % 2**64 == digest
     assert rows.ring_size > window + plan.slack and rows.ids.shape == (3, max(sinks, 3) + rows.ring_size + 1)
-    rows.forget(torch.tensor([1]))
+    rows.forget(torch.tensor([1], device=device))
     assert rows.lengths.tolist() == [len(texts[0]), 0, len(texts[2])] and (rows.known()[1][1] == -1).all()
 
 

@@ -1,8 +1,8 @@
 """CUDA kernels without a GPU: their source, compiled for the host (tests/emulated), against float64.
 
-csrc/cuda/sm80/stack.cu (all layers as one kernel), linear.cu and decode.cu, and of prefill, csrc/cuda/sm90, what comes
-before its products. Blocks are threads, warps run in random order, what is not written yet is not a number, and what
-lies behind is not to be touched.
+csrc/cuda/sm80/stack.cu (all layers as one kernel), linear.cu, step.cu and decode.cu, and of prefill, csrc/cuda/sm90,
+what comes before its products. Blocks are threads, warps run in random order, what is not written yet is not a number,
+and what lies behind is not to be touched.
 """
 
 import ctypes
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from cases import same_bits
 from sinkattn import reference
+from sinkattn.rope import Rope
 
 LIBC = ctypes.CDLL(None)
 ROOT = Path(__file__).parent.parent
@@ -78,6 +79,11 @@ def stack(build):
 @pytest.fixture(scope="module")
 def linear(build):
     return build("linear")
+
+
+@pytest.fixture(scope="module")
+def step(build):
+    return build("step")
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +350,69 @@ def test_linear(rows, linear):
             y = ACTIVATIONS[activation](gate) * up
         y = y if residual is None else y + residual.double()
         assert (found.double() - y).abs().max() < 16 * torch.finfo(dtype).eps * y.abs().max()
+
+
+def test_angles(step):
+    """Of tokens anywhere, with and without padding; those that sinks see stay at the end of the cache."""
+    rows, capacity = 3, 20
+    for tokens, half in (1, 32), (1, 5), (7, 24), (16, 1):
+        lengths = torch.tensor(random.choices([0, 1, capacity - 1, capacity, 4_000_000, 2**40 + 3], k=rows))
+        counts = torch.randint(0, tokens + 1, (rows,)) if random.random() < 0.5 else None
+        frequencies = 10000.0 ** -torch.arange(half).double()
+        found = torch.full((rows, tokens, 2, 2, half), torch.nan)
+        pointers = [ctypes.c_void_p(_number(x)) for x in (lengths, counts, frequencies, found)]
+        assert step.run_angles(_all([rows, tokens, half, capacity, random.randrange(1 << 30)]), *pointers) == 0
+        rope = Rope(0, False, frequencies[None], torch.zeros(capacity + 1, dtype=torch.int64))
+        torch.testing.assert_close(found, rope.table_of_step(lengths, counts, tokens, capacity), rtol=0, atol=1.2e-7)
+
+
+@pytest.mark.parametrize("has_counts", [False, True])
+def test_note(has_counts, step):
+    """Round the ring and on, beside torch's kernels: rows that take nothing keep their id for later."""
+    sinks, ring, rows = 3, 5, 200  # two blocks
+    base = 6364136223846793005
+    lengths, digests = torch.randint(0, 30, (rows,)), torch.randint(-(2**62), 2**62, (rows,))
+    known = torch.randint(0, 99, (rows, sinks + ring + 1))
+    for _ in range(2 * ring):
+        ids = torch.randint(0, 50000, (rows,))
+        counts = torch.randint(0, 2, (rows,)) if has_counts else None
+        slots = reference.slot_of(lengths, sinks, ring)
+        expected = known.scatter(1, slots[:, None], ids[:, None])
+        taken = torch.ones_like(ids) if counts is None else counts
+        after = torch.where(taken > 0, digests * base + ids, digests), lengths + taken
+        pointers = [ctypes.c_void_p(_number(x)) for x in (ids, counts, lengths, digests, known)]
+        sizes = [rows, known.shape[1], base, sinks, ring, random.randrange(1 << 30)]
+        assert step.run_note(_all(sizes), *pointers) == 0
+        assert torch.equal(known, expected) and torch.equal(digests, after[0]) and torch.equal(lengths, after[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 7, 64, 97, 4096, 50257])
+def test_likeliest(vocabulary, dtype, step):
+    """The first of the largest, wherever a row begins: few values, zeros of both signs, infinite ones, NaN."""
+    rows, apart = 6, vocabulary + 3
+    memory = torch.full((rows * apart + 8,), torch.inf, dtype=dtype)  # beside the rows
+    begin = random.randrange(8)
+    scores = memory[begin : begin + rows * apart].view(rows, apart)[:, :vocabulary]
+    scores.copy_(torch.randint(-3, 4, scores.shape))
+    scores[1] = -torch.inf
+    scores[2, vocabulary // 3 :: 7] = torch.nan
+    scores[3] = torch.randn(vocabulary)
+    scores[4] = -torch.rand(vocabulary) - 1
+    scores[4, vocabulary // 2 :] = -0.0
+    scores[4, vocabulary // 2 + 1 :: 2] = 0.0
+    ids = torch.full((rows,), -1)
+    sizes = [
+        rows,
+        apart,
+        vocabulary,
+        [torch.float32, torch.float16, torch.bfloat16].index(dtype),
+        random.randrange(1 << 30),
+    ]
+    assert step.run_likeliest(_all(sizes), ctypes.c_void_p(_number(scores)), ctypes.c_void_p(_number(ids))) == 0
+    wide = scores.float()
+    first = (wide == wide.amax(-1, keepdim=True)) | wide.isnan()
+    assert ids.tolist() == first.int().numpy().argmax(-1).tolist()
 
 
 every_kind = pytest.mark.parametrize("stored", KINDS, ids=["16 bits", "int8", "float8"])

@@ -72,3 +72,18 @@ def test_angles_are_exact(position, device):
             allowed = 6.1e-8 + 2.3e-16 * float(angle)
             assert abs(cos[i].item() - mpmath.cos(angle)) <= allowed
             assert abs(sin[i].item() - mpmath.sin(angle)) <= allowed
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_angles_of_a_step(tokens, device):
+    """For text at the positions of a row's tokens, behind padding; for sinks the same up to the end of the cache."""
+    frequencies = (1.0 / 10000 ** (torch.arange(0, 24, 2) / 24)).double()[None]
+    rope, lengths = Rope(0, False, frequencies, torch.zeros(15, dtype=torch.int64)), torch.tensor([0, 13, 4_000_000])
+    for counts in (None, torch.tensor([1, 0, 1]), torch.tensor([tokens, 1, 0])):
+        given = lengths.to(device), None if counts is None else counts.to(device)
+        found = rope.table_of_step(*given, tokens, 14)
+        first = lengths if counts is None else lengths - tokens + counts
+        positions = first[:, None] + torch.arange(tokens)
+        text, sink = rope.table(positions), rope.table(positions.clamp(max=13))
+        torch.testing.assert_close(found.cpu(), torch.stack((text, sink), dim=2), rtol=0, atol=1.2e-7)

@@ -6,9 +6,11 @@ They know sinkattn's insides: where those change, this file does. No other test 
 import contextlib
 
 import pytest
+import torch
 
 from sinkattn import UnsupportedModelError, fuse, ops, patch
-from sinkattn.step import Step
+from sinkattn.reference import positions_of
+from sinkattn.rope import Rope
 
 
 @contextlib.contextmanager
@@ -27,13 +29,15 @@ def sinks_elsewhere(by: int, after: int = 0):
     reached = []
 
     def make(original):
-        def positions(step, text):
+        def table(rope, lengths, counts, tokens, capacity):
             reached.append(True)
-            return original(step, text) + by * (text >= after * step.plan.capacity)
+            text = positions_of(lengths, counts, tokens)
+            sink = text.clamp(max=capacity - 1) + by * (text >= after * capacity)
+            return rope.table(torch.stack((text, sink), dim=-1))
 
-        return positions
+        return table
 
-    return replaced(Step, "_sink_positions", make, reached)
+    return replaced(Rope, "table_of_step", make, reached)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-// sinkattn::decode_cuda, prefill_cuda, attend_pages_cuda and linear for CUDA tensors: checks, unpacking, stream. LibTorch's
+// sinkattn::decode_cuda, prefill_cuda, attend_pages_cuda, linear and the rest for CUDA tensors: checks, unpacking, stream. LibTorch's
 // stable ABI is all that is used, so one library serves every torch from 2.10 on. Schemas are defined in
 // sinkattn/schemas.py.
 #include <torch/csrc/stable/accelerator.h>
@@ -14,6 +14,7 @@
 #include "linear.h"
 #include "prefill.h"
 #include "stack.h"
+#include "step.h"
 
 // Only torch builds for CUDA have it, and this library must link without one.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
@@ -64,6 +65,10 @@ void take_rotation(Call& c, const std::optional<Tensor>& rotation, const Sizes& 
   c.rotary_start = int(sizes.rotary_start);
   c.rotary_half = int(rotation->size(rotation->dim() - 1));
   if (c.rotary_half > 0) c.rotation = data_of<float>(*rotation, ScalarType::Float, copies);
+}
+
+bool is_of(const Tensor& x, ScalarType dtype, std::initializer_list<int64_t> shape) {
+  return has_shape(x, shape) && x.scalar_type() == dtype && x.is_contiguous();
 }
 
 // Unpacks the arguments. What is refused is refused before anything is launched.
@@ -266,7 +271,7 @@ Tensor linear_op(const Tensor& x, const Tensor& weight, const std::optional<Tens
   auto is_here = [&](const Tensor& tensor) { return tensor.is_cuda() && tensor.get_device_index() == index; };
   auto pointer = [&](const Tensor& tensor, std::initializer_list<int64_t> shape, uintptr_t alignment) {
     STD_TORCH_CHECK(is_here(tensor), "sinkattn: all tensors must be on one device");
-    STD_TORCH_CHECK(has_shape(tensor, shape) && tensor.scalar_type() == dtype && tensor.is_contiguous(),
+    STD_TORCH_CHECK(is_of(tensor, dtype, shape),
                     "sinkattn: the tensors of linear must fit, be contiguous and have one dtype");
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.data_ptr()) % alignment == 0,
                     "sinkattn: x, weight and norm_weight must be aligned to 16 bytes");
@@ -363,9 +368,73 @@ Tensor stack_op(const Tensor& x, const Tensor& table, const Tensor& lengths, con
   return out;
 }
 
+// Angles of the last tokens of rows, (rows, tokens, 2, 2, half) float32.
+Tensor angles_op(const Tensor& lengths, const OptionalTensor& counts, const Tensor& frequencies, int64_t tokens,
+                 int64_t capacity) {
+  const int64_t rows = lengths.numel(), half = frequencies.numel();
+  for (const auto* tensor : {&lengths, counts ? &*counts : &lengths})
+    STD_TORCH_CHECK(is_of(*tensor, ScalarType::Long, {rows}) && device_of(*tensor) == device_of(frequencies),
+                    "sinkattn: lengths and counts must be int64 (rows,), where the frequencies are");
+  STD_TORCH_CHECK(is_of(frequencies, ScalarType::Double, {half}), "sinkattn: frequencies must be float64 (r / 2,)");
+  STD_TORCH_CHECK(tokens >= 0 && rows * tokens * half < int64_t(1) << 31, "sinkattn: no room for so many angles");
+  Tensor out = empty(lengths, {rows, tokens, 2, 2, half}, aoti_torch_dtype_float32());
+  Angles p = {};
+  p.lengths = static_cast<const int64_t*>(lengths.data_ptr());
+  p.counts = counts ? static_cast<const int64_t*>(counts->data_ptr()) : nullptr;
+  p.frequencies = static_cast<const double*>(frequencies.data_ptr()), p.out = static_cast<float*>(out.data_ptr());
+  p.rows = int(rows), p.tokens = int(tokens), p.half = int(half), p.capacity = capacity;
+  const int index = lengths.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(index);
+  check(angles(p, stream_of(index)), "launch of angles");
+  return out;
+}
+
+// A token a row goes into lengths, digests and known ids.
+void note_op(const Tensor& ids, const OptionalTensor& counts, const Tensor& lengths, const Tensor& digests,
+             const Tensor& known, int64_t base, int64_t sink_size) {
+  const int64_t rows = lengths.numel(), columns = known.dim() == 2 ? known.size(1) : 0;
+  for (const auto* tensor : {&ids, counts ? &*counts : &lengths, &lengths, &digests})
+    STD_TORCH_CHECK(is_of(*tensor, ScalarType::Long, {rows}) && device_of(*tensor) == device_of(known),
+                    "sinkattn: ids, counts, lengths and digests must be int64 (rows,), on one device");
+  STD_TORCH_CHECK(is_of(known, ScalarType::Long, {rows, columns}) && sink_size >= 0 && sink_size + 1 < columns &&
+                      columns < int64_t(1) << 31,
+                  "sinkattn: known must be int64 (rows, sinks, ring and one more)");
+  Note p = {};
+  p.ids = static_cast<const int64_t*>(ids.data_ptr());
+  p.counts = counts ? static_cast<const int64_t*>(counts->data_ptr()) : nullptr;
+  p.lengths = static_cast<int64_t*>(lengths.data_ptr()), p.digests = static_cast<int64_t*>(digests.data_ptr());
+  p.known = static_cast<int64_t*>(known.data_ptr()), p.known_row = columns, p.base = base;
+  p.rows = int(rows), p.sink_size = int(sink_size), p.ring_size = int(columns - sink_size - 1);
+  const int index = known.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(index);
+  check(note(p, stream_of(index)), "launch of note");
+}
+
+// The first of each row's largest numbers, (rows,) int64.
+Tensor likeliest_op(const Tensor& scores) {
+  const ScalarType dtype = scores.scalar_type();
+  const bool is_wide = dtype == ScalarType::Float;
+  STD_TORCH_CHECK(scores.dim() == 2 && scores.size(1) > 0 && scores.size(1) < int64_t(1) << 31 &&
+                      (scores.size(1) == 1 || scores.stride(1) == 1) &&
+                      (is_wide || dtype == ScalarType::Half || dtype == ScalarType::BFloat16),
+                  "sinkattn: scores must be (rows, vocabulary), float32, float16 or bfloat16, the last dim of stride 1");
+  Tensor ids = empty(scores, {scores.size(0)}, aoti_torch_dtype_int64());
+  Likeliest p = {};
+  p.scores = scores.data_ptr(), p.row = scores.stride(0), p.ids = static_cast<int64_t*>(ids.data_ptr());
+  p.rows = int(scores.size(0)), p.vocabulary = int(scores.size(1));
+  p.kind = is_wide ? Scores::float32 : dtype == ScalarType::Half ? Scores::float16 : Scores::bfloat16;
+  const int index = scores.get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(index);
+  check(likeliest(p, stream_of(index)), "launch of likeliest");
+  return ids;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sinkattn, CUDA, m) {
+  m.impl("angles", TORCH_BOX(&angles_op));
+  m.impl("note", TORCH_BOX(&note_op));
+  m.impl("likeliest", TORCH_BOX(&likeliest_op));
   m.impl("stack", TORCH_BOX(&stack_op));
   m.impl("stack_state", TORCH_BOX(&stack_state_op));
   m.impl("decode_cuda", TORCH_BOX((&with_arguments<decode_op, OptionalTensor, OptionalTensor, OptionalTensor, bool, int64_t, bool>)));

@@ -60,7 +60,7 @@ class ConstantRotary:
     def forward(self, x: Tensor, position_ids: Tensor, *args, **kwargs):
         step = current.step
         is_few = isinstance(step, Step) and step.tokens <= FEW and position_ids.shape[-1] == step.tokens
-        is_text = is_few and position_ids.shape[-2:-1] in ((), (1,), step.positions.shape[:1])  # and not a picture
+        is_text = is_few and position_ids.shape[-2:-1] in ((), (1,), step.rows.lengths.shape)  # and not a picture
         if not is_text or torch.compiler.is_compiling():
             return self.original(x, position_ids, *args, **kwargs)
         key = (x.dtype, x.device, position_ids.shape, *args, *kwargs.items())

@@ -211,6 +211,7 @@ inline unsigned __reduce_max_sync(unsigned, unsigned x) {
   for (int apart = 16; apart > 0; apart /= 2) x = std::max(x, emulated::exchange(x)[emulated::lane() ^ apart]);
   return x;
 }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned x) { return ~__reduce_max_sync(mask, ~x); }
 inline bool __any_sync(unsigned, bool x) {
   for (bool y : emulated::exchange(x))
     if (y) return true;
