@@ -104,9 +104,10 @@ torch.library.define(
 )
 torch.library.define(  # of fuse/stack.py alone: the table holds addresses
     "sinkattn::stack",
-    "(Tensor x, Tensor table, Tensor lengths, Tensor? counts, Tensor? rotation, Tensor(a!) state, int inner, "
-    "int num_heads, int num_kv_heads, int head_dim, int slots, float scale, int rotary_start, bool interleaved, "
-    "float norm_eps, float norm_shift, float head_eps, float head_shift, int activation) -> Tensor",
+    "(Tensor x, Tensor table, Tensor? logits_norm, Tensor? logits_weight, Tensor lengths, Tensor? counts, "
+    "Tensor? rotation, Tensor(a!) state, int inner, int num_heads, int num_kv_heads, int head_dim, int slots, "
+    "float scale, int rotary_start, bool interleaved, float norm_eps, float norm_shift, float head_eps, "
+    "float head_shift, int activation) -> (Tensor, Tensor)",
 )
 torch.library.define(  # of rope.py, rows.py and choice.py: torch's kernels as one each
     "sinkattn::angles", "(Tensor lengths, Tensor? counts, Tensor frequencies, int tokens, int capacity) -> Tensor"

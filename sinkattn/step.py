@@ -35,6 +35,7 @@ class Step:
 
     is_probe = False
     is_captured = False  # whether it is recorded, and what it is given was checked when it ran
+    ahead = None  # what one kernel has made of more than the module that called it, see `fuse.stack.Ahead`
 
     def __init__(self, cache, tokens: int, mask: Tensor | None, places: Tensor | None):
         self.cache, self.plan, self.rows, self.tokens = cache, cache.plan, cache.rows, tokens

@@ -123,6 +123,7 @@ class Case:
     counts: bool = False
     blocks: int = 5
     loud: float = 1.0  # how large x is, and weights of norms
+    vocabulary: int = 0  # of a head behind the layers
 
 
 def _fenced(x: Tensor | None) -> Tensor | None:
@@ -178,6 +179,10 @@ class Emulated:
                         x[row, :, sinks + (n - sinks) % (window + slack)] = torch.nan
             self.caches.append([_fenced(x) for x in cache])
         self.layers = [tuple([_fenced(x) for x in kind] for kind in layer) for layer in self.layers]
+        self.head = None, None
+        if case.vocabulary:
+            norm = ((torch.rand(case.hidden) + 0.5) * case.loud).to(case.dtype)
+            self.head = _fenced(norm), _fenced(new(case.vocabulary, case.hidden, by=case.hidden**-0.5 / case.loud))
         tensors = [
             [*map(_number, (*weights, *biases, *norms, *of_heads, *cache)), sinks, window + slack, window]
             for (weights, biases, norms, of_heads), cache in zip(self.layers, self.caches, strict=True)
@@ -191,14 +196,17 @@ class Emulated:
         self.numbers = case.dim**-0.5, 1e-5, case.shift, 1e-6, 0.0
 
     def step(self, x: Tensor, rotation: Tensor, counts: Tensor | None) -> Tensor:
+        """What the last layer gives, and logits behind it."""
         case, out = self.case, torch.full_like(x, torch.nan)
+        logits = _fenced(x.new_full((self.rows, case.vocabulary), torch.nan)) if case.vocabulary else None
         start, half, interleaved = case.rotary
         more = [start, half, interleaved, case.dtype == torch.bfloat16, case.activation, random.randrange(1 << 30)]
-        given = [self.table, x, out, None, self.lengths, counts, rotation]
+        more.append(case.vocabulary)
+        given = [self.table, x, out, None, self.lengths, counts, rotation, *self.head, logits]
         pointers = [ctypes.c_void_p(_number(tensor)) for tensor in given]
         pointers[3] = ctypes.c_void_p(self.state)
         assert self.library.run_stack(self.sizes, _all(more), _all(self.numbers, ctypes.c_double), *pointers) == 0
-        return out
+        return out if logits is None else torch.cat((out, logits), dim=1)
 
     def definition(self, x: Tensor, rotation: Tensor, counts: Tensor | None) -> Tensor:
         """The same, in float64 but for what the kernel keeps in 16 bits; the caches are written."""
@@ -230,10 +238,13 @@ class Emulated:
             x = kept(x + products[1](kept(found.flatten(1))))
             gate, up = products[2](norm(x, norms[1], eps, shift)).chunk(2, dim=-1)
             x = kept(x + products[3](kept(ACTIVATIONS[case.activation](gate) * up)))
-        return x
+        if not case.vocabulary:
+            return x
+        return torch.cat((x, F.linear(norm(x, self.head[0], eps, shift), self.head[1].double())), dim=1)
 
     def compare(self, steps: int) -> None:
         case = self.case
+        sizes = [case.hidden, case.vocabulary]
         for _ in range(steps):
             x = (torch.randn(self.rows, case.hidden) * case.loud).to(case.dtype)
             angles = 6 * torch.rand(self.rows, 1, 2, 1, max(case.rotary[1], 1))
@@ -254,8 +265,9 @@ class Emulated:
                     assert torch.equal(y.isnan(), is_.isnan()) and difference.max() < 32 * torch.finfo(case.dtype).eps
                     y.copy_(is_)
             error = (found.double() - expected)[goes_on]
-            if error.numel():
-                assert (error.square().mean().sqrt() / expected[goes_on].std()).item() < ERRORS[case.dtype]
+            for part, of in zip(*(y.split_with_sizes(sizes, 1) for y in (error, expected[goes_on])), strict=True):
+                if part.numel():
+                    assert (part.square().mean().sqrt() / of.std()).item() < ERRORS[case.dtype]
             self.lengths += 1 if counts is None else counts
 
 
@@ -273,6 +285,9 @@ CASES = [
     Case([600, 1000], (3, 1), reach=(2, 290, 10), blocks=2),  # a block has more slots than fit at a time
     Case([295], (4, 1), dim=128, reach=(7, 290, 10), rotary=(0, 64, False), blocks=1, dtype=torch.bfloat16),
     Case([9], (2, 1), loud=500.0),  # x times a norm's weight is more than float16 holds
+    Case([9], (2, 1), loud=500.0, vocabulary=330),
+    Case([3, 60], (3, 1), counts=True, vocabulary=1002, blocks=3, dtype=torch.bfloat16),
+    Case([5], (2, 2), hidden=576, vocabulary=6, blocks=7),  # a block has no part of the head
 ]
 
 
@@ -308,6 +323,7 @@ def test_stacks_of_random_sizes(stack):
                 64 * random.randint(1, 5), random.randint(1, 3), (sinks, window, slack), torch.float16,
                 random.random() < 0.5, random.random() < 0.5, random.choice([0.0, 1.0]), random.randint(1, 3),
                 (0, dim // 2, False), random.random() < 0.4, random.randint(1, 8),
+                vocabulary=random.choice([0, 2 * random.randint(1, 200)]),
             ),
         ).compare(2)  # fmt: skip
 

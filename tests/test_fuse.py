@@ -9,6 +9,7 @@ import transformers
 from helpers import DEVICES, random_ids
 from oracle import relative_error, streaming_logits
 from sinkattn import SinkCache, patch
+from sinkattn.fuse.stack import Ahead
 from tiny import FAMILIES, tiny
 
 S, W = 4, 10
@@ -171,3 +172,30 @@ def test_saved_while_patched(tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     with torch.no_grad():
         assert torch.equal(loaded(ids).logits, expected)
+
+
+def test_logits_that_are_there_before_the_head_is_asked():
+    """They are handed out for what the norm made of what the last layer gave, once, and for nothing else."""
+    norm, head, other = (torch.nn.Identity() for _ in range(3))
+    out, y, logits = torch.randn(2, 1, 8), torch.randn(2, 1, 8), torch.randn(2, 5)
+
+    def ahead(x=out, module=norm):
+        found = Ahead(norm, head, out, logits)
+        found.saw_norm(module, x, y)
+        return found
+
+    for x in (y, y[:, -1:], y.view(2, 8)):
+        assert torch.equal(ahead().logits_of(head, x), logits.view(*x.shape[:-1], 5))
+    assert ahead().logits_of(other, y) is None and ahead().logits_of(head, y.clone()) is None
+    assert ahead().logits_of(head, y[:1]) is None and ahead().logits_of(head, out) is None
+    assert ahead(module=other).logits_of(head, y) is None and ahead(out.clone()).logits_of(head, y) is None
+    once = ahead()
+    assert once.logits_of(head, y) is not None and once.logits_of(head, y) is None
+    for written in (y, out):
+        late = Ahead(norm, head, out, logits)
+        if written is out:
+            out.add_(1)
+        late.saw_norm(norm, out, y)
+        if written is y:
+            y.add_(1)
+        assert late.logits_of(head, y) is None

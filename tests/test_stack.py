@@ -9,7 +9,7 @@ from helpers import GPU, random_ids
 from loud import times_worse, token_errors
 from oracle import streaming_logits
 from sinkattn import SinkCache, Stream, patch
-from sinkattn.fuse.stack import Stack
+from sinkattn.fuse.stack import Ahead, Stack
 from tiny import tiny
 
 pytestmark = pytest.mark.gpu
@@ -20,13 +20,13 @@ SHAPES = {
     "qwen2": dict(hidden_size=448, intermediate_size=576, num_attention_heads=7, num_key_value_heads=1),
     "qwen3": dict(hidden_size=320, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4, head_dim=128),
     "mistral-sliding": dict(hidden_size=256, intermediate_size=128, num_attention_heads=2, head_dim=128),
-    "phi3": dict(hidden_size=640, intermediate_size=448, num_attention_heads=10, num_key_value_heads=2),
-}
+    "phi3": dict(hidden_size=640, intermediate_size=448, num_attention_heads=10, num_key_value_heads=2, vocab_size=97),
+}  # an odd vocabulary: its head runs by itself
 
 
 def loud(name: str, dtype: torch.dtype = torch.bfloat16):
     """A model whose attention is sharp and whose norms and biases are not those of a new one."""
-    model = tiny(name, **SHAPES[name]).to(GPU)
+    model = tiny(name, **{"vocab_size": 98, **SHAPES[name]}).to(GPU)
     with torch.no_grad():
         for path, x in model.named_parameters():
             if x.dim() == 1:
@@ -36,10 +36,15 @@ def loud(name: str, dtype: torch.dtype = torch.bfloat16):
     return model.to(dtype)
 
 
+class Ran(list):
+    """Steps that ran as one kernel: one for each capture. heads: how many with the head."""
+
+    heads = 0
+
+
 @pytest.fixture
 def served(monkeypatch):
-    """How many steps ran as one kernel: one for each capture."""
-    ran, call = [], Stack.__call__
+    ran, call, logits_of = Ran(), Stack.__call__, Ahead.logits_of
 
     def counted(self, layer, step, hidden):
         output = call(self, layer, step, hidden)
@@ -47,7 +52,13 @@ def served(monkeypatch):
             ran.append(step)
         return output
 
+    def with_head(self, module, x):
+        logits = logits_of(self, module, x)
+        ran.heads += logits is not None
+        return logits
+
     monkeypatch.setattr(Stack, "__call__", counted)
+    monkeypatch.setattr(Ahead, "logits_of", with_head)
     return ran
 
 
@@ -84,7 +95,7 @@ def test_logits(name, dtype, sizes, rows, served):
     All three round on their own: one text is off by 0.11, so that `test_errors_in_the_mean` takes more of them.
     """
     errors = errors_of(name, dtype, sizes, rows)
-    assert len(served) == 1
+    assert len(served) == 1 and served.heads == (name != "phi3")
     times = {other: times_worse(errors["model"], errors[other])[0] for other in ("none", "layers")}
     assert max(times.values()) < 1.4, times
 
@@ -213,7 +224,48 @@ def test_changes(served):
         model.model.layers[1].mlp.down_proj.weight.mul_(-1)
         assert spread_error(logits(), expected) > 0.1
         model.model.layers[1].mlp = mlp
-        assert torch.equal(logits(), expected)
+        assert torch.equal(logits(), expected) and served.heads == len(served)
+        for owner, name in (model, "lm_head"), (model.model, "norm"):
+            part, heads = getattr(owner, name), served.heads
+            setattr(owner, name, copy.deepcopy(part))
+            getattr(owner, name).weight.mul_(-1)
+            assert spread_error(logits(), -expected) < 0.05 and served.heads == heads
+            setattr(owner, name, part)
+            assert torch.equal(logits(), expected) and served.heads == heads + 1
+
+
+def test_what_lies_between_norm_and_head(served):
+    """Whoever writes what the norm gives, or hands on something else, gets the head's answer to that."""
+    model, ids = loud("llama"), random_ids(1, 30, GPU)
+    body = model.model
+    between = {
+        "nothing": lambda x: x,
+        "written": lambda x: x.mul_(-2),
+        "another": lambda x: -2 * x,
+        "others": lambda x: (model.lm_head(x.clone()), x)[1],
+    }
+    found = {}
+    with patch(model, S, W, fuse="model"), torch.no_grad():
+        forward = type(body).forward
+        for name, change in between.items():
+
+            def changed(self, *args, change=change, **kwargs):
+                output = forward(self, *args, **kwargs)
+                output.last_hidden_state = change(output.last_hidden_state)
+                return output
+
+            type(body).forward = changed
+            try:
+                cache, heads = SinkCache(model), served.heads
+                steps = [model(x, past_key_values=cache).logits.clone() for x in ids.split(1, dim=1)]
+                found[name] = torch.cat(steps), served.heads - heads
+            finally:
+                type(body).forward = forward
+    expected, heads = found["nothing"]
+    assert heads == 1 and found["others"][1] == 1 and torch.equal(found["others"][0], expected)
+    for name in ("written", "another"):
+        logits, heads = found[name]
+        assert heads == 0 and spread_error(logits, -2 * expected) < 0.05
 
 
 def test_refusals():
@@ -224,13 +276,20 @@ def test_refusals():
     table = torch.zeros(2, 17, dtype=torch.int64, device=GPU)
     lengths = torch.zeros(1, dtype=torch.int64, device=GPU)
     more = 64, 1, 1, 64, 32, 1.0, 0, False, 1e-6, 0.0, 0.0, 0.0, 1
+    norm, head, none = x[0], x.new_zeros(6, 64), (None, None)
     for wrong in (
-        (x.float(), table, lengths, None, None, state),
-        (x, table[:, :16], lengths, None, None, state),
-        (x, table, lengths[:0], None, None, state),
-        (x, table, lengths, None, None, state[:-4]),
-        (x, table, lengths.cpu(), None, None, state),
-        (x, table, lengths, None, torch.zeros(1, 1, 2, 32, device=GPU), state),
+        (x.float(), table, *none, lengths, None, None, state),
+        (x, table[:, :16], *none, lengths, None, None, state),
+        (x, table, *none, lengths[:0], None, None, state),
+        (x, table, *none, lengths, None, None, state[:-4]),
+        (x, table, *none, lengths.cpu(), None, None, state),
+        (x, table, *none, lengths, None, torch.zeros(1, 1, 2, 32, device=GPU), state),
+        (x, table, norm, head[:5], lengths, None, None, state),
+        (x, table, norm, head[:, :32], lengths, None, None, state),
+        (x, table, norm[:32], head, lengths, None, None, state),
+        (x, table, norm.float(), head, lengths, None, None, state),
+        (x, table, norm, head.cpu(), lengths, None, None, state),
+        (x, table, None, head, lengths, None, None, state),
     ):
         with pytest.raises(RuntimeError, match="sinkattn"):
             torch.ops.sinkattn.stack(*wrong, *more)

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../arguments.h"
@@ -327,11 +328,13 @@ Tensor stack_state_op(const Tensor& x, int64_t inner, int64_t num_heads, int64_t
   return state;
 }
 
-Tensor stack_op(const Tensor& x, const Tensor& table, const Tensor& lengths, const OptionalTensor& counts,
-                const OptionalTensor& rotation, const Tensor& state, int64_t inner, int64_t num_heads,
-                int64_t num_kv_heads, int64_t head_dim, int64_t slots, double scale, int64_t rotary_start,
-                bool interleaved, double norm_eps, double norm_shift, double head_eps, double head_shift,
-                int64_t activation) {
+// What the last layer gives, and logits, (rows, vocabulary), of none without a head.
+std::tuple<Tensor, Tensor> stack_op(const Tensor& x, const Tensor& table, const OptionalTensor& logits_norm,
+                                    const OptionalTensor& logits_weight, const Tensor& lengths,
+                                    const OptionalTensor& counts, const OptionalTensor& rotation, const Tensor& state,
+                                    int64_t inner, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
+                                    int64_t slots, double scale, int64_t rotary_start, bool interleaved, double norm_eps,
+                                    double norm_shift, double head_eps, double head_shift, int64_t activation) {
   STD_TORCH_CHECK(table.dim() == 2 && table.size(1) == int64_t(sizeof(StackLayer) / 8) && table.is_contiguous() &&
                       table.scalar_type() == ScalarType::Long && state.scalar_type() == ScalarType::Int &&
                       state.is_contiguous() && reinterpret_cast<uintptr_t>(state.data_ptr()) % 16 == 0 &&
@@ -362,10 +365,21 @@ Tensor stack_op(const Tensor& x, const Tensor& table, const Tensor& lengths, con
   p.layers = static_cast<const StackLayer*>(table.data_ptr()), p.activation = activation_of(activation);
   p.norm_eps = float(norm_eps), p.norm_shift = float(norm_shift), p.head_eps = float(head_eps);
   p.head_shift = float(head_shift);
-  Tensor out = empty_like(x, {c.batch, p.hidden});
-  p.x = x.data_ptr(), p.out = out.data_ptr();
+  if (logits_weight) {
+    p.vocabulary = logits_weight->dim() == 2 ? int(logits_weight->size(0)) : 0;
+    STD_TORCH_CHECK(p.vocabulary > 0 && p.vocabulary % 2 == 0 && logits_norm &&
+                        is_of(*logits_weight, x.scalar_type(), {p.vocabulary, p.hidden}) &&
+                        is_of(*logits_norm, x.scalar_type(), {p.hidden}) && device_of(*logits_weight) == device_of(x) &&
+                        device_of(*logits_norm) == device_of(x) &&
+                        reinterpret_cast<uintptr_t>(logits_weight->data_ptr()) % 16 == 0 &&
+                        reinterpret_cast<uintptr_t>(logits_norm->data_ptr()) % 16 == 0,
+                    "sinkattn: a head must be (even vocabulary, hidden), its norm (hidden,), as x, aligned to 16 bytes");
+    p.logits_weight = logits_weight->data_ptr(), p.logits_norm = logits_norm->data_ptr();
+  }
+  Tensor out = empty_like(x, {c.batch, p.hidden}), logits = empty_like(x, {c.batch, p.vocabulary});
+  p.x = x.data_ptr(), p.out = out.data_ptr(), p.logits = p.vocabulary ? logits.data_ptr() : nullptr;
   check(stack(p, device, stream_of(index)), "launch of stack");
-  return out;
+  return {out, logits};
 }
 
 // Angles of the last tokens of rows, (rows, tokens, 2, 2, half) float32.

@@ -6,7 +6,7 @@
 namespace sinkattn::cuda {
 
 constexpr int MAX_STACK_ROWS = 2, STACK_HEADS = 4;  // of the batch; query heads that a block attends for at a time
-enum Product { QKV, OUTPUT, GATE_UP, DOWN, PRODUCTS };
+enum Product { QKV, OUTPUT, GATE_UP, DOWN, PRODUCTS, LOGITS = PRODUCTS };  // of a layer, and behind the last
 
 // A row of the table, 8 bytes an entry, as sinkattn/fuse/stack.py writes it. Biases and head norms may be null.
 struct StackLayer {
@@ -28,6 +28,10 @@ struct Stack {
   int num_layers, hidden, inner;  // inner: columns between gate and down
   const void* x;                  // (rows, hidden)
   void* out;                      // as x
+  // Of the last norm and the head, (hidden,) and (vocabulary, hidden); null for no logits, (rows, vocabulary).
+  const void *logits_norm, *logits_weight;
+  void* logits;
+  int vocabulary;  // even
   // Zero at first, and nobody else's between launches. epoch: how many layers ran, and one more a launch.
   uint32_t* epoch;
   Handed *qkv, *attended, *middle, *gated, *last;  // (rows, columns / 2); middle and last: x behind attention, behind the layer

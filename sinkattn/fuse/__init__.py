@@ -2,7 +2,7 @@
 
     forms.py   Attention: q, k and v as one product, attention over the cache (which turns them by itself), output
                Layer: norm, attention, residual, norm, gated MLP, residual; five kernels for few rows
-    stack.py   Stack: all layers as one kernel, for one token of few rows
+    stack.py   Stack: all layers and the head as one kernel, for one token of few rows
     small.py   any other linear layer, for few rows; any other RMSNorm; the module that makes rotary tables
     parts.py   what they are made of, held by its place
 
@@ -53,7 +53,7 @@ class Fused:
             norms = {p.part: p for p in places if "RMSNorm" in type(p.part).__name__}
             others += [FusedNorm(m, norm) for m, place in norms.items() if (norm := Norm.of(place)) is not None]
         self.replaced = [*self.attentions, *self.layers, *others]
-        self.stack = Stack.of(self.layers, observer.of) if what == "model" else None
+        self.stack = Stack.of(self.layers, others, observer.of) if what == "model" else None
         for layer in self.layers:
             layer.stack = self.stack
         beside = [module for module in model.modules() if frequency_buffers(module)]

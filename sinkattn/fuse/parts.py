@@ -39,6 +39,11 @@ class Place:
 
 def is_plain(module: nn.Module | None) -> bool:
     """Whether a module is a linear layer and nothing else: not quantised, hooked, split over devices or replaced."""
+    return is_linear(module) and "forward" not in vars(module)
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """`is_plain`, whatever forward was put on it."""
     return (
         type(module) is nn.Linear
         and type(module.weight) is nn.Parameter
@@ -46,7 +51,6 @@ def is_plain(module: nn.Module | None) -> bool:
         and module.weight.device.type != "meta"
         and not module.weight.is_inference()
         and not (module._forward_hooks or module._forward_pre_hooks)
-        and "forward" not in vars(module)
     )
 
 

@@ -11,6 +11,11 @@ from ..step import Step
 from .parts import Norm
 
 
+def _ahead():
+    """The `Ahead` of the step under way, if there is one."""
+    return None if torch.compiler.is_compiling() else getattr(current.step, "ahead", None)
+
+
 class FusedNorm:
     """An RMSNorm as it is, but on a GPU one kernel."""
 
@@ -20,7 +25,10 @@ class FusedNorm:
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
             return self.original(x)
-        return self.norm(x)
+        y, ahead = self.norm(x), _ahead()
+        if ahead is not None:
+            ahead.saw_norm(self.module, x, y)
+        return y
 
 
 class FewRowsLinear:
@@ -33,6 +41,9 @@ class FewRowsLinear:
         weight = self.module.weight
         if torch.is_grad_enabled() or type(weight) is not nn.Parameter or torch.is_autocast_enabled(input.device.type):
             return self.original(input)
+        ahead = _ahead()
+        if ahead is not None and (logits := ahead.logits_of(self.module, input)) is not None:
+            return logits
         rows = input.flatten(0, -2)
         if not ops.takes_linear(rows, weight):
             return self.original(input)

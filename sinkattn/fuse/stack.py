@@ -1,7 +1,8 @@
-"""Decoder layers that follow one another, as one kernel: csrc/cuda/sm80/stack.cu.
+"""Decoder layers that follow one another, and the head behind them, as one kernel: csrc/cuda/sm80/stack.cu.
 
 In a captured step of one token the first layer runs all of them, and the others hand on what they are given: nothing
-looks at what is between them, as whatever does keeps a model from being captured.
+looks at what is between them, as whatever does keeps a model from being captured. The last norm runs by itself too, as
+others may want what it gives; the head is left out.
 """
 
 import itertools
@@ -20,6 +21,8 @@ from ..rings import SinkLayer
 from ..rows import Rows
 from ..step import Step
 from .forms import Layer, Records
+from .parts import is_linear
+from .small import FewRowsLinear, FusedNorm
 
 MOST_ROWS = 2
 MOST_BYTES = 150_000_000  # of a layer's weights, divided by the rows: larger ones are as fast one product at a time
@@ -44,7 +47,7 @@ class Sizes(NamedTuple):
 
 class Ready(NamedTuple):
     """What the kernel is given for some rows. table: (layers, 17) int64, `StackLayer` of csrc/cuda/stack.h. state: what
-    it keeps between launches, int32.
+    it keeps between launches, int32. end: the weights of the last norm and of the head, None if it goes without.
     """
 
     table: Tensor
@@ -52,25 +55,61 @@ class Ready(NamedTuple):
     sizes: Sizes
     rings: list[SinkLayer]
     slots: int
+    end: tuple[Tensor | None, Tensor | None]
+
+
+class Ahead:
+    """Logits that a step has before its model asks the head for them.
+
+    They are what the head gives for what the last norm makes of out, which nobody may have written in between.
+
+    norm, head: modules. out: what the last layer gave, (batch, 1, hidden size). logits: (batch, vocabulary).
+    """
+
+    def __init__(self, norm: nn.Module, head: nn.Module, out: Tensor, logits: Tensor):
+        self.norm, self.head, self.logits = norm, head, logits
+        self._out, self._normed = _mark(out), None
+
+    def saw_norm(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
+        """A norm has made y of x."""
+        if module is self.norm and _mark(x) == self._out:
+            self._normed = _mark(y)
+
+    def logits_of(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """What a linear layer gives for x, (..., hidden size); None if it has to be computed. Once."""
+        if module is not self.head or _mark(x) != self._normed:
+            return None
+        self._normed = None  # what is handed out may be written
+        return self.logits.view(*x.shape[:-1], -1)
 
 
 class Stack:
-    """All decoder layers of a model, in their order, for one token of one row or two."""
+    """All decoder layers of a model, in their order, for one token of one row or two. end: the last norm and the head,
+    if they follow as usual.
+    """
 
-    def __init__(self, layers: list[Layer]):
-        self.layers, self._ready = layers, WeakKeyDictionary[Rows, Ready]()
+    def __init__(self, layers: list[Layer], end: tuple[FusedNorm, FewRowsLinear] | None):
+        self.layers, self.end, self._ready = layers, end, WeakKeyDictionary[Rows, Ready]()
 
     def __getstate__(self) -> dict:
-        return {"layers": self.layers}  # a copy has other weights
+        return {"layers": self.layers, "end": self.end}  # a copy has other weights
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state["layers"])
+        self.__init__(**state)
 
     @classmethod
-    def of(cls, layers: list[Layer], records: Records) -> "Stack | None":
-        """Layers as one if each takes what the one before it gave."""
+    def of(cls, layers: list[Layer], others: list, records: Records) -> "Stack | None":
+        """Layers as one if each takes what the one before it gave. others: what else is computed otherwise."""
         pairs = [(records[a.module].output, records[b.module].hidden) for a, b in itertools.pairwise(layers)]
-        return cls(layers) if HAS_CUDA_LIBRARY and pairs and all(same(a, b) for a, b in pairs) else None
+        if not (HAS_CUDA_LIBRARY and pairs and all(same(a, b) for a, b in pairs)):
+            return None
+        known = [x for x in others if x.module in records]
+        norms, heads = ([x for x in known if isinstance(x, kind)] for kind in (FusedNorm, FewRowsLinear))
+        last = records[layers[-1].module].last[1]
+        norm = next((x for x in norms if same(last, records[x.module].last[0])), None)
+        given = None if norm is None else records[norm.module].last[1]
+        head = next((x for x in heads if same(given, records[x.module].last[0])), None)
+        return cls(layers, None if head is None else (norm, head))
 
     def prepare(self, rows: Rows, model: nn.Module) -> None:
         """Make ready for the step of one token over these rows to be captured: within that, nothing can be copied from
@@ -102,7 +141,7 @@ class Stack:
         tensors += [x for ring in rings for x in (ring.keys, ring.values)]
         if not keys.is_cuda or keys.element_size() != 2 or any(_kind(x) != _kind(keys) for x in tensors):
             return "its tensors are not all on one GPU in one dtype of 16 bits"
-        if not all(x.is_contiguous() and x.data_ptr() % 16 == 0 for x in tensors):
+        if not all(map(_is_aligned, tensors)):
             return "its tensors are not all contiguous and aligned"
         if any((ring.rope, ring.probed.scale) != (rings[0].rope, None) for ring in rings):
             return "its layers turn by different angles"
@@ -113,7 +152,20 @@ class Stack:
             if not len(state):
                 return "the kernel does not take such sizes"
             entries = [_entries(*pair) for pair in zip(weights, rings, strict=True)]
-            return Ready(torch.tensor(entries, dtype=torch.int64, device=keys.device), state, sizes, rings, slots)
+            table = torch.tensor(entries, dtype=torch.int64, device=keys.device)
+            return Ready(table, state, sizes, rings, slots, self._end_of(sizes, keys))
+
+    def _end_of(self, sizes: Sizes, keys: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The weights of the last norm and of the head, None for both if the kernel does not take them as they are."""
+        if self.end is None or any(vars(x.module).get("forward") != x.forward for x in self.end):
+            return None, None
+        (_, head), norm = self.end, self.end[0].norm
+        fits = (
+            (norm.eps, norm.shift) == (sizes.eps, sizes.shift) and is_linear(head.module) and head.module.bias is None
+        )
+        weights = norm.weight.detach(), head.module.weight.detach()
+        fits = fits and len(weights[1]) % 2 == 0 and all(_kind(x) == _kind(keys) for x in weights)
+        return weights if fits and all(map(_is_aligned, weights)) else (None, None)
 
     def __call__(self, layer: Layer, step: Step, hidden: Tensor) -> Tensor | None:
         """What a layer hands on for hidden, (batch, 1, hidden size); None if it has to be computed by itself."""
@@ -126,10 +178,14 @@ class Stack:
         lengths, counts, rotation = step.append_to(ready.rings, numbers)
         rope, sizes = ready.rings[0].rope, ready.sizes
         start, interleaved = (0, False) if rope is None else (rope.start, rope.interleaved)
-        return torch.ops.sinkattn.stack(
-            hidden.flatten(0, 1).contiguous(), ready.table, lengths, counts, rotation, ready.state, *sizes[:4],
-            ready.slots, sizes.scale, start, interleaved, *sizes[5:],
-        ).view_as(hidden)  # fmt: skip
+        out, logits = torch.ops.sinkattn.stack(
+            hidden.flatten(0, 1).contiguous(), ready.table, *ready.end, lengths, counts, rotation, ready.state,
+            *sizes[:4], ready.slots, sizes.scale, start, interleaved, *sizes[5:],
+        )  # fmt: skip
+        out = out.view_as(hidden)
+        if self.end is not None and logits.numel():
+            step.ahead = Ahead(*(x.module for x in self.end), out, logits)
+        return out
 
 
 def shows_layers(model: nn.Module) -> bool:
@@ -139,6 +195,15 @@ def shows_layers(model: nn.Module) -> bool:
 
 def _kind(x: Tensor) -> tuple:
     return x.device, x.dtype
+
+
+def _is_aligned(x: Tensor) -> bool:
+    return x.is_contiguous() and x.data_ptr() % 16 == 0
+
+
+def _mark(x: Tensor) -> tuple:
+    """The same for views of the same numbers, and another one once somebody has written them."""
+    return x.data_ptr(), x.numel(), x.dtype, x._version
 
 
 def _sizes_of(layer: Layer) -> Sizes | None:

@@ -30,10 +30,11 @@ extern "C" int64_t state_bytes(const int64_t* sizes) {
   return serves(p, device) ? bytes : 0;
 }
 
-// more: first rotated dim, rotated dims / 2, interleaved, bfloat16, activation, seed. numbers: scale, eps and shift of
-// norms and of heads' norms.
+// more: first rotated dim, rotated dims / 2, interleaved, bfloat16, activation, seed, vocabulary. numbers: scale, eps and
+// shift of norms and of heads' norms.
 extern "C" int run_stack(const int64_t* sizes, const int64_t* more, const double* numbers, const void* table, const void* x,
-                         void* out, void* state, const int64_t* lengths, const int64_t* counts, const float* rotation) {
+                         void* out, void* state, const int64_t* lengths, const int64_t* counts, const float* rotation,
+                         const void* logits_norm, const void* logits_weight, void* logits) {
   Stack p = stack_of(sizes);
   const Device device = device_of(sizes);
   lay_out(p, int(sizes[7]), state, device);
@@ -44,6 +45,7 @@ extern "C" int run_stack(const int64_t* sizes, const int64_t* more, const double
   p.activation = Activation(more[4]), emulated::seed = unsigned(more[5]);
   p.norm_eps = float(numbers[1]), p.norm_shift = float(numbers[2]);
   p.head_eps = float(numbers[3]), p.head_shift = float(numbers[4]);
-  p.layers = static_cast<const StackLayer*>(table), p.x = x, p.out = out;
+  p.layers = static_cast<const StackLayer*>(table), p.x = x, p.out = out, p.vocabulary = int(more[6]);
+  p.logits_norm = logits_norm, p.logits_weight = logits_weight, p.logits = logits;
   return stack(p, device, nullptr);
 }

@@ -2,6 +2,8 @@
 //
 //   qkv = W norm(x) | attend, append | x += W attended | gated = act(gate) up of norm(x) | x += W gated
 //
+// and behind the last one, if asked, logits = W norm(x).
+//
 // Floor: the bytes of all weights and of the visible keys and values, read once; and six times a layer what one block
 // wrote has to reach all others, which takes 0.7 us. What it takes to get there:
 //
@@ -39,7 +41,7 @@ __host__ __device__ inline int most_columns(const Stack& p) {
 template <typename T, int DIM, int MOST>
 __global__ void __launch_bounds__(THREADS + ASKING, 1) stack_kernel(const __grid_constant__ Stack p, int stages) {
   extern __shared__ uint4 shared[];
-  __shared__ Share shares[PRODUCTS];
+  __shared__ Share shares[PRODUCTS + 1];
   __shared__ float all_squares[MOST * WARPS];
   __shared__ __align__(8) uint64_t barriers[2 * WARPS * MOST_STAGES];
   const Call& c = p.call;
@@ -52,10 +54,10 @@ __global__ void __launch_bounds__(THREADS + ASKING, 1) stack_kernel(const __grid
   const int64_t* table = reinterpret_cast<const int64_t*>(p.layers);
   for (int i = threadIdx.x; i < p.num_layers * int(sizeof(StackLayer) / 8); i += THREADS + ASKING)
     reinterpret_cast<int64_t*>(layers)[i] = table[i];
-  if (threadIdx.x < PRODUCTS) shares[threadIdx.x].plan(p, threadIdx.x);
+  if (threadIdx.x <= LOGITS) shares[threadIdx.x].plan(p, threadIdx.x);
   const Ring ring(shared, barriers, stages);
   __syncthreads();
-  if (threadIdx.x >= THREADS) return ask_for_all(shares, layers, p.num_layers, ring);
+  if (threadIdx.x >= THREADS) return ask_for_all(shares, layers, p.num_layers, p.logits_weight, ring);
 
   // x is handed to all blocks as if a layer had made it.
   uint32_t epoch = *p.epoch + 1;
@@ -77,9 +79,10 @@ __global__ void __launch_bounds__(THREADS + ASKING, 1) stack_kernel(const __grid
 #pragma unroll 1
   for (const StackLayer* layer = layers; layer < layers + p.num_layers; ++layer) {
     if (is_one && blockIdx.x < units) attention.prepare(unit, *layer);
+    const bool is_last = layer + 1 == layers + p.num_layers;
 #pragma unroll 1
-    for (int kind = 0; kind < PRODUCTS; ++kind) {
-      const bool has_norm = kind == QKV || kind == GATE_UP;
+    for (int kind = 0; kind < PRODUCTS + (is_last && p.logits); ++kind) {
+      const bool has_norm = kind == QKV || kind == GATE_UP || kind == LOGITS;
       if (kind == OUTPUT) {
 #pragma unroll 1
         for (int number = blockIdx.x; number < units; number += gridDim.x) {
@@ -92,19 +95,24 @@ __global__ void __launch_bounds__(THREADS + ASKING, 1) stack_kernel(const __grid
           attention.attend(unit, *layer, epoch);
         }
       }
-      const Product product = {kind == QKV      ? p.last
-                               : kind == OUTPUT ? p.attended
-                               : kind == DOWN   ? p.gated
-                                                : p.middle,
+      const Product product = {kind == OUTPUT    ? p.attended
+                               : kind == GATE_UP ? p.middle
+                               : kind == DOWN    ? p.gated
+                                                 : p.last,
                                epoch,
-                               has_norm ? layer->norms[kind == GATE_UP] : nullptr,
-                               layer->biases[kind],
+                               kind == LOGITS ? p.logits_norm
+                               : has_norm     ? layer->norms[kind == GATE_UP]
+                                              : nullptr,
+                               kind == LOGITS ? nullptr : layer->biases[kind],
                                has_norm,
                                kind == QKV      ? p.qkv
                                : kind == OUTPUT ? p.middle
                                : kind == DOWN   ? p.last
+                               : kind == LOGITS ? nullptr
                                                 : p.gated,
-                               kind == DOWN && layer + 1 == layers + p.num_layers ? p.out : nullptr};
+                               kind == LOGITS              ? p.logits
+                               : kind == DOWN && is_last ? p.out
+                                                           : nullptr};
       if (kind == QKV) ++epoch;
       multiply_share<T, MOST>(p, shares[kind], ring, at, memory, product, epoch);
     }

@@ -120,8 +120,8 @@ struct Product {
   uint32_t epoch;  // of what goes in
   const void *norm, *bias;
   bool has_norm;  // if not, what goes from layer to layer is added
-  Handed* to;
-  void* out;  // of the last layer
+  Handed* to;  // null for logits
+  void* out;   // of the last layer, or logits
 };
 
 // Places in shared memory: x, (rows, columns); what warps hand each other: sums, (WARPS, rows, SUMS), and the next ones,
@@ -236,7 +236,7 @@ __device__ __forceinline__ void multiply_share(const Stack& p, const Share& shar
       if (is_there && number == output && output % 2 == 0) {
         const uint32_t two = pack<T>(y[0], other);
         const int at = (row * share.count + column) / 2;
-        write_pair(product.to + at, two, epoch);
+        if (product.to) write_pair(product.to + at, two, epoch);
         if (product.out) static_cast<uint32_t*>(product.out)[at] = two;
       }
     }

@@ -40,7 +40,10 @@ struct Share {
     gated = kind == GATE_UP;
     const int heads = c.group * c.num_kv_heads * c.head_dim;
     const int in = kind == OUTPUT ? heads : kind == DOWN ? p.inner : p.hidden;
-    count = kind == QKV ? heads + 2 * c.num_kv_heads * c.head_dim : gated ? p.inner : p.hidden;
+    count = kind == QKV      ? heads + 2 * c.num_kv_heads * c.head_dim
+            : gated          ? p.inner
+            : kind == LOGITS ? p.vocabulary
+                             : p.hidden;
     const int most = gated ? ROWS / 2 : ROWS, pairs = count / 2;
     begin = int64_t(pairs) * blockIdx.x / gridDim.x * 2, end = int64_t(pairs) * (blockIdx.x + 1) / gridDim.x * 2;
     const int stages = (end - begin + most - 1) / most;
@@ -72,17 +75,19 @@ struct Place {
 };
 
 // What one of the warps that ask does from start to end: the chunks of all weights, product after product, layer after
-// layer, into the rings of two warps that multiply, as soon as there is room.
+// layer, and the head's if there is one, into the rings of two warps that multiply, as soon as there is room.
 __device__ __forceinline__ void ask_for_all(const Share* shares, const StackLayer* layers, int num_layers,
-                                            const Ring& ring) {
+                                            const void* logits_weight, const Ring& ring) {
   const int asker = threadIdx.x / 32 - WARPS, first_row = threadIdx.x % 32 / PIECES, lane_piece = threadIdx.x % PIECES;
   const uint64_t once = read_once();
   const unsigned lane_place = ring.rows + place(first_row, lane_piece) * 16;
   Place places[WARPS / ASKERS] = {};
 #pragma unroll 1
-  for (int product = 0; product < num_layers * PRODUCTS; ++product) {
-    const Share share = shares[product % PRODUCTS];
-    const char* weight = static_cast<const char*>(layers[product / PRODUCTS].weights[product % PRODUCTS]);
+  for (int product = 0; product < num_layers * PRODUCTS + (logits_weight != nullptr); ++product) {
+    const bool is_head = product == num_layers * PRODUCTS;
+    const Share share = shares[is_head ? int(LOGITS) : product % PRODUCTS];
+    const char* weight = static_cast<const char*>(
+        is_head ? logits_weight : layers[product / PRODUCTS].weights[product % PRODUCTS]);
 #pragma unroll 1
     for (int first = share.begin; first < share.end; first += 2 * share.size) {
       const char* line = weight + (first + first_row) * share.row_bytes + lane_piece * 16 + asker * (KC * 2);
