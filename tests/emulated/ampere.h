@@ -71,6 +71,8 @@ __device__ uint4 read_pairs(const void* from) {
   return make_uint4(a.x, a.y, b.x, b.y);
 }
 
+template <int>
+__device__ void pause() {}
 __device__ void prefetch(const void*) {}
 __device__ int count_in(int* arrivals) { return __atomic_fetch_add(arrivals, 1, __ATOMIC_ACQ_REL); }
 

@@ -152,6 +152,15 @@ __device__ uint4 read_pairs(const void* from) {
   return x;
 }
 
+// For so many clocks, or a few more.
+template <int CLOCKS>
+__device__ void pause() {
+  unsigned began, now;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(began));
+  do asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
+  while (now - began < CLOCKS);
+}
+
 __device__ void prefetch(const void* x) { asm volatile("prefetch.global.L2 [%0];" ::"l"(x)); }
 
 // Clusters, from sm_90 on. Blocks hand what they found to the first one by stores that count themselves in at a barrier

@@ -154,7 +154,7 @@ __device__ __forceinline__ void store_products(const float (&products)[TILES][CO
 template <typename T, int TILES, int COLUMNS>
 __global__ void __launch_bounds__(THREADS) linear_kernel(const __grid_constant__ Linear p, int stages) {
   constexpr int ROWS = cuda::ROWS<TILES>, SUMS = cuda::SUMS<TILES>;
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(128) uint4 shared[];
   __shared__ float squares[WARPS][MAX_NARROW_ROWS];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const bool has_norm = p.norm_weight != nullptr, gated = p.activation != Activation::none;

@@ -19,6 +19,8 @@
 // * Small layers take as long as the instructions between two hand-overs do, one after another. So a warp looks for the
 //   columns of x that it multiplies, and for no others; the norm's scale waits for the sums; and warps meet once a product,
 //   where they add up. Those that look for the same ask for what lies together: the L2 takes long over many requests.
+// * All blocks look for the same few lines, so whoever looks in vain holds up those who write there. The first look comes
+//   late, and a second one is at all that was old.
 // * A block attends with up to 4 query heads of a row's key head to one part of the slots, which are in shared memory
 //   before the queries are there. Products are those of 16 bits, of queries and of weights in two parts each, which is as
 //   good as float32. Blocks that share a key head combine what all of them found, each a part of the columns.
@@ -40,7 +42,7 @@ __host__ __device__ inline int most_columns(const Stack& p) {
 
 template <typename T, int DIM, int MOST>
 __global__ void __launch_bounds__(THREADS + ASKING, 1) stack_kernel(const __grid_constant__ Stack p, int stages) {
-  extern __shared__ uint4 shared[];
+  extern __shared__ __align__(128) uint4 shared[];  // a row of a stage is a line; across two, copies are slow
   __shared__ Share shares[PRODUCTS + 1];
   __shared__ float all_squares[MOST * WARPS];
   __shared__ __align__(8) uint64_t barriers[2 * WARPS * MOST_STAGES];

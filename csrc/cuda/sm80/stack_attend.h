@@ -114,8 +114,14 @@ struct Attend {
     const Handed* row = p.qkv + int64_t(u.row) * (heads + 2 * c.num_kv_heads) * (DIM / 2);
     auto numbers = [&](int head, uint32_t (&x)[DIMS / 2]) {
       const Handed* from = row + head * (DIM / 2) + lane * (DIMS / 2);
-#pragma unroll
-      for (int i = 0; i < DIMS / 2; ++i) x[i] = wait_for(from + i, epoch);
+      if constexpr (DIMS == 2) {
+        x[0] = wait_for(from, epoch);
+      } else {
+        uint4 two;
+        do two = read_pairs(from);
+        while (two.y != epoch || two.w != epoch);
+        x[0] = two.x, x[1] = two.z;
+      }
     };
     const bool is_key = warp == STACK_HEADS;
     if (warp < u.heads || is_key) {
@@ -299,20 +305,23 @@ struct Attend {
     for (int first = 0; first < count; first += THREADS / TOGETHER) {
       const int i = first + int(threadIdx.x) / TOGETHER;
       if (first + warp * (32 / TOGETHER) >= count) break;
-      float top = LOWEST, total = 0, a = 0, b = 0;
-      for (int split = threadIdx.x % TOGETHER; split < p.splits; split += TOGETHER) {
-        const uint4 part = read_shared(key_tile + (min(i, count - 1) * p.splits + split) * 16);
-        const float its_top = __uint_as_float(part.z), higher = fmaxf(top, its_top);
-        const float fade = exp2_fast(top - higher), gain = exp2_fast(its_top - higher);
-        top = higher, total = total * fade + gain * __uint_as_float(part.w);
-        a = a * fade + gain * __uint_as_float(part.x), b = b * fade + gain * __uint_as_float(part.y);
+      uint4 parts[MOST_SPLITS / TOGETHER];
+      float highest = LOWEST, total = 0, a = 0, b = 0;
+#pragma unroll
+      for (int n = 0; n < MOST_SPLITS / TOGETHER; ++n) {
+        const int split = threadIdx.x % TOGETHER + n * TOGETHER;
+        parts[n] = make_uint4(0, 0, __float_as_uint(LOWEST), 0);
+        if (split < p.splits) parts[n] = read_shared(key_tile + (min(i, count - 1) * p.splits + split) * 16);
+        highest = fmaxf(highest, __uint_as_float(parts[n].z));
       }
-      __syncwarp();
-      float highest = top;
 #pragma unroll
       for (int apart = TOGETHER / 2; apart > 0; apart /= 2) highest = fmaxf(highest, __shfl_xor_sync(~0u, highest, apart));
-      const float fade = exp2_fast(top - highest);
-      total *= fade, a *= fade, b *= fade;
+#pragma unroll
+      for (int n = 0; n < MOST_SPLITS / TOGETHER; ++n) {
+        const float gain = exp2_fast(__uint_as_float(parts[n].z) - highest);
+        total += gain * __uint_as_float(parts[n].w);
+        a += gain * __uint_as_float(parts[n].x), b += gain * __uint_as_float(parts[n].y);
+      }
 #pragma unroll
       for (int apart = TOGETHER / 2; apart > 0; apart /= 2) {
         total += __shfl_xor_sync(~0u, total, apart);

@@ -13,6 +13,7 @@ __host__ __device__ inline int apart_of(int pieces) { return pieces + (12 - piec
 
 constexpr int QUADS = KC / 4;                        // of 4 numbers, of a chunk: two chunks are a quad for every lane
 constexpr int TOGETHER = 4;                          // quads of a row that a lane looks at, at a time
+constexpr int TOO_EARLY = 300;                       // clocks: who looks before, in vain, delays those who write
 constexpr int MOST_NORMED = TOGETHER * 2 * WARPS * KC;  // columns: all are looked at at once
 
 // A power of two that makes numbers up to `most` fit into float16, as bits of its exponent.
@@ -33,7 +34,6 @@ struct Gather {
   uint2 norm[TOGETHER];
   uint4 two[TOGETHER][MOST];
 
-  // Asks for what may not be there yet.
   __device__ __forceinline__ Gather(const Stack& p, const Handed* from, uint32_t epoch, int chunks, const void* norm_weight,
                                     unsigned x)
       : from(from), to(x), rows(MOST == 1 ? 1 : p.call.batch), apart(apart_of(chunks * PIECES) * 2),
@@ -45,8 +45,10 @@ struct Gather {
       norm[n] = make_uint2(0, 0);
       if (has_norm && mine + n * STEP < quads) norm[n] = __ldg(static_cast<const uint2*>(norm_weight) + mine + n * STEP);
     }
+    pause<TOO_EARLY>();
     ask(mine);
   }
+  __device__ __forceinline__ bool is_old(int n, int row) const { return two[n][row].y != epoch || two[n][row].w != epoch; }
   __device__ __forceinline__ void look(int n, int row, int i) { two[n][row] = read_pairs(from + (row * quads + i) * 2); }
   __device__ __forceinline__ void ask(int first) {
 #pragma unroll
@@ -75,7 +77,11 @@ struct Gather {
 #pragma unroll
         for (int row = 0; row < MOST; ++row) {
           if (row >= rows) break;
-          while (two[n][row].y != epoch || two[n][row].w != epoch) look(n, row, i);
+          while (is_old(n, row)) {  // at all that is old, so that what comes at the same time is seen at the same time
+#pragma unroll
+            for (int m = n; m < TOGETHER; ++m)
+              if (first + m * STEP < quads && is_old(m, row)) look(m, row, first + m * STEP);
+          }
           uint2 quad = make_uint2(two[n][row].x, two[n][row].z);
           if (has_norm) {
             float2 y = unpack<T>(quad.x), z = unpack<T>(quad.y);
@@ -124,6 +130,23 @@ struct Product {
   void* out;   // of the last layer, or logits
 };
 
+// Which of the results from `first` on a lane writes, or whose gate, or what that opens.
+struct Written {
+  int number, output, row, side, column;
+  bool is_there;
+  __device__ Written(const Share& share, int first, unsigned writer, int rows) {
+    const bool both = first + share.size < share.end;
+    number = writer % ROWS, side = both ? writer / ROWS % 2 : 0, row = writer / ROWS >> both;
+    output = share.gated ? number % (ROWS / 2) : number, column = first + side * share.size + output;
+    is_there = row < rows && output < share.size && column < share.end;
+  }
+  template <typename T>
+  __device__ float bias(const void* biases, const Share& share) const {
+    if (!biases || !is_there) return 0;
+    return to_float(static_cast<const T*>(biases)[number == output ? column : share.count + column]);
+  }
+};
+
 // Places in shared memory: x, (rows, columns); what warps hand each other: sums, (WARPS, rows, SUMS), and the next ones,
 // and squares, (MOST, WARPS); own, (rows, the block's share) of what goes from layer to layer.
 struct Memory {
@@ -155,27 +178,17 @@ __device__ __forceinline__ void multiply_share(const Stack& p, const Share& shar
   const unsigned here = ring.rows + (warp * ring.stages * STAGE + place(g, c)) * 16, there = here + (g & 1 ? -64 : 64);
   const unsigned full = ring.full + warp * ring.stages * 8, empty = ring.empty + warp * ring.stages * 8;
   const unsigned mine = memory.x + (g * apart_of(chunks * PIECES) + c) * 16;
-  int writer = threadIdx.x ^ (WARPS - 1) * 32;  // warps take turns at what is done once for all, the last first
-  auto bias_of = [&](int first) {  // asked for before it is needed
-    const bool both = first + size < end;
-    const int number = writer % ROWS, side = both ? writer / ROWS % 2 : 0, row = writer / ROWS >> both;
-    const int output = gated ? number % (ROWS / 2) : number, column = first + side * size + output;
-    const T* biases = static_cast<const T*>(product.bias);
-    if (!biases || row >= rows || output >= size || column >= end) return 0.0f;
-    return to_float(biases[number == output ? column : share.count + column]);
-  };
-  float squares[MOST], unit[MOST], bias = bias_of(begin);
+  // Warps take turns at what is done once for all, the last first. It is worked out, and biases are asked for, while
+  // something else is waited for.
+  unsigned writer = threadIdx.x ^ (WARPS - 1) * 32;
+  Written written(share, begin, writer, rows);
+  float squares[MOST], unit[MOST], bias = written.bias<T>(product.bias, share);
   gather.finish(squares, unit);
 #pragma unroll 1
   for (int first = begin; first < end; first += 2 * size) {
     const bool both = first + size < end;
-    // What a lane writes, or a gate and what it opens.
-    const int number = writer % ROWS, side = both ? writer / ROWS % 2 : 0, row = writer / ROWS >> both;
-    const int output = gated ? number % (ROWS / 2) : number, column = first + side * size + output;
-    const bool is_there = row < rows && output < size && column < end;
-    const unsigned own = memory.own + (row * (end - begin) + column - begin) * 2;
+    const unsigned own = memory.own + (written.row * (end - begin) + written.column - begin) * 2;
     float before = 0;
-    if (first > begin) bias = bias_of(first);
     float products[2][2][4] = {};  // of one side and the other: of pieces c, of pieces 4 + c
 #pragma unroll 1
     for (int chunk = warp; chunk < chunks; chunk += WARPS) {
@@ -197,7 +210,7 @@ __device__ __forceinline__ void multiply_share(const Stack& p, const Share& shar
         multiply<T>(products[side][1], d.z, e.z, d.w, e.w, z.z, z.w);
       }
     }
-    if (is_there && !has_norm) before = to_float(read_shared<T>(own));
+    if (written.is_there && !has_norm) before = to_float(read_shared<T>(own));
     if (has_norm && first == begin) {
 #pragma unroll
       for (int r = 0; r < MOST; ++r) {
@@ -216,11 +229,12 @@ __device__ __forceinline__ void multiply_share(const Stack& p, const Share& shar
       if (both) write_shared(to + ROWS * 4, (products[1][0][i] + products[1][1][i]) * scale);
     }
     meet<THREADS>();
-    if (writer / 32 * 32 < rows * ROWS << both) {
+    if (int(writer) / 32 * 32 < rows * ROWS << both) {
       float y[1] = {0};
-      if (row < rows) {
-        y[0] = sum_of_warps(memory.sums + (row * SUMS + side * ROWS + number) * 4, rows * SUMS * 4);
-        if (has_norm) y[0] *= rsqrtf(sum_of_warps(memory.squares + row * WARPS * 4, 4) * share.inverse + p.norm_eps);
+      if (written.row < rows) {
+        y[0] = sum_of_warps(memory.sums + (written.row * SUMS + written.side * ROWS + written.number) * 4, rows * SUMS * 4);
+        if (has_norm)
+          y[0] *= rsqrtf(sum_of_warps(memory.squares + written.row * WARPS * 4, 4) * share.inverse + p.norm_eps);
         y[0] += bias;
       }
       if (gated) {
@@ -228,14 +242,14 @@ __device__ __forceinline__ void multiply_share(const Stack& p, const Share& shar
         activate(y, p.activation);
         y[0] *= opened;
       }
-      if (is_there && !has_norm) {
+      if (written.is_there && !has_norm) {
         const T after = from_float<T>(y[0] + before);
         write_shared(own, after), y[0] = to_float(after);
       }
       const float other = __shfl_xor_sync(~0u, y[0], 1);
-      if (is_there && number == output && output % 2 == 0) {
+      if (written.is_there && written.number == written.output && written.output % 2 == 0) {
         const uint32_t two = pack<T>(y[0], other);
-        const int at = (row * share.count + column) / 2;
+        const int at = (written.row * share.count + written.column) / 2;
         if (product.to) write_pair(product.to + at, two, epoch);
         if (product.out) static_cast<uint32_t*>(product.out)[at] = two;
       }
@@ -244,6 +258,10 @@ __device__ __forceinline__ void multiply_share(const Stack& p, const Share& shar
     writer = (writer + 32) % THREADS;
     const unsigned read_last = memory.sums;
     memory.sums = memory.next_sums, memory.next_sums = read_last;
+    if (first + 2 * size < end) {
+      written = Written(share, first + 2 * size, writer, rows);
+      bias = written.bias<T>(product.bias, share);
+    }
   }
 }
 
