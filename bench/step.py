@@ -3,6 +3,7 @@
 Stream over a model of bench/generate.py, batch 1, a full cache of C tokens, under torch's profiler. Every kernel is
 charged with the time from the end of the kernel before it to its own end, so that the parts add up to the step. The
 floor of a part is the bytes it has to read, its weights or its keys and values, over the read bandwidth of that run.
+Models whose layers run as one kernel have that as one part.
 
 Writes step.csv (model, part, kernels, us, floor_us; medians over steps, all layers together) and step.png.
 """
@@ -22,11 +23,13 @@ from torch.profiler import ProfilerActivity, profile
 import sinkattn
 
 COLUMNS = ("model", "part", "kernels", "us", "floor_us")
-PARTS = ("q, k, v", "attention", "output", "gate and up", "down", "head", "everything else")
+PARTS = ("q, k, v", "attention", "output", "gate and up", "down", "head", "layers and head", "everything else")
 
 
 def part_of(names: list[str]) -> list[str]:
     """The part that every kernel of a step belongs to: products are known by where they stand around attention."""
+    if any("stack_kernel" in name for name in names):
+        return ["layers and head" if "stack_kernel" in name else "everything else" for name in names]
     is_product = ["linear_kernel" in name for name in names]
     attention = [i for i, name in enumerate(names) if "decode_kernel" in name]
     parts = ["everything else"] * len(names)
@@ -57,6 +60,7 @@ def floors(model, capacity: int, bandwidth: float) -> dict[str, float]:
         "head": model.lm_head.weight.nbytes,
         "everything else": 0,
     }
+    read["layers and head"] = sum(read.values())
     return {part: x / bandwidth * 1e6 for part, x in read.items()}
 
 
@@ -100,8 +104,8 @@ def main(
     for name in models.split(","):
         model = make(name)
         floor, found = floors(model, capacity, bandwidth), steps_of(model, capacity, steps)
-        for part in PARTS:
-            kernels, us = median(step.get(part, (0, 0.0)) for step in found)
+        for part in (part for part in PARTS if part in found[0]):
+            kernels, us = median(step[part] for step in found)
             rows.append(dict(model=name, part=part, kernels=kernels, us=round(us, 1), floor_us=round(floor[part], 1)))
         del model
         torch.cuda.empty_cache()

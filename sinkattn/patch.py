@@ -358,9 +358,9 @@ def patch(
     backend: "auto", "cuda", "triton", "cpu" or "reference", see `sinkattn.ops`.
     fuse: "layers" computes modules of the usual form by fewer kernels, see fuse/: attention, decoder layers and, for
         few rows, linear layers. "model" besides computes all layers by one kernel in captured steps of one token of one
-        row or two, if they are small and alike: heads of 64 or 128 dims, in 16 bits, layers of less than 150 MB divided
-        by the rows. "attention" computes only attention, "none" nothing. Outputs differ by rounding alone. Weights are
-        laid side by side, and held once.
+        row or two, and the head, if they are small and alike: heads of 64 or 128 dims, in 16 bits, layers of less than
+        250 MB for one row and 75 for two. "attention" computes only attention, "none" nothing. Outputs differ by
+        rounding alone. Weights are laid side by side, and held once.
     cuda_graph: on a GPU, replay steps of one token, and of up to 16 that were proposed, as a CUDA graph: captured at
         the second such step, and kept, with the memory of the last cache, for the next one of as many rows. What cannot
         be captured runs as it is, and ``handle.why_eager`` tells why.

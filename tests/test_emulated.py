@@ -372,7 +372,7 @@ def test_angles(step):
     """Of tokens anywhere, with and without padding; those that sinks see stay at the end of the cache."""
     rows, capacity = 3, 20
     for tokens, half in (1, 32), (1, 5), (7, 24), (16, 1):
-        lengths = torch.tensor(random.choices([0, 1, capacity - 1, capacity, 4_000_000, 2**40 + 3], k=rows))
+        lengths = torch.tensor(random.choices([0, 1, capacity - 1, capacity, 4_000_000], k=rows))
         counts = torch.randint(0, tokens + 1, (rows,)) if random.random() < 0.5 else None
         frequencies = 10000.0 ** -torch.arange(half).double()
         found = torch.full((rows, tokens, 2, 2, half), torch.nan)

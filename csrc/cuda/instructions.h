@@ -17,6 +17,13 @@ __device__ float exp2_fast(float x) {
   return y;
 }
 
+// NaN if either is.
+__device__ float larger(float a, float b) {
+  float x;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+  return x;
+}
+
 __device__ unsigned shared_address(const void* x) { return __cvta_generic_to_shared(x); }
 
 // Four numbers of e4m3 as two pairs of float16. From sm_89 on.

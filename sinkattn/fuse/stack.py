@@ -24,8 +24,7 @@ from .forms import Layer, Records
 from .parts import is_linear
 from .small import FewRowsLinear, FusedNorm
 
-MOST_ROWS = 2
-MOST_BYTES = 150_000_000  # of a layer's weights, divided by the rows: larger ones are as fast one product at a time
+MOST_BYTES = {1: 250_000_000, 2: 75_000_000}  # of a layer's weights by rows: larger ones are faster one at a time
 DIMS = (64, 128)  # of heads
 logger = logging.getLogger(__name__)
 
@@ -124,8 +123,8 @@ class Stack:
 
     def _made_ready(self, rows: Rows) -> Ready | str:
         rings = [rows.rings.get((layer.attention.layer_idx, 0)) for layer in self.layers]
-        if len(rows.lengths) > MOST_ROWS:
-            return f"{len(rows.lengths)} rows are more than {MOST_ROWS}"
+        if len(rows.lengths) not in MOST_BYTES:
+            return f"{len(rows.lengths)} rows are more than {max(MOST_BYTES)}"
         if len(rows.rings) > len(rings) or not all(map(_is_plain, rings)):
             return "its attention is of another kind"
         if not all(layer.is_valid and layer.attention.is_valid for layer in self.layers):
@@ -134,7 +133,7 @@ class Stack:
         if sizes is None or any(_sizes_of(layer) != sizes for layer in self.layers):
             return "the layers are not alike, or of no form that the kernel has"
         weights = [_weights_of(layer) for layer in self.layers]
-        if sum(x.nbytes for x in weights[0] if x is not None) * len(rows.lengths) > MOST_BYTES:
+        if sum(x.nbytes for x in weights[0] if x is not None) > MOST_BYTES[len(rows.lengths)]:
             return "its layers are so large that one product at a time is as fast"
         keys = rings[0].keys
         tensors = [x for of_layer in weights for x in of_layer if x is not None]

@@ -7,6 +7,7 @@ namespace sinkattn::cuda {
 namespace {
 
 __device__ float exp2_fast(float x) { return exp2f(x); }
+__device__ float larger(float a, float b) { return a != a ? a : b != b || b > a ? b : a; }
 
 // Addresses in shared memory count from the block's.
 __device__ unsigned shared_address(const void* x) { return unsigned(static_cast<const char*>(x) - emulated::shared); }

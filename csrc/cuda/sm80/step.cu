@@ -2,13 +2,15 @@
 // has several. They launch as torch's do, without overlap: attention that reads the cache early counts on it.
 #include "../step.h"
 
+#include <cmath>
+
 #include "../launch.h"
 #include "../numbers.h"
 
 namespace sinkattn::cuda {
 namespace {
 
-constexpr int THREADS = 128, MANY = 1024, TOGETHER = 4;  // TOGETHER: pieces of 16 bytes that a thread asks for at a time
+constexpr int THREADS = 128, MANY = 1024, TOGETHER = 6;  // TOGETHER: pieces of 16 bytes that a thread asks for at a time
 
 __global__ void __launch_bounds__(THREADS) angles_kernel(const __grid_constant__ Angles p) {
   const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x, token = i / (2 * p.half);
@@ -43,9 +45,20 @@ __device__ uint32_t order_of(float x) {
 struct Best {
   uint32_t order = 0;
   unsigned where = ~0u;
+  float number = NAN;
   __device__ void look(float x, unsigned i) {  // in rising order of i
     const uint32_t its = order_of(x);
-    if (its > order) order = its, where = i;
+    if (its > order) order = its, where = i, number = x;
+  }
+  // At several numbers from i on: few pieces have one that is larger than all before.
+  template <int N>
+  __device__ void look(const float (&x)[N], unsigned i) {
+    float most = x[0];
+#pragma unroll
+    for (int n = 1; n < N; ++n) most = larger(most, x[n]);
+    if (most <= number) return;
+#pragma unroll
+    for (int n = 0; n < N; ++n) look(x[n], i + n);
   }
   __device__ void of_warp() {
     const uint32_t highest = __reduce_max_sync(~0u, order);
@@ -80,9 +93,10 @@ __global__ void __launch_bounds__(MANY) likeliest_kernel(const __grid_constant__
 #pragma unroll
     for (int n = 0; n < TOGETHER; ++n) {
       if (first + n * MANY >= pieces) break;
+      float numbers[NUMBERS];
 #pragma unroll
-      for (int i = 0; i < NUMBERS; ++i)
-        best.look(number_of(reinterpret_cast<const T*>(&x[n])[i]), before + (first + n * MANY) * NUMBERS + i);
+      for (int i = 0; i < NUMBERS; ++i) numbers[i] = number_of(reinterpret_cast<const T*>(&x[n])[i]);
+      best.look(numbers, before + (first + n * MANY) * NUMBERS);
     }
   }
   if (behind + threadIdx.x < p.vocabulary) best.look(number_of(scores[behind + threadIdx.x]), behind + threadIdx.x);
