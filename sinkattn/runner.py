@@ -20,7 +20,7 @@ from .changes import Lookout
 from .fuse import Fused
 from .inputs import check_ids, check_values, mask_of
 from .interface import current
-from .introspect import bodies_of, cache_name, counts_in_three, embedded_ids, named, takes_positions
+from .introspect import bodies_of, cache_name, counts_in_three, embedded_ids, named, picks_by_length, takes_positions
 from .outputs import copied, cut, finished, joined, without_cache
 from .pictures import Pictures
 from .rings import Plan
@@ -108,8 +108,18 @@ class Runner:
             self.look()  # once a prompt, not once a token
         if tokens > 1:
             check_values(tokens, mask, kwargs.get("position_ids"), places, cache)
+            self._check_dense(tokens, cache)
         with cache.whole():
             return self._run(kwargs, tokens, cache, mask, places, keep_cache)
+
+    def _check_dense(self, tokens: int, cache: SinkCache) -> None:
+        """Raise ValueError for an input that would be attended densely by frequencies of fewer tokens."""
+        together, most = min(cache.seen, self.plan.window_size) + tokens, self.plan.capacity
+        if self.plan.prefill == "dense" and together > most and any(map(picks_by_length, self.model.modules())):
+            raise ValueError(
+                f"prefill='dense': the frequencies of {type(self.model).__name__} depend on how many tokens there are, "
+                f"and are known for {most}: give fewer than these {tokens} at once, or patch() with 'streaming'"
+            )
 
     def _run(self, kwargs: dict, tokens: int, cache: SinkCache, mask, places, keep_cache: bool):
         """Feed an input, a long one in chunks, and finish what comes out."""

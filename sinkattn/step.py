@@ -8,7 +8,7 @@ A step is opened by the cache, and leaving it commits it whole, or aborts it, or
 """
 
 import itertools
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Step:
 
     def __init__(self, cache, tokens: int, mask: Tensor | None, places: Tensor | None):
         self.cache, self.plan, self.rows, self.tokens = cache, cache.plan, cache.rows, tokens
-        self.counts = None
+        self.counts = self._positions = None
         if mask is not None:
             self.counts = mask.sum(1) if tokens > 1 else mask[:, 0].long()
         self._start_places(places)
@@ -53,9 +53,11 @@ class Step:
             self._held_at = [x.data_ptr() for x in states]
             self._states = [] if mask is None else [x.clone() for x in states]
 
-    @cached_property
+    @property
     def positions(self) -> Tensor:
-        return positions_of(self.rows.lengths, self.counts, self.tokens)
+        if self._positions is None:
+            self._positions = positions_of(self.rows.lengths, self.counts, self.tokens)
+        return self._positions
 
     def _start_places(self, places: Tensor | None) -> None:
         self._places = self._sink_places = None
@@ -85,9 +87,22 @@ class Step:
         return key_states, value_states
 
     def mask(self, mask_function, local_size, device) -> None:
-        """Raise ValueError if a transformers mask function shows any token of the step what comes after it."""
+        """Raise ValueError if a transformers mask function shows any token of the step what comes after it, or hides
+        what tokens see that are attended densely: by a window no smaller than the cache.
+        """
         if self.tokens == 1 or self.is_captured:
             return
+        if self.plan.prefill == "dense" and self.tokens > self.plan.capacity:
+            last, zero = torch.tensor([self.tokens - 1], device=device), torch.tensor([0], device=device)
+            sees = [
+                bool(torch.as_tensor(mask_function(zero, zero, last, last - n)))
+                for n in (self.plan.capacity - 1, self.tokens - 1)
+            ]
+            if sees == [True, False]:
+                raise ValueError(
+                    f"prefill='dense': the window of a layer's own is shorter than these {self.tokens} tokens: give "
+                    "fewer at once, or patch() with 'streaming'"
+                )
         query = torch.arange(self.tokens - 1, device=device)[None]
         rows = torch.arange(len(self.rows.lengths), device=device)[:, None]
         if bool(torch.as_tensor(mask_function(rows, rows[:1] * 0, query, query + 1)).any()):

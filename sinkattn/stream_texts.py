@@ -159,7 +159,7 @@ class StreamTexts:
         check_room(cache, asked, most, " (refused proposals count too)", ", or the row")
         take_back(cache, counts, columns=1, refeeds=True)
         ids = cache.rows.next_id()  # what was taken back last lies there still
-        self._ended[index] = False
+        self._ended &= ~fed
         self._late = []
         self._feed(ids.clamp(min=0), fed)
         self._changes = self._cache.changes

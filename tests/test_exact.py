@@ -134,6 +134,32 @@ def test_state_of_dynamic_frequencies_does_not_leak():
             assert relative_error(model(ids).logits, expected) < TOLERANCES[torch.float32]
 
 
+def test_dense_prompts_that_the_model_would_see_otherwise():
+    """Longer than a window of a layer's own, or than what frequencies are known for: refused, and nothing is lost."""
+    for name, more, most, why in (
+        ("mistral", dict(sliding_window=2 * C), 2 * C, "window of a layer's own"),
+        ("mistral", dict(sliding_window=C), C, "window of a layer's own"),
+        ("mistral", dict(sliding_window=W), 4 * C, None),
+        ("dynamic", {}, C, "frequencies"),
+        ("longrope", {}, C, "frequencies"),
+    ):
+        model, ids = tiny(name, **more), random_ids(2, 4 * C)
+        with torch.no_grad():
+            expected = model(ids[:, :most]).logits
+        with patch(model, S, W, prefill="dense"), torch.no_grad():
+            cache = SinkCache(model)
+            if why is not None:
+                with pytest.raises(ValueError, match=f"prefill='dense': .*{why}"):
+                    model(ids[:, : most + 1], past_key_values=cache)
+            found = model(ids[:, :most], past_key_values=cache).logits
+            assert relative_error(found, expected) < TOLERANCES[torch.float32]
+            assert model(ids[:, :1], past_key_values=cache).logits.isfinite().all()
+            padded = torch.ones_like(ids[:, :most])
+            padded[0, :3] = 0
+            found = model(ids[:, :most], attention_mask=padded).logits
+            assert relative_error(found[1], expected[1]) < TOLERANCES[torch.float32]
+
+
 def test_dense_prompt_then_cut_down():
     """prefill='dense': a prompt gives the unpatched logits, and what follows sees sinks and the last W tokens only."""
     model, ids, more = tiny("llama"), random_ids(1, 4 * C), random_ids(1, 2 * C)

@@ -218,6 +218,19 @@ def test_rewind():
             with pytest.raises(ValueError, match=message):
                 stream.rewind(n, rows)
         stream.rewind(0)
+        for waits in (True, False):  # rows that lose nothing stay as they are: with no text, or at their end
+            streams = [Stream(model), Stream(model)]
+            for other in streams:
+                other.append([texts[0][:9], texts[1][:9]])
+            end = next(iter(streams[0].generate(1, eos_token_id=[])))[1].item()
+            if waits:
+                streams[1].reset([1])
+            for step, ids in enumerate(streams[1].generate(4, eos_token_id=[end], pad_token_id=0)):
+                assert ids[1] == (end if step == 0 and not waits else 0)
+                if step == 0:
+                    length = streams[1].lengths[1].item()
+                    streams[1].rewind([1, 0])
+            assert streams[1].lengths[1] == length
         stream.rewind(1, torch.tensor([False, True, False]))
         del texts[1][-1:]
         go_on(1)
