@@ -52,7 +52,7 @@ def likeliest(scores: Tensor) -> Tensor:
     """
     vocabulary = scores.shape[-1]
     parts = math.gcd(vocabulary, 256)
-    if has_kernels(scores.device) and scores.dtype in DTYPES:
+    if has_kernels(scores.device) and scores.dtype in DTYPES and scores.stride(-1) == 1:
         return torch.ops.sinkattn.likeliest(scores.reshape(-1, vocabulary)).view(scores.shape[:-1])
     if not scores.is_cuda or parts < 16 or vocabulary >= 1 << 17:
         return scores.argmax(-1)

@@ -69,16 +69,20 @@ def test_what_a_stream_cannot_choose_by(model):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("vocabulary", [97, 4096, 50257, 128256, 151936])
+@pytest.mark.parametrize("vocabulary", [1, 97, 4096, 50257, 128256, 151936])
 def test_the_likeliest_is_the_first_of_the_largest(vocabulary, device):
-    """Few values, so that many are the largest; NaN is above all, and minus infinity may be all there is."""
-    for dtype in (torch.float32, torch.bfloat16):
+    """Few values, so that many are the largest; NaN is above all, zeros are equal, and all may be minus infinity."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         scores = torch.randint(-3, 4, (5, vocabulary)).to(device, dtype)
         scores[1] = -torch.inf
         scores[2, vocabulary // 3 :: 7] = torch.nan
         scores[3] = torch.randn(vocabulary).to(scores)
-        first = scores == scores.amax(-1, keepdim=True)
-        first[2] = scores[2].isnan()
+        scores[4] = -1 - torch.rand(vocabulary).to(scores)
+        scores[4, vocabulary // 2 :] = -0.0
+        scores[4, vocabulary // 2 + 1 :: 2] = 0.0
+        first = (scores == scores.amax(-1, keepdim=True)) | scores.isnan()
         expected = first.int().cpu().numpy().argmax(-1)
         assert likeliest(scores).tolist() == expected.tolist()
         assert likeliest(scores.view(5, 1, -1))[:, 0].tolist() == expected.tolist()
+        behind = torch.cat((scores[:, :1], scores), dim=1)[:, 1:]  # rows that begin anywhere
+        assert likeliest(behind).tolist() == expected.tolist()

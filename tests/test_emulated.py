@@ -5,6 +5,7 @@ what comes before its products. Blocks are threads, warps run in random order, w
 and what lies behind is not to be touched.
 """
 
+import copy
 import ctypes
 import itertools
 import mmap
@@ -18,12 +19,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cases import same_bits
-from sinkattn import reference
+from helpers import random_ids
+from oracle import streaming_logits
+from sinkattn import SinkCache, captured, patch, reference
+from sinkattn.fuse import stack as fused
 from sinkattn.rope import Rope
+from tiny import tiny
 
 LIBC = ctypes.CDLL(None)
 ROOT = Path(__file__).parent.parent
@@ -811,3 +816,107 @@ def check_gather(gather, rows, kv_heads, tokens, dim, sinks, window, ring, half,
                     new = reference.rotate(new, cos, sin, start, interleaved)
                 expected = as_seen(*reference.quantised(new, stored)) if stored else new.to(dtype)
                 assert torch.equal(parts[which][row, :, padding[row] :], expected[:, padding[row] :])
+
+
+class Replayed:
+    """Stands for a CUDA graph of a step: what it repeats runs anew."""
+
+    def __init__(self, run, device, **inputs):
+        self.run, self.inputs = run, inputs
+
+    def __call__(self, **inputs):
+        self.inputs.update(inputs)
+        return self.run(**self.inputs)
+
+
+@pytest.fixture
+def one_kernel(stack, monkeypatch):
+    """Steps of a model on the CPU go as on a GPU, by the emulated kernel. Gives how many did, and how many of the heads
+    were part of it."""
+    ran, logits_of = {"steps": 0, "heads": 0}, fused.Ahead.logits_of
+
+    def numbers(x, inner, heads, kv_heads, dim, layers, slots):
+        return _all([len(x), x.shape[1], inner, heads, kv_heads, dim, layers, slots, 2])
+
+    def state_of(x, *sizes):
+        return torch.zeros(stack.state_bytes(numbers(x, *sizes)) // 4 + 4, dtype=torch.int32)
+
+    def run(x, table, norm, head, lengths, counts, rotation, state, *sizes):
+        inner, heads, kv_heads, dim, slots, scale, start, interleaved, eps, shift, head_eps, head_shift, kind = sizes
+        out, vocabulary = torch.full_like(x, torch.nan), 0 if head is None else len(head)
+        logits, given = x.new_full((len(x), vocabulary), torch.nan), (heads, kv_heads, dim, len(table), slots)
+        half = 0 if rotation is None else rotation.shape[-1]
+        more = _all([start, half, interleaved, x.dtype == torch.bfloat16, kind, random.randrange(1 << 30), vocabulary])
+        tensors = table, x, out, None, lengths, counts, rotation, norm, head, logits
+        pointers = [ctypes.c_void_p(_number(t)) for t in tensors]
+        pointers[3] = ctypes.c_void_p(-(-state.data_ptr() // 16) * 16)
+        pointers[-1] = pointers[-1] if vocabulary else None
+        floats = _all((scale, eps, shift, head_eps, head_shift), ctypes.c_double)
+        assert stack.run_stack(numbers(x, inner, *given), more, floats, *pointers) == 0
+        ran["steps"] += 1
+        return out, logits
+
+    def with_head(self, module, x):
+        logits = logits_of(self, module, x)
+        ran["heads"] += logits is not None
+        return logits
+
+    monkeypatch.setattr(fused, "HAS_CUDA_LIBRARY", True)
+    monkeypatch.setattr(fused, "DEVICE", "cpu")
+    monkeypatch.setattr(fused.Ahead, "logits_of", with_head)
+    monkeypatch.setattr(captured, "Captured", Replayed)
+    monkeypatch.setattr(captured, "why_eager", lambda model: None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    library = torch.library.Library("sinkattn", "IMPL")
+    library.impl("stack", run, "CPU")
+    library.impl("stack_state", state_of, "CPU")
+    yield ran
+    library._destroy()
+
+
+def test_a_model_by_one_kernel(one_kernel):
+    """Its logits, through the wrap, and what becomes of the head when something between is changed."""
+    sizes = dict(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=64)
+    model = tiny("qwen3", vocab_size=98, num_hidden_layers=2, **sizes).to(torch.bfloat16)
+    ids, body = random_ids(1, 13), model.model
+    with patch(model, 4, 6, slack=0), torch.no_grad():
+
+        def logits():
+            cache = SinkCache(model)
+            return torch.cat([model(x, past_key_values=cache).logits.clone() for x in ids.split(1, dim=1)], dim=1)
+
+        def error(found, expected):
+            return ((found.float() - expected.float()).square().mean().sqrt() / expected.float().std()).item()
+
+        expected = streaming_logits(copy.deepcopy(model).float(), ids, 4, 6)
+        first = logits()
+        assert error(first, expected) < 0.05 and one_kernel["steps"] == one_kernel["heads"] == 12
+        norm, head, forward = body.norm, model.lm_head, type(body).forward
+        others = {
+            "another norm": (body, "norm", nn.RMSNorm(64, eps=1e-3).to(torch.bfloat16)),
+            "no norm": (body, "norm", nn.Identity()),
+            "another head": (model, "lm_head", copy.deepcopy(head)),
+        }
+        others["another head"][2].weight.mul_(-1)
+        for owner, place, part in others.values():
+            before = getattr(owner, place)
+            setattr(owner, place, part)
+            heads = one_kernel["heads"]
+            found, wanted = logits(), streaming_logits(copy.deepcopy(model).float(), ids, 4, 6)
+            assert error(found, wanted) < 0.05 and one_kernel["heads"] == heads
+            setattr(owner, place, before)
+        assert (body.norm, model.lm_head) == (norm, head)
+
+        def twice(self, *args, **kwargs):  # nobody holds what the norm gave, nor the first product
+            output = forward(self, *args, **kwargs)
+            output.last_hidden_state = output.last_hidden_state * -1
+            output.last_hidden_state = output.last_hidden_state * 2
+            return output
+
+        type(body).forward = twice
+        try:
+            heads = one_kernel["heads"]
+            assert error(logits(), -2 * expected) < 0.05 and one_kernel["heads"] == heads
+        finally:
+            type(body).forward = forward
+        assert torch.equal(logits(), first) and one_kernel["heads"] == heads + 12

@@ -1,6 +1,7 @@
 """Fused modules: the same numbers as without them, whatever hooks, weights and copies do, and nothing left behind."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -199,3 +200,11 @@ def test_logits_that_are_there_before_the_head_is_asked():
         if written is y:
             y.add_(1)
         assert late.logits_of(head, y) is None
+
+
+def test_nothing_else_comes_to_lie_where_the_norm_wrote():
+    norm, (out, y) = torch.nn.Identity(), torch.randn(2, 1, 1, 8)
+    ahead, kept = Ahead(norm, norm, out, torch.randn(1, 5)), (weakref.ref(out), weakref.ref(y))
+    ahead.saw_norm(norm, out, y)
+    del out, y
+    assert all(x() is not None for x in kept)

@@ -26,6 +26,7 @@ from .small import FewRowsLinear, FusedNorm
 
 MOST_BYTES = {1: 250_000_000, 2: 75_000_000}  # of a layer's weights by rows: larger ones are faster one at a time
 DIMS = (64, 128)  # of heads
+DEVICE = "cuda"
 logger = logging.getLogger(__name__)
 
 
@@ -46,7 +47,7 @@ class Sizes(NamedTuple):
 
 class Ready(NamedTuple):
     """What the kernel is given for some rows. table: (layers, 17) int64, `StackLayer` of csrc/cuda/stack.h. state: what
-    it keeps between launches, int32. end: the weights of the last norm and of the head, None if it goes without.
+    it keeps between launches, int32. has_end: whether it multiplies the head too.
     """
 
     table: Tensor
@@ -54,7 +55,7 @@ class Ready(NamedTuple):
     sizes: Sizes
     rings: list[SinkLayer]
     slots: int
-    end: tuple[Tensor | None, Tensor | None]
+    has_end: bool
 
 
 class Ahead:
@@ -68,17 +69,19 @@ class Ahead:
     def __init__(self, norm: nn.Module, head: nn.Module, out: Tensor, logits: Tensor):
         self.norm, self.head, self.logits = norm, head, logits
         self._out, self._normed = _mark(out), None
+        self._kept = [out]  # nothing else comes to lie there meanwhile
 
     def saw_norm(self, module: nn.Module, x: Tensor, y: Tensor) -> None:
         """A norm has made y of x."""
         if module is self.norm and _mark(x) == self._out:
             self._normed = _mark(y)
+            self._kept.append(y)
 
     def logits_of(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """What a linear layer gives for x, (..., hidden size); None if it has to be computed. Once."""
         if module is not self.head or _mark(x) != self._normed:
             return None
-        self._normed = None  # what is handed out may be written
+        self._normed = object()  # what is handed out may be written
         return self.logits.view(*x.shape[:-1], -1)
 
 
@@ -115,13 +118,13 @@ class Stack:
         the host.
         """
         self._ready.pop(rows, None)
-        ready = "what layers give is asked for" if shows_layers(model) else self._made_ready(rows)
+        ready = "what layers give is asked for" if shows_layers(model) else self._made_ready(rows, model)
         if isinstance(ready, str):
             logger.info("%d layers do not run as one kernel: %s", len(self.layers), ready)
         else:
             self._ready[rows] = ready
 
-    def _made_ready(self, rows: Rows) -> Ready | str:
+    def _made_ready(self, rows: Rows, model: nn.Module) -> Ready | str:
         rings = [rows.rings.get((layer.attention.layer_idx, 0)) for layer in self.layers]
         if len(rows.lengths) not in MOST_BYTES:
             return f"{len(rows.lengths)} rows are more than {max(MOST_BYTES)}"
@@ -138,7 +141,7 @@ class Stack:
         keys = rings[0].keys
         tensors = [x for of_layer in weights for x in of_layer if x is not None]
         tensors += [x for ring in rings for x in (ring.keys, ring.values)]
-        if not keys.is_cuda or keys.element_size() != 2 or any(_kind(x) != _kind(keys) for x in tensors):
+        if keys.device.type != DEVICE or keys.element_size() != 2 or any(_kind(x) != _kind(keys) for x in tensors):
             return "its tensors are not all on one GPU in one dtype of 16 bits"
         if not all(map(_is_aligned, tensors)):
             return "its tensors are not all contiguous and aligned"
@@ -152,19 +155,23 @@ class Stack:
                 return "the kernel does not take such sizes"
             entries = [_entries(*pair) for pair in zip(weights, rings, strict=True)]
             table = torch.tensor(entries, dtype=torch.int64, device=keys.device)
-            return Ready(table, state, sizes, rings, slots, self._end_of(sizes, keys))
+            return Ready(table, state, sizes, rings, slots, self._has_end(model, sizes, keys))
 
-    def _end_of(self, sizes: Sizes, keys: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The weights of the last norm and of the head, None for both if the kernel does not take them as they are."""
-        if self.end is None or any(vars(x.module).get("forward") != x.forward for x in self.end):
-            return None, None
-        (_, head), norm = self.end, self.end[0].norm
-        fits = (
-            (norm.eps, norm.shift) == (sizes.eps, sizes.shift) and is_linear(head.module) and head.module.bias is None
-        )
-        weights = norm.weight.detach(), head.module.weight.detach()
-        fits = fits and len(weights[1]) % 2 == 0 and all(_kind(x) == _kind(keys) for x in weights)
-        return weights if fits and all(map(_is_aligned, weights)) else (None, None)
+    def _has_end(self, model: nn.Module, sizes: Sizes, keys: Tensor) -> bool:
+        """Whether the last norm and the head are what they were, and such as the kernel takes."""
+        if self.end is None:
+            return False
+        here = {*model.modules()}
+        if any(x.module not in here or vars(x.module).get("forward") != x.forward for x in self.end):
+            return False
+        norm, head = self.end[0].norm, self.end[1].module
+        if norm.place.part is not self.end[0].module or not is_linear(head) or head.bias is not None:
+            return False
+        fits = (norm.eps, norm.shift) == (sizes.eps, sizes.shift) and len(head.weight) % 2 == 0
+        return fits and all(_kind(x) == _kind(keys) and _is_aligned(x) for x in self._weights_of_end())
+
+    def _weights_of_end(self) -> tuple[Tensor, Tensor]:
+        return self.end[0].norm.weight.detach(), self.end[1].module.weight.detach()
 
     def __call__(self, layer: Layer, step: Step, hidden: Tensor) -> Tensor | None:
         """What a layer hands on for hidden, (batch, 1, hidden size); None if it has to be computed by itself."""
@@ -177,12 +184,13 @@ class Stack:
         lengths, counts, rotation = step.append_to(ready.rings, numbers)
         rope, sizes = ready.rings[0].rope, ready.sizes
         start, interleaved = (0, False) if rope is None else (rope.start, rope.interleaved)
+        end = self._weights_of_end() if ready.has_end else (None, None)
         out, logits = torch.ops.sinkattn.stack(
-            hidden.flatten(0, 1).contiguous(), ready.table, *ready.end, lengths, counts, rotation, ready.state,
-            *sizes[:4], ready.slots, sizes.scale, start, interleaved, *sizes[5:],
+            hidden.flatten(0, 1).contiguous(), ready.table, *end, lengths, counts, rotation, ready.state, *sizes[:4],
+            ready.slots, sizes.scale, start, interleaved, *sizes[5:],
         )  # fmt: skip
         out = out.view_as(hidden)
-        if self.end is not None and logits.numel():
+        if ready.has_end:
             step.ahead = Ahead(*(x.module for x in self.end), out, logits)
         return out
 
@@ -200,9 +208,11 @@ def _is_aligned(x: Tensor) -> bool:
     return x.is_contiguous() and x.data_ptr() % 16 == 0
 
 
-def _mark(x: Tensor) -> tuple:
-    """The same for views of the same numbers, and another one once somebody has written them."""
-    return x.data_ptr(), x.numel(), x.dtype, x._version
+def _mark(x: Tensor) -> object:
+    """The same for views of the same numbers, and another one once somebody has written them, which inference tensors
+    do not tell.
+    """
+    return object() if x.is_inference() else (x.data_ptr(), x.numel(), x.dtype, x._version)
 
 
 def _sizes_of(layer: Layer) -> Sizes | None:
