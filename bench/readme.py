@@ -356,9 +356,10 @@ DECODE, PREFILL = "num_kv_heads batch capacity", "num_kv_heads batch tokens capa
 BACK = "right answers (%), lines back | {back}", "{way} | {percent:.1f}", "way"
 
 STEPS = (
-    "python bench/generate.py --models qwen3-0.6b,smollm2-135m,llama-3.2-1b,llama-3-8b{} "
+    "python bench/generate.py --models {},llama-3.2-1b,llama-3-8b,llama-2-7b "
     "--methods static_compiled,generate,stream,stream_layers --output-dir bench/results/h200{}"
 )
+SMALL_STEPS = "python bench/step.py --models smollm2-135m,qwen3-0.6b,llama-3.2-1b --output-dir bench/results/h200/small"
 RECOMPUTE = "python bench/generate.py --output-dir bench/results/h200/recompute"
 PEERS = "python bench/prefill.py --output-dir bench/results/h200/flashinfer"
 
@@ -542,13 +543,17 @@ TABLES = {
     "step table": Table(
         "h200/step", "us (floor) | kernels | {model}", "{part} | {kernels} | {time}", "part", step, command
     ),
+    "small step table": Table(
+        "h200/small/step", "us (floor) | kernels | {model}", "{part} | {kernels} | {time}", "part", step,
+        lambda x: f"`{SMALL_STEPS}`.",
+    ),
     "generate table": Table(
         "h200/generate", "model | batch | C | {method}", "{model} | {batch} | {capacity} | {ms_per_token:.2f}",
-        "model batch capacity", generate, whole_steps(STEPS.format("", "")),
+        "model batch capacity", generate, whole_steps(STEPS.format("smollm2-135m,qwen3-0.6b", "")),
     ),
     "before table": Table(
         "h200/before/generate", "model | batch | C | {method}", "{model} | {batch} | {capacity} | {ms_per_token:.2f}",
-        "model batch capacity", generate, whole_steps(STEPS.format(",llama-2-7b", "/before")),
+        "model batch capacity", generate, whole_steps(STEPS.format("qwen3-0.6b,smollm2-135m", "/before")),
     ),
     "recompute table": Table(
         "h200/recompute/generate", "model | batch | C | {method}",
