@@ -80,6 +80,7 @@ class Handle:
             self._restore()
             raise
         self._install()
+        self.runner.plan.spare.users.add(self)
         self.runner.look()
         self.runner.lookout.begin(self._attending)  # what the next look finds is told
         self._tell()
@@ -237,7 +238,7 @@ class Handle:
         if self.runner is not None:
             if self.runner.fused is not None:
                 self.runner.fused.undo()
-            self.runner.plan.spare.close()
+            self.runner.plan.spare.close(self)
             self.runner.lookout.seen = None  # it holds what stood in the model, which would keep the model
         vars(self.model).pop("_sinkattn", None)
         self._restore_configs()
@@ -247,8 +248,10 @@ class Handle:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state, _watching=changes.watch())
-        if self.runner is not None and self.runner.fused is not None:
-            self.runner.fused.begin()
+        if self.runner is not None:
+            self.runner.plan.spare.users.add(self)
+            if self.runner.fused is not None:
+                self.runner.fused.begin()
         interface.register()
 
     def __enter__(self) -> "Handle":

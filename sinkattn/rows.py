@@ -5,6 +5,8 @@ tokens, whatever the padding) and its own ring head; all of that follows from on
 """
 
 import copy
+import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -331,10 +333,14 @@ class Rows:
 
 
 class SpareRows:
-    """The rows of the last cache that is gone, so that the next one need not capture its step again."""
+    """The rows of the last cache that is gone, so that the next one need not capture its step again.
+
+    users: the handle of a patched model, and those of its copies. is_closed: whether all of them are gone.
+    """
 
     def __init__(self):
         self.rows: Rows | None = None
+        self.users = weakref.WeakSet[Any]()
         self.is_closed = False
 
     def put(self, rows: Rows) -> None:
@@ -352,11 +358,13 @@ class SpareRows:
         return rows
 
     def __getstate__(self) -> dict:
-        return {"rows": None, "is_closed": self.is_closed}  # a graph stays with its process
+        # a graph stays with its process
+        return {"rows": None, "users": weakref.WeakSet[Any](), "is_closed": self.is_closed}
 
-    def close(self) -> None:
-        """Give the memory back, for good."""
-        self.rows, self.is_closed = None, True
+    def close(self, user) -> None:
+        """Give the memory back, and for good if nobody else uses it."""
+        self.users.discard(user)
+        self.rows, self.is_closed = None, not self.users
 
 
 def _stream_of(device: torch.device) -> int | None:

@@ -97,6 +97,9 @@ def test_a_pickled_cache_of_another_process(model, tmp_path):
     script = f"import pickle, sinkattn; pickle.loads(open({str(tmp_path / 'cache')!r}, 'rb').read())"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert "UnpicklingError: this SinkCache belongs to a model that was patched in another process" in done.stderr
+    for gone in (copy.deepcopy(model), copy.deepcopy(model)):
+        gone._sinkattn.remove()  # a copy's end is not that of the model
+        assert pickle.loads((tmp_path / "cache").read_bytes()).seen == 5
     model._sinkattn.remove()
     with pytest.raises(pickle.UnpicklingError, match="is patched no more"):
         pickle.loads((tmp_path / "cache").read_bytes())
