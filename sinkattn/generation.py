@@ -289,6 +289,9 @@ class Generation:
                 "the assistant out"
             )
         _running.call.is_assisted = True
+        told = getattr(generator, "assistant_kwargs", {})
+        if handle is None and _running.call.mask is not None and told.get("attention_mask") is not None:
+            told["attention_mask"] = _running.call.mask[:, -_running.call.width :]  # it is given the new ids alone
         most = min(x.plan.slack for x in (self.runner, handle) if x is not None)
         cache, times, alive = _running.call.cache, itertools.count(), weakref.ref(generator)  # no circle
         if most < 1:

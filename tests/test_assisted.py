@@ -1,5 +1,6 @@
 """Assisted generation: the text of the model alone, whoever proposes, beyond the wrap, in turns."""
 
+import copy
 import inspect
 
 import pytest
@@ -83,6 +84,24 @@ def test_new_ids_alone(helped):
         found = model.generate(ids, past_key_values=cache, **more, **assistant)
         assert torch.equal(found, model.generate(ids, past_key_values=alone, **more)), turn
         assert torch.equal(cache.lengths, alone.lengths) and torch.equal(cache.rows.digest, alone.rows.digest)
+
+
+def test_new_ids_alone_behind_a_padded_text():
+    """An unpatched draft is told of the new ids, not of the text's padding: BLOOM counts by its mask."""
+    if "max_length" in inspect.signature(transformers.Cache.crop).parameters:  # transformers 5.10 takes the whole text
+        return
+    sizes = dict(vocab_size=97, hidden_size=64, n_layer=3, n_head=4, pad_token_id=None, eos_token_id=None)
+    model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)).eval()
+    draft = copy.deepcopy(model)
+    prompt, mask = torch.randint(1, 97, (1, 8)), torch.ones(1, 8, dtype=torch.int64)
+    prompt[0, :2] = mask[0, :2] = 0
+    with patch(model, 2, 30, slack=6):
+        alone, cache = SinkCache(model), SinkCache(model)
+        for x in (alone, cache):
+            model.generate(prompt, attention_mask=mask, past_key_values=x, max_new_tokens=3, do_sample=False)
+        new, told = torch.randint(1, 97, (1, 2)), dict(max_new_tokens=20, do_sample=False)
+        expected = model.generate(new, past_key_values=alone, **told)
+        assert torch.equal(model.generate(new, past_key_values=cache, assistant_model=draft, **told), expected)
 
 
 def test_pad_ids_in_the_text(helped):
