@@ -26,21 +26,22 @@ class Interrupted:
 
     def __init__(self, n=1 << 40):
         self.n, self.lines = n, 0
+        self.tracer = self._trace  # one, kept: a frame of Python 3.11 was seen to go on with one that was gone
 
     def _trace(self, frame, event, arg):
         if event == "call":
             is_ours = f"{os.sep}sinkattn{os.sep}" in frame.f_code.co_filename
             # what puts a module's own forward back may be interrupted too: nothing in Python is proof against that
-            return self._trace if is_ours and frame.f_code.co_name != "_standing_in" else None
+            return self.tracer if is_ours and frame.f_code.co_name != "_standing_in" else None
         if event == "line":
             self.lines += 1
             if self.lines == self.n + 1:
                 raise KeyboardInterrupt
-        return self._trace
+        return self.tracer
 
     def __enter__(self):
         self._before = sys.gettrace()
-        sys.settrace(self._trace)
+        sys.settrace(self.tracer)
         return self
 
     def __exit__(self, kind, *_):
