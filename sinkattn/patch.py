@@ -350,7 +350,9 @@ def patch(
     sink_size: tokens at the start of every row that stay for ever; 0 is plain window attention.
     window_size: tokens, the current one included. A layer whose own sliding window is smaller keeps that.
     prefill: "streaming" (a text gives the same logits however it is cut), or "dense": an input of several tokens is
-        attended densely and only then cut down to sinks and window (quadratic time; what attention_sinks does).
+        attended densely and only then cut down to sinks and window (quadratic time; what attention_sinks does). Inputs
+        that the model itself would attend otherwise, by a larger window of its own or frequencies of longer texts, are
+        a ValueError.
     slack: tokens that can be taken back at any time (`SinkCache.crop`, `Stream.rewind`, assisted generation, an edited
         history); the cache holds so many more of every layer. Models with a state of their own cannot take any back.
     cache_dtype: "auto" keeps keys and values in the dtype that the model gives them. "int8" and "fp8" (float8_e4m3fn)

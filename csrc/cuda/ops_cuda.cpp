@@ -1,6 +1,6 @@
-// sinkattn::decode_cuda, prefill_cuda, attend_pages_cuda, linear and the rest for CUDA tensors: checks, unpacking, stream. LibTorch's
-// stable ABI is all that is used, so one library serves every torch from 2.10 on. Schemas are defined in
-// sinkattn/schemas.py.
+// sinkattn::decode_cuda, prefill_cuda, attend_pages_cuda, linear and those of a patched model's steps for CUDA tensors:
+// checks, unpacking, stream. LibTorch's stable ABI is all that is used, so one library serves every torch from 2.10 on.
+// Schemas are defined in sinkattn/schemas.py.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 

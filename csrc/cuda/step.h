@@ -8,13 +8,13 @@
 
 namespace sinkattn::cuda {
 
-// [cos | sin] of position * frequency, in float64, rounded. The last of a row's tokens stands at its length and counts[row].
+// [cos | sin] of position * frequency, in float64, rounded. The last of a row's tokens stands at lengths[row] + counts[row] - 1.
 struct Angles {
   const int64_t *lengths, *counts;  // (rows,): before the step, and in it; counts null: all tokens count
   const double* frequencies;        // (half,), radians a token
   float* out;                       // (rows, tokens, text | sink, cos | sin, half)
   int rows, tokens, half;
-  int64_t capacity;  // sinks see queries at its end, and never behind
+  int64_t capacity;  // sinks see no query behind its last position
 };
 
 // A token a row: its id into the slot of its position, its digest, and one more in lengths. A row of count 0 keeps the

@@ -26,7 +26,7 @@ from .small import FewRowsLinear, FusedNorm
 
 MOST_BYTES = {1: 250_000_000, 2: 75_000_000}  # of a layer's weights by rows: larger ones are faster one at a time
 DIMS = (64, 128)  # of heads
-DEVICE = "cuda"
+DEVICE = "cuda"  # type of those that have the kernel
 logger = logging.getLogger(__name__)
 
 
