@@ -13,6 +13,8 @@ from sinkattn import SinkCache, patch
 from tiny import tiny
 
 S, W = 4, 30
+# transformers 5.10 counts no tokens but its ids: assisted, a text in turns must be given whole
+ASKS_WHOLE_TEXT = "max_length" in inspect.signature(transformers.Cache.crop).parameters
 
 
 def made(noise: float = 0.0):
@@ -68,7 +70,7 @@ def test_new_ids_alone(helped):
     """Several turns, each of new ids alone, some behind padding: the answers are those without candidates."""
     model, assistant = helped
     alone, cache = SinkCache(model), SinkCache(model)
-    if "max_length" in inspect.signature(transformers.Cache.crop).parameters:  # transformers 5.10
+    if ASKS_WHOLE_TEXT:
         ids = torch.randint(1, 97, (1, 7))
         model.generate(ids, past_key_values=cache, **GREEDY, **assistant)
         with pytest.raises(ValueError, match="give the whole text"):
@@ -86,10 +88,9 @@ def test_new_ids_alone(helped):
         assert torch.equal(cache.lengths, alone.lengths) and torch.equal(cache.rows.digest, alone.rows.digest)
 
 
+@pytest.mark.skipif(ASKS_WHOLE_TEXT, reason="transformers 5.10 takes the whole text")
 def test_new_ids_alone_behind_a_padded_text():
     """An unpatched draft is told of the new ids, not of the text's padding: BLOOM counts by its mask."""
-    if "max_length" in inspect.signature(transformers.Cache.crop).parameters:  # transformers 5.10 takes the whole text
-        return
     sizes = dict(vocab_size=97, hidden_size=64, n_layer=3, n_head=4, pad_token_id=None, eos_token_id=None)
     model = transformers.BloomForCausalLM(transformers.BloomConfig(**sizes)).eval()
     draft = copy.deepcopy(model)
